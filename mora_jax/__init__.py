@@ -1,0 +1,1 @@
+"""Placeholder docstring; the public names are gathered here."""

@@ -1,0 +1,1 @@
+"""The pretraining program on top of `mora_jax`."""
