@@ -1,0 +1,276 @@
+"""LLaMA in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Parameters are float32 and stacked over layers; products run in `Compute.dtype`. Adapters come in as the
+variable collection "adapter" (`mora_jax.bind`), at the paths of the kernels they adapt.
+
+Legend of shapes in names: B batch, T sequence, D hidden width, F MLP width, N query heads, K key/value heads,
+H head width, V vocabulary, L layers.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mora_jax.errors import InputError
+from mora_jax.loss import cross_entropy
+from mora_jax.methods.base import Adapter, Path, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """What the model is, in the names of Hugging Face's config.json.
+
+    Attributes:
+      vocab_size: tokens in the vocabulary.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the MLP.
+      num_hidden_layers: transformer blocks.
+      num_attention_heads: query heads; they share hidden_size equally, each of an even width.
+      num_key_value_heads: key/value heads; must divide num_attention_heads.
+      max_position_embeddings: longest sequence, in tokens.
+      rope_theta: base of the rotary frequencies.
+      rms_norm_eps: added to the mean square in RMSNorm.
+      initializer_range: standard deviation of the normal initialisation.
+      tie_word_embeddings: whether the head is the transposed embedding.
+    """
+
+    vocab_size: int = 32_100
+    hidden_size: int = 768
+    intermediate_size: int = 2560
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rope_theta",
+            "rms_norm_eps",
+        ):
+            if getattr(self, name) <= 0:
+                raise InputError(f"model.{name} must be positive, not {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise InputError(
+                f"model.hidden_size {self.hidden_size} does not divide into "
+                f"{self.num_attention_heads} heads of even width"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"model.num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the model is computed; nothing here changes what it computes, but for rounding.
+
+    Attributes:
+      dtype: type of products and activations.
+      attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16).
+      layers: "unrolled" is fastest, "scan" compiles fastest, "remat" is a scan that keeps least memory.
+      loss_chunk: tokens whose logits are held at a time, at most.
+      adapter_path: "merged" or "activation" forces how adapters are computed; "auto" chooses.
+    """
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["xla", "cudnn"] = "xla"
+    layers: Literal["unrolled", "scan", "remat"] = "unrolled"
+    loss_chunk: int = 4096
+    adapter_path: Path = "auto"
+
+    def __post_init__(self) -> None:
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise InputError("compute.attention cudnn needs compute.dtype bfloat16")
+        if self.loss_chunk < 1:
+            raise InputError(f"compute.loss_chunk must be at least 1 token, not {self.loss_chunk}")
+
+
+class Kernel(nn.Module):
+    """Holds one kernel and hands it out with its adapter, so that a product can span several."""
+
+    shape: tuple[int, int]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Adapter | None]:
+        w = self.param("kernel", nn.initializers.normal(self.std), self.shape)
+        return w, self.get_variable("adapter", "kernel", None)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale_D.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, rope: tuple[Array, Array]) -> Array:
+        c = self.config
+        q_width, kv_width = c.hidden_size, c.num_key_value_heads * c.head_dim
+        widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+        kernels = [Kernel((c.hidden_size, w), c.initializer_range, name=name)() for name, w in widths.items()]
+        q, k, v = (_heads(y, c.head_dim) for y in _dense(x_BTD, kernels, self.compute))
+        q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
+        y_BTNH = jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v, is_causal=True, implementation=self.compute.attention
+        )
+        out = Kernel((q_width, c.hidden_size), c.initializer_range, name="o_proj")()
+        return _dense(y_BTNH.reshape(*x_BTD.shape[:2], q_width), [out], self.compute)[0]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c = self.config
+        wide = (c.hidden_size, c.intermediate_size)
+        kernels = [Kernel(wide, c.initializer_range, name=name)() for name in ("gate_proj", "up_proj")]
+        gate_BTF, up_BTF = _dense(x_BTD, kernels, self.compute)
+        down = Kernel((c.intermediate_size, c.hidden_size), c.initializer_range, name="down_proj")()
+        return _dense(jax.nn.silu(gate_BTF) * up_BTF, [down], self.compute)[0]
+
+
+class Block(nn.Module):
+    """One transformer layer, in the form that `nn.scan` takes: carry in, carry out."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, rope: tuple[Array, Array]) -> tuple[Array, None]:
+        eps = self.config.rms_norm_eps
+        normed_BTD = RMSNorm(eps, name="input_layernorm")(x_BTD)
+        x_BTD = x_BTD + Attention(self.config, self.compute, name="self_attn")(normed_BTD, rope)
+        normed_BTD = RMSNorm(eps, name="post_attention_layernorm")(x_BTD)
+        return x_BTD + MLP(self.config, self.compute, name="mlp")(normed_BTD), None
+
+
+class Llama(nn.Module):
+    """The language model.
+
+    Attributes:
+      config: what it is.
+      compute: how it is computed.
+    """
+
+    config: LlamaConfig
+    compute: Compute = Compute()
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(c.initializer_range)
+        )
+        self.layers = _stack(Block, c.num_hidden_layers, self.compute.layers)(c, self.compute)
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = Kernel((c.hidden_size, c.vocab_size), c.initializer_range)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits (float32) for the token after each place."""
+        x_BTD, w_DV = self.hidden(tokens_BT), self.head()
+        return jnp.matmul(x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+
+    def loss(
+        self, tokens_BT: Int[Array, "B T"], weights_B: Float[Array, "B"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The summed next-token loss in nats and the number of predictions, each row by its weight."""
+        x_BTD = self.hidden(tokens_BT)
+        # Every place is computed, so that shapes stay powers of two; the last of a row predicts nothing.
+        weights_BT = jnp.broadcast_to(weights_B[:, None], tokens_BT.shape).at[:, -1].set(0.0)
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
+        chunk = _largest_divisor(x_TD.shape[0], self.compute.loss_chunk)
+        total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk)
+        return jnp.asarray(total), weights_BT.sum()
+
+    def hidden(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The normalised states from which the head predicts."""
+        dtype = jnp.dtype(self.compute.dtype)
+        x_BTD = self.embed_tokens(tokens_BT).astype(dtype)
+        x_BTD, _ = self.layers(x_BTD, _rope(tokens_BT.shape[1], self.config.head_dim, self.config.rope_theta))
+        return self.norm(x_BTD)
+
+    def head(self) -> Float[Array, "D V"]:
+        """The effective kernel from states to logits."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding.T
+        w, adapter = self.lm_head()
+        return w if adapter is None else adapter.method.weight(adapter.arrays, w)
+
+
+def _stack(block: type[nn.Module], length: int, how: str) -> Any:
+    body = nn.remat(block, prevent_cse=False) if how == "remat" else block
+    return nn.scan(
+        body,
+        variable_axes={"params": 0, "adapter": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+        length=length,
+        unroll=length if how == "unrolled" else 1,
+    )
+
+
+def _dense(x: Array, kernels: list[tuple[Array, Adapter | None]], compute: Compute) -> list[Array]:
+    ws, adapters = zip(*kernels, strict=True)
+    return dense(x, ws, adapters, compute.adapter_path)
+
+
+def _heads(y: Array, head_dim: int) -> Array:
+    return y.reshape(*y.shape[:-1], -1, head_dim)
+
+
+def _rope(length: int, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of position * theta^(-2j/H), each (T, H/2), float32."""
+    exponents_J = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2 / head_dim)
+    angles_TJ = jnp.arange(length, dtype=jnp.float32)[:, None] / (theta**exponents_J)[None, :]
+    return jnp.cos(angles_TJ), jnp.sin(angles_TJ)
+
+
+def _rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (j, j + H/2) of every head by the angle of its position."""
+    cos, sin = (a[None, :, None, :] for a in rope)
+    x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max(i for i in range(1, min(n, limit) + 1) if n % i == 0)

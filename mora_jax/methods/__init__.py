@@ -1,0 +1,68 @@
+"""The methods. A new one is one file here and one entry in METHODS."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.methods.base import Adapter, Leaf, Method, Path, dense
+from mora_jax.methods.lora import LoRA
+from mora_jax.methods.mora import MoRA
+from mora_jax.methods.operators import OPERATORS, Operator, Share
+
+METHODS: tuple[type[Method], ...] = (MoRA, LoRA)
+
+__all__ = [
+    "METHODS",
+    "OPERATORS",
+    "Adapter",
+    "Leaf",
+    "LoRA",
+    "Method",
+    "MoRA",
+    "Operator",
+    "Path",
+    "Share",
+    "dense",
+    "from_json",
+    "to_json",
+]
+
+
+def to_json(method: Method | Operator) -> dict[str, Any]:
+    """A method or operator as plain data: its `name` and its fields."""
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    plain = {k: to_json(v) if isinstance(v, Operator) else v for k, v in fields.items()}
+    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
+
+
+def from_json(data: Mapping[str, Any]) -> Method:
+    """The inverse of `to_json`; fields left out take their defaults.
+
+    Raises:
+      InputError: for a name that no method has, a field that the method does not have, or a bad value.
+    """
+    return _build(METHODS, "method", data)
+
+
+def _build(classes: tuple[type, ...], kind: str, data: Mapping[str, Any]) -> Any:
+    by_name = {c.name: c for c in classes}
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise InputError(f"a {kind} is a mapping with a name ({', '.join(by_name)}), not {data!r}")
+    if data["name"] not in by_name:
+        raise InputError(f"no {kind} is named {data['name']!r}{_nearest(data['name'], by_name)}")
+    chosen = by_name[data["name"]]
+    known = [f.name for f in dataclasses.fields(chosen)]
+    fields = {k: v for k, v in data.items() if k != "name"}
+    for key in fields:
+        if key not in known:
+            raise InputError(f"{kind} {chosen.name} has no field {key!r}{_nearest(key, known)}")
+    if "operator" in fields:
+        fields["operator"] = _build(OPERATORS, "operator", fields["operator"])
+    return chosen(**fields)
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
