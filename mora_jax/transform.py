@@ -163,6 +163,16 @@ def trainable_paths(methods: Methods) -> dict[str, str]:
     return groups
 
 
+def is_adapter_group(label: str) -> bool:
+    """Whether an optimizer group, as `labels` names it, holds adapters."""
+    return label.startswith("adapter")
+
+
+def lr_scale(label: str) -> float:
+    """The multiple of the learning rate of an optimizer group, as `labels` names it."""
+    return float(label.partition("*")[2] or 1.0)
+
+
 def _adapters(adapters: Tree, methods: Methods) -> Iterator[tuple[str, Method, dict[str, Any]]]:
     flat = trees.flatten(adapters)
     for path, method in methods.adapted():

@@ -11,6 +11,7 @@ from mora_jax.errors import InputError
 
 V = TypeVar("V")
 Tree = Mapping[str, Any]
+CATCH_ALL = ".*"
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[st
 
     Raises:
       InputError: for a rule that is no regular expression, a rule that decides nothing (it matches no name,
-        or earlier rules take all that it matches), and a name that no rule covers. Each is named.
+        or earlier rules take all that it matches; the catch-all `.*` may be idle), and a name that no rule
+        covers. Each is named.
     """
     patterns = [_compiled(regex) for regex, _ in rules]
     names = list(names)
@@ -42,7 +44,7 @@ def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[st
         raise InputError(f"no rule covers {_some(uncovered)}; add a last rule such as ('.*', 'frozen')")
     used = set(winners.values())
     for i, pattern in enumerate(patterns):
-        if i not in used:
+        if i not in used and pattern.pattern != CATCH_ALL:
             raise InputError(_idle_rule(pattern, names))
     return {name: rules[winner][1] for name, winner in winners.items() if winner is not None}
 

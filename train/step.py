@@ -1,0 +1,142 @@
+"""The state of a run and the pure functions that move it: one update, one restart, one evaluation batch."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from mora_jax import transform, trees
+from mora_jax.llama import Llama
+from mora_jax.transform import Methods
+from train import optim
+from train.config import RunConfig
+
+Metrics = dict[str, Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Arrays only; what they mean is said by `Methods`, which travels beside it.
+
+    Attributes:
+      step: updates done.
+      params: the model's parameters, float32.
+      adapters: the adapters' arrays, float32.
+      opt_state: optimizer state of the trainable leaves alone.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    adapters: Any
+    opt_state: Any
+
+
+def init_params(config: RunConfig) -> Any:
+    """Random parameters of the model, the same for one seed."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    return Llama(config.model, config.compute).init(_key(config, "params"), tokens_BT)["params"]
+
+
+def init_state(config: RunConfig, methods: Methods, params: Any) -> TrainState:
+    """The state before the first update, on top of the given parameters."""
+    adapters = transform.attach(_key(config, "adapters"), params, methods)
+    trainable, _ = transform.partition(params, adapters, methods)
+    opt_state = _optimizer(config, methods, params, adapters).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), params, adapters, opt_state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    config: RunConfig, methods: Methods, state: TrainState, tokens_BT: Int[Array, "B T"]
+) -> tuple[TrainState, Metrics]:
+    """One update. The state is donated.
+
+    Returns:
+      The next state and scalars: loss (nats a token), grad_norm (before clipping), learning_rate.
+    """
+    trainable, frozen = transform.partition(state.params, state.adapters, methods)
+    loss, gradients = _mean_gradient(config, methods, trainable, frozen, tokens_BT)
+    grad_norm = optax.global_norm(gradients)
+    if config.optimizer.clip_norm:
+        shrink = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
+        gradients = jax.tree.map(lambda g: g * shrink, gradients)
+    optimizer = _optimizer(config, methods, state.params, state.adapters)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+    rate = optim.learning_rate(config, state.step)
+    trainable = jax.tree.map(lambda p, u: p - rate * u, trainable, updates)
+    arrays = trees.combine(trainable, frozen)
+    state = TrainState(state.step + 1, arrays["params"], arrays.get("adapters", {}), opt_state)
+    return state, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def restart_step(
+    config: RunConfig, methods: Methods, state: TrainState
+) -> tuple[TrainState, Float[Array, ""]]:
+    """The restart before update `state.step`: merge, initialise anew, clear the adapters' optimizer state.
+
+    The methods that follow are `methods.after_restart()`.
+
+    Returns:
+      The new state and the share of the adapters' optimizer state that was really cleared.
+    """
+    key = jax.random.fold_in(_key(config, "adapters"), state.step)
+    params, adapters, _ = transform.restart(key, state.params, state.adapters, methods)
+    opt_state, cleared = optim.reset_adapters(state.opt_state)
+    return TrainState(state.step, params, adapters, opt_state), cleared
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def eval_step(
+    model: Llama, methods: Methods, params: Any, adapters: Any, tokens_BT: Int[Array, "B T"], weights_B: Array
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The summed loss (nats) and the number of predictions of a batch whose padding rows weigh 0."""
+    return _loss(model, methods, params, adapters, tokens_BT, weights_B)
+
+
+def _loss(
+    model: Llama, methods: Methods, params: Any, adapters: Any, tokens_BT: Array, weights_B: Array
+) -> Any:
+    variables = {"params": params, "adapter": transform.bind(adapters, methods)}
+    return model.apply(variables, tokens_BT, weights_B, method=Llama.loss)
+
+
+def _mean_gradient(
+    config: RunConfig, methods: Methods, trainable: Any, frozen: Any, tokens_BT: Array
+) -> tuple[Array, Any]:
+    """The mean loss of the batch and its gradient for the trainable leaves, microbatch by microbatch."""
+    model = Llama(config.model, config.compute)
+
+    def mean_loss(trainable: Any, tokens_BT: Array) -> Array:
+        arrays = trees.combine(trainable, frozen)
+        ones_B = jnp.ones(tokens_BT.shape[0])
+        total, count = _loss(model, methods, arrays["params"], arrays.get("adapters", {}), tokens_BT, ones_B)
+        return total / count
+
+    if config.microbatches == 1:
+        return jax.value_and_grad(mean_loss)(trainable, tokens_BT)
+
+    def accumulate(carry: Any, tokens_BT: Array) -> tuple[Any, None]:
+        # Every microbatch holds as many predictions, so the mean of means is the mean.
+        part = jax.value_and_grad(mean_loss)(trainable, tokens_BT)
+        return jax.tree.map(lambda a, b: a + b / config.microbatches, carry, part), None
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    # Interleaved, so that each microbatch is spread over the devices as the batch is.
+    parts_BMT = tokens_BT.reshape(-1, config.microbatches, tokens_BT.shape[1])
+    return jax.lax.scan(accumulate, start, parts_BMT.swapaxes(0, 1))[0]
+
+
+def _optimizer(
+    config: RunConfig, methods: Methods, params: Any, adapters: Any
+) -> optax.GradientTransformation:
+    return optim.adamw(config.optimizer, transform.labels(params, adapters, methods))
+
+
+def _key(config: RunConfig, purpose: str) -> Array:
+    streams = ("params", "adapters")
+    return jax.random.fold_in(jax.random.key(config.seed), streams.index(purpose))
