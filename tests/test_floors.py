@@ -1,0 +1,75 @@
+"""Imports go downward only: every module may import from floors below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the ground up; modules of one floor may import each other.
+FLOORS = (
+    ("mora_jax.errors",),
+    ("mora_jax.trees", "mora_jax.methods.operators", "mora_jax.sharding", "mora_jax.hf_tokenizer"),
+    ("mora_jax.methods.base",),
+    ("mora_jax.methods.mora", "mora_jax.methods.lora"),
+    ("mora_jax.methods",),
+    ("mora_jax.transform", "mora_jax.loss"),
+    ("mora_jax.llama",),
+    ("mora_jax.hf",),
+    ("mora_jax",),
+    ("train.progress",),
+    ("train.data", "train.config", "train.checkpoint", "train.metrics", "train.plot"),
+    ("train.flags", "train.optim", "train.watch"),
+    ("train.step",),
+    ("train.runs", "train.evaluate"),
+    ("train.scoring", "train.export", "train.describe", "train.loop", "train.bench"),
+    ("train.demo",),
+    ("train.cli",),
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = sorted(module_name(p) for top in ("mora_jax", "train") for p in (ROOT / top).rglob("*.py"))
+
+
+def floor(module: str) -> int:
+    """The floor of a module: that of its longest listed prefix."""
+    listed = {name: i for i, names in enumerate(FLOORS) for name in names}
+    exact = [name for name in listed if module == name or (name != "mora_jax" and module.startswith(f"{name}."))]
+    assert exact, f"{module} stands on no floor; add it to FLOORS"
+    return listed[max(exact, key=len)]
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            }
+    return found & set(MODULES)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "train"])
+def test_a_module_imports_only_from_below(module: str):
+    folder = ROOT / Path(*module.split("."))
+    path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    for imported in imports(path):
+        same_package = imported.rpartition(".")[0] == module.rpartition(".")[0]
+        allowed = floor(imported) < floor(module) or (floor(imported) == floor(module) and same_package)
+        assert allowed or imported == "train", f"{module} imports {imported}, which stands on its floor or above"
+
+
+def test_only_the_model_imports_linen():
+    users = {
+        module_name(p) for top in ("mora_jax", "train") for p in (ROOT / top).rglob("*.py") if "linen" in p.read_text()
+    }
+    assert users == {"mora_jax.llama"}

@@ -1,0 +1,54 @@
+"""The chunked loss against the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax.errors import InputError
+from mora_jax.loss import cross_entropy
+
+T, D, V = 24, 8, 19
+
+
+@pytest.fixture
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x_TD, w_DV = jax.random.normal(keys[0], (T, D)), jax.random.normal(keys[1], (D, V))
+    targets_T = jax.random.randint(keys[2], (T,), 0, V)
+    weights_T = jax.random.bernoulli(keys[3], 0.7, (T,)).astype(jnp.float32)
+    return x_TD, w_DV, targets_T, weights_T
+
+
+def plain(x_TD, w_DV, targets_T, weights_T):
+    logp_TV = jax.nn.log_softmax(x_TD @ w_DV)
+    return -jnp.sum(logp_TV[jnp.arange(T), targets_T] * weights_T)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 24])
+def test_loss_and_gradients_are_those_of_the_plain_formula(inputs, chunk):
+    expected, (dx, dw) = jax.value_and_grad(lambda *a: 3 * plain(*a), argnums=(0, 1))(*inputs)
+    got, (dx_, dw_) = jax.value_and_grad(lambda *a: 3 * cross_entropy(*a, chunk), argnums=(0, 1))(*inputs)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(3 * cross_entropy(*inputs, chunk), expected, rtol=1e-6)
+    np.testing.assert_allclose(dx_, dx, atol=1e-5)
+    np.testing.assert_allclose(dw_, dw, atol=1e-5)
+
+
+def test_full_logits_are_never_held(inputs):
+    text = str(jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a, 6), argnums=(0, 1)))(*inputs))
+    assert f"f32[6,{V}]" in text
+    assert f"[{T},{V}]" not in text
+    assert f"[4,6,{V}]" not in text
+
+
+def test_bfloat16_states_give_a_loss_in_float32(inputs):
+    x_TD, *rest = inputs
+    loss = cross_entropy(x_TD.astype(jnp.bfloat16), *rest, 6)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, plain(*inputs), rtol=2e-2)
+
+
+def test_a_chunk_that_does_not_divide_is_refused(inputs):
+    with pytest.raises(InputError, match="chunk of 7 tokens does not divide the 24"):
+        cross_entropy(*inputs, 7)

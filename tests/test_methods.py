@@ -1,0 +1,189 @@
+"""The contract that every entry of METHODS keeps, with random arrays."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax import methods as method_table
+from mora_jax.errors import InputError
+from mora_jax.methods import METHODS, Adapter, LoRA, Method, MoRA, Share, dense
+
+# Every method once with a small rank, and variants that take other branches.
+CASES: list[Method] = [
+    *(method(rank=4) for method in METHODS),  # pyright: ignore[reportCallIssue]
+    LoRA(3, alpha=7.0),
+    MoRA(4, Share(1)),
+    MoRA(4, Share((0, 1), "wrap")),
+    MoRA(4, align=16),
+]
+ADDITIVE = [m for m in CASES if m.additive]
+SHAPES = [(24, 24), (20, 33), (33, 20)]
+every_case = pytest.mark.parametrize("method", CASES, ids=str)
+every_additive = pytest.mark.parametrize("method", ADDITIVE, ids=str)
+every_shape = pytest.mark.parametrize(("k", "d"), SHAPES)
+
+
+def kernel(seed: int, k: int, d: int) -> jax.Array:
+    return 0.3 * jax.random.normal(jax.random.key(seed), (k, d))
+
+
+def random_arrays(method: Method, w: jax.Array, seed: int = 0) -> dict[str, jax.Array]:
+    """Arrays as after some training: everything that may be non-zero is random."""
+    arrays = method.init(jax.random.key(seed), w)
+    keys = jax.random.split(jax.random.key(seed + 1), len(arrays))
+    arrays = {n: a + 0.3 * jax.random.normal(k, a.shape) for k, (n, a) in zip(keys, arrays.items(), strict=True)}
+    if isinstance(method, MoRA):  # the padding of m is zero and stays zero
+        r = method.r_hat(*w.shape)
+        arrays["m_RR"] = jnp.zeros_like(arrays["m_RR"]).at[:r, :r].set(arrays["m_RR"][:r, :r])
+    return arrays
+
+
+@every_case
+@every_shape
+def test_at_the_start_the_weight_is_the_base(method, k, d):
+    w = kernel(0, k, d)
+    np.testing.assert_array_equal(method.weight(method.init(jax.random.key(1), w), w), w)
+
+
+@every_case
+@every_shape
+def test_leaves_name_the_arrays_of_init_and_all_are_float32(method, k, d):
+    arrays = method.init(jax.random.key(0), kernel(0, k, d))
+    assert arrays.keys() == method.leaves().keys()
+    assert {a.dtype for a in arrays.values()} == {jnp.dtype("float32")}
+
+
+@every_additive
+@every_shape
+def test_weight_is_the_base_plus_delta_of_the_identity(method, k, d):
+    w = kernel(0, k, d)
+    arrays = random_arrays(method, w)
+    dw = method.delta(arrays, jnp.eye(k), d)
+    assert float(jnp.abs(dw).max()) > 0.1
+    np.testing.assert_allclose(method.weight(arrays, w), w + dw, atol=1e-5)
+
+
+@every_case
+@every_shape
+@pytest.mark.parametrize("path", ["merged", "activation"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_dense_is_x_times_weight_on_every_path(method, k, d, path, dtype, tolerance):
+    w = kernel(0, k, d)
+    adapter = Adapter(random_arrays(method, w), method)
+    x = jax.random.normal(jax.random.key(5), (6, k))
+    (y,) = dense(x.astype(dtype), [w], [adapter], path)
+    assert y.dtype == jnp.dtype(dtype)
+    expected = x @ method.weight(adapter.arrays, w)
+    assert relative_error(y, expected) < tolerance
+
+
+@every_case
+def test_gradients_of_every_path_are_those_of_the_plain_formula(method):
+    k, d = 20, 33
+    w, x = kernel(0, k, d), jax.random.normal(jax.random.key(5), (2, 3, k))
+    arrays = random_arrays(method, w)
+    dy = jax.random.normal(jax.random.key(6), (2, 3, d))
+
+    def plain(x, w, arrays):
+        return jnp.sum(dy * (x @ method.weight(arrays, w)))
+
+    def through(path):
+        return lambda x, w, arrays: jnp.sum(dy * dense(x, [w], [Adapter(arrays, method)], path)[0])
+
+    expected = jax.grad(plain, argnums=(0, 1, 2))(x, w, arrays)
+    for path in ("merged", "activation"):
+        got = jax.jit(jax.grad(through(path), argnums=(0, 1, 2)))(x, w, arrays)
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert relative_error(g, e) < 1e-5, path
+
+
+@every_case
+def test_a_method_survives_json(method):
+    assert method_table.from_json(method_table.to_json(method)) == method
+
+
+@every_case
+def test_a_method_is_hashable_and_follows_itself_after_a_restart(method):
+    assert hash(method) == hash(dataclasses.replace(method))  # pyright: ignore[reportArgumentType]
+    assert type(method.after_restart()) is type(method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_a_frozen_dataclass_with_a_name_and_a_docstring(method):
+    assert method.__dataclass_params__.frozen
+    assert isinstance(method.name, str)
+    assert len(inspect.getdoc(method)) > 40
+
+
+def test_one_product_serves_kernels_of_different_methods():
+    x = jax.random.normal(jax.random.key(5), (6, 24))
+    ws = [kernel(i, 24, d) for i, d in enumerate((24, 8, 40))]
+    methods = [MoRA(4), None, LoRA(4)]
+    adapters = [Adapter(random_arrays(m, w), m) if m else None for m, w in zip(methods, ws, strict=True)]
+    for path in ("merged", "activation"):
+        ys = dense(x, ws, adapters, path)
+        for y, w, a in zip(ys, ws, adapters, strict=True):
+            np.testing.assert_allclose(y, x @ (a.method.weight(a.arrays, w) if a else w), atol=1e-4)
+
+
+def test_a_small_update_survives_the_merged_path_in_bfloat16_and_a_bfloat16_base_never_takes_it():
+    method = MoRA(4)
+    w = kernel(0, 24, 24)
+    arrays = {"m_RR": jnp.full((method.r_hat(24, 24),) * 2, 1e-5)}
+    low = w.astype(jnp.bfloat16)
+    for base, path in ((low, "merged"), (low, "auto")):
+        text = str(jax.make_jaxpr(lambda x, b=base, p=path: dense(x, [b], [Adapter(arrays, method)], p))(low))
+        assert "custom_vjp" not in text
+    assert "custom_vjp" in str(jax.make_jaxpr(lambda x: dense(x, [w], [Adapter(arrays, method)], "merged"))(low))
+
+
+def test_auto_takes_the_merged_path_for_many_tokens_only():
+    w, method = kernel(0, 24, 24), MoRA(4)
+    adapter = Adapter(random_arrays(method, w), method)
+    texts = [str(jax.make_jaxpr(lambda x: dense(x, [w], [adapter]))(jnp.ones((n, 24)))) for n in (64, 4096)]
+    assert ["custom_vjp" in text for text in texts] == [False, True]
+
+
+def test_padding_of_m_has_exactly_zero_gradient():
+    method, w = MoRA(4, align=16), kernel(0, 24, 20)
+    r_hat = method.r_hat(24, 20)
+    arrays = random_arrays(method, w)
+    assert arrays["m_RR"].shape == (16, 16)
+    assert r_hat == 13
+    for path in ("merged", "activation"):
+        g = jax.grad(lambda a, p=path: jnp.sum(dense(w.T, [w], [Adapter(a, method)], p)[0] ** 3))(arrays)["m_RR"]
+        assert np.count_nonzero(g[:r_hat, :r_hat]) == r_hat**2
+        assert np.count_nonzero(g) == r_hat**2
+
+
+@pytest.mark.parametrize(
+    ("k", "d", "rank", "r_hat"), [(768, 768, 128, 443), (768, 2560, 128, 652), (2048, 2048, 128, 724), (24, 20, 99, 20)]
+)
+def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
+    assert MoRA(rank).r_hat(k, d) == r_hat
+    assert r_hat**2 <= (k + d) * rank
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"name": "mroa"}, "did you mean 'mora'"),
+        ({"name": "mora", "rnk": 3}, "did you mean 'rank'"),
+        ({"name": "mora", "operator": {"name": "shar"}}, "did you mean 'share'"),
+        ({"name": "mora", "rank": 0}, "at least 1"),
+        ({"name": "lora", "rank": 0}, "at least 1"),
+        (["mora"], "mapping with a name"),
+    ],
+)
+def test_bad_json_is_refused_with_the_nearest_name(data, message):
+    with pytest.raises(InputError, match=message):
+        method_table.from_json(data)
+
+
+def relative_error(got: jax.Array, expected: jax.Array) -> float:
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))

@@ -1,0 +1,256 @@
+"""`mora`: the one command line. Each subcommand is a frozen dataclass of flags and a function of it."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mora_jax.errors import InputError
+from train import flags
+from train.config import Evaluation, RunConfig
+
+File = tyro.conf.Positional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareData:
+    """C4-format shards into a data set of token rows.
+
+    Attributes:
+      source: training text: a glob or folder of .json.gz shards (any etils.epath path), or tfds:NAME for a
+        data set that TFDS has prepared (tfds:c4/en, or tfds:/path/to/it).
+      validation: validation text, likewise; not used with tfds:, whose own validation split is taken.
+      tokenizer: SentencePiece model file.
+      out: folder of the data set.
+      sequence_length: tokens of a row.
+      skip_lines: bad lines (not JSON, no text) to skip before giving up.
+      workers: processes; 0 for one a core.
+      tfds_data_dir: where TFDS keeps its data sets; empty for its default.
+    """
+
+    source: str
+    tokenizer: str
+    out: str
+    validation: str = ""
+    sequence_length: int = 512
+    skip_lines: int = 0
+    workers: int = 0
+    tfds_data_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizer:
+    """Trains a SentencePiece BPE model with byte fallback.
+
+    Attributes:
+      source: text: a glob or folder of C4-format shards.
+      out: the model file to write, ending in .model.
+      vocab_size: pieces.
+      max_documents: documents to train on, at most.
+    """
+
+    source: str
+    out: str
+    vocab_size: int = 32_000
+    max_documents: int = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Pretrains a model as a config file says; every scalar of it is also a flag.
+
+    Attributes:
+      config: YAML file, such as configs/demo.yaml.
+      resume: go on from the newest good checkpoint in the run's folder, if there is one.
+      dry_run: show shapes, trainable and frozen parameters, tokens and steps, and stop.
+    """
+
+    config: File
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Validation perplexity of a run or of an exported model.
+
+    Attributes:
+      path: folder of a run, or Hugging Face folder.
+      data: data set to evaluate on; empty for the run's own.
+      eval: how much to read.
+      dtype: type of products.
+    """
+
+    path: File
+    data: str = ""
+    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A run's merged weights and tokenizer as a Hugging Face folder.
+
+    Attributes:
+      run_dir: folder of the run.
+      out: folder to write.
+      dtype: type of the stored weights.
+    """
+
+    run_dir: File
+    out: File
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchData:
+    """Tokens a second prepared and read.
+
+    Attributes:
+      source: C4-format shards to measure on.
+      tokenizer: SentencePiece model file.
+      sequence_length: tokens of a row.
+      batch_size: rows of a batch that is read.
+      out: JSON file for the figures; empty for none.
+    """
+
+    source: str
+    tokenizer: str
+    sequence_length: int = 512
+    batch_size: int = 128
+    out: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """The whole path on text of this Python installation: gather, tokenize, prepare, pretrain, export.
+
+    Attributes:
+      config: the run's config.
+      folder: where its data and its run are written; what is there is replaced.
+    """
+
+    config: str = "configs/demo.yaml"
+    folder: str = "runs/demo"
+
+
+def prepare_data(command: PrepareData) -> None:
+    """Runs `mora prepare-data`."""
+    from train.data.builder import prepare
+
+    prepare(**dataclasses.asdict(command))
+
+
+def train_tokenizer(command: TrainTokenizer) -> None:
+    """Runs `mora train-tokenizer`."""
+    from train.data.tokenizer import train_tokenizer as train
+
+    train(command.source, command.out, command.vocab_size, command.max_documents)
+
+
+def pretrain(command: Pretrain) -> None:
+    """Runs `mora pretrain`."""
+    if command.dry_run:
+        from train.describe import print_description
+
+        return print_description(command.run)
+    from train.loop import pretrain as run
+
+    return print_summary(run(command.run, command.resume), command.run.run_dir)
+
+
+def evaluate(command: Evaluate) -> None:
+    """Runs `mora evaluate`."""
+    from train.scoring import score_path
+
+    score = score_path(command.path, command.data, command.eval, command.dtype)
+    print_summary({"validation_loss": score.loss, "validation_perplexity": score.perplexity}, command.path)
+
+
+def export(command: Export) -> None:
+    """Runs `mora export`."""
+    from train.export import export as write
+
+    write(command.run_dir, command.out, command.dtype)
+    print(f"written: {command.out}")
+
+
+def bench_data(command: BenchData) -> None:
+    """Runs `mora bench data`."""
+    from train.bench.data import bench
+
+    bench(command.source, command.tokenizer, command.sequence_length, command.batch_size, command.out)
+
+
+def demo(command: Demo) -> None:
+    """Runs `mora demo`."""
+    from train.demo import demo as run
+
+    run(command.config, command.folder)
+
+
+# Functions import what they run only then, so that `mora --help` answers at once.
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "prepare-data": (PrepareData, prepare_data),
+    "train-tokenizer": (TrainTokenizer, train_tokenizer),
+    "pretrain": (Pretrain, pretrain),
+    "evaluate": (Evaluate, evaluate),
+    "export": (Export, export),
+    "bench data": (BenchData, bench_data),
+    "demo": (Demo, demo),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command; bad input prints one line and exits with status 2."""
+    try:
+        run(sys.argv[1:] if args is None else list(args))
+    except InputError as error:
+        print(f"mora: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(args: list[str]) -> None:
+    """Finds the command, builds its flags and calls it. Raises InputError for an unknown one."""
+    if not args or args[0] in ("-h", "--help"):
+        return print_commands()
+    words = 2 if args[0] == "bench" else 1
+    name, rest = " ".join(args[:words]), args[words:]
+    if name not in COMMANDS:
+        raise InputError(f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)")
+    command, function = COMMANDS[name]
+    if command is Pretrain and rest and not rest[0].startswith("-"):
+        return function(read_pretrain(rest))
+    return function(flags.parse(command, rest, f"mora {name}"))
+
+
+def read_pretrain(args: list[str]) -> Pretrain:
+    """`mora pretrain CONFIG ...`: the file's values as flags ahead of the user's."""
+    words, rules = flags.words_of_yaml(args[0])
+    default = Pretrain(args[0], RunConfig(rules=rules))
+    return flags.parse(Pretrain, [args[0], *words, *args[1:]], "mora pretrain", default)
+
+
+def print_commands() -> None:
+    """The list of commands, one line each."""
+    table = Table.grid(padding=(0, 2))
+    for name, (command, _) in COMMANDS.items():
+        table.add_row(f"mora {name}", (command.__doc__ or "").splitlines()[0])
+    Console().print("MoRA and ReMoRA pretraining in JAX. `mora COMMAND --help` explains a command.\n", table)
+
+
+def print_summary(summary: dict[str, Any], title: str) -> None:
+    """A short table of figures."""
+    table = Table("", "", title=title, show_header=False)
+    for name, value in summary.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Perplexity on the validation split."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from mora_jax.llama import Llama
+from mora_jax.transform import Methods
+from train.config import Evaluation
+from train.data.read import DataInfo, eval_batches
+from train.progress import progress
+from train.step import eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What an evaluation found.
+
+    Attributes:
+      loss: mean next-token loss, nats.
+      predictions: tokens predicted.
+    """
+
+    loss: float
+    predictions: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    model: Llama, methods: Methods, params: Any, adapters: Any, info: DataInfo, how: Evaluation, mesh: Mesh
+) -> Score:
+    """The mean loss over the validation split, or over its first `how.max_batches` batches.
+
+    Raises:
+      InputError: if the data set's vocabulary is larger than the model's, a batch does not divide among the
+        devices, or the split is empty.
+    """
+    check_vocabulary(info, model.config.vocab_size)
+    check_divides("eval.batch_size", how.batch_size, mesh)
+    batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None)
+    total = count = 0.0
+    rows = info.rows["validation"]
+    with progress("evaluating", min(rows, how.max_batches * how.batch_size or rows), "rows") as advance:
+        for tokens_BT, weights_B in batches:
+            on_device = jax.device_put((tokens_BT, weights_B), sharding.batch(mesh))
+            loss, predictions = eval_step(model, methods, params, adapters, *on_device)
+            total, count = total + float(loss), count + float(predictions)
+            advance(int(weights_B.sum()))
+    if not count:
+        raise InputError(f"{info.directory} has no validation rows")
+    return Score(total / count, int(count))
+
+
+def check_vocabulary(info: DataInfo, vocab_size: int) -> None:
+    """Raises InputError if the data set has tokens that the model does not know."""
+    if info.vocab_size > vocab_size:
+        raise InputError(
+            f"{info.directory} has a vocabulary of {info.vocab_size} tokens, more than model.vocab_size {vocab_size}"
+        )
+
+
+def check_divides(name: str, batch: int, mesh: Mesh) -> None:
+    """Raises InputError if a batch cannot be divided equally among the devices."""
+    if batch % mesh.devices.size:
+        raise InputError(f"{name} {batch} does not divide among {mesh.devices.size} devices (mesh.data)")

@@ -1,0 +1,32 @@
+"""A run into a Hugging Face folder: merged float32 weights, config and tokenizer."""
+
+from typing import Any, Literal
+
+from etils import epath
+
+from mora_jax import hf, hf_tokenizer
+from mora_jax.llama import LlamaConfig
+from train import runs
+from train.data.read import load_info
+
+
+def export(run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> tuple[Any, LlamaConfig]:
+    """Writes config.json, model.safetensors and the tokenizer's files.
+
+    Args:
+      run_dir: the run; its newest good checkpoint is taken and its adapters are merged in float32.
+      out: the folder to write.
+      dtype: type of the stored weights; bfloat16 rounds after merging.
+
+    Returns:
+      The merged parameters and the model's config.
+
+    Raises:
+      InputError: if the run has no complete checkpoint, its data set is gone, or its tokenizer cannot be
+        written as tokenizer.json exactly.
+    """
+    info = load_info(runs.read_config(run_dir).data.directory)
+    params, model = runs.load_model(run_dir)
+    hf.save_hf(out, params, model, dtype)
+    hf_tokenizer.save_tokenizer(out, epath.Path(info.tokenizer).read_bytes())
+    return params, model

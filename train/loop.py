@@ -1,0 +1,162 @@
+"""Pretraining, read from top to bottom."""
+
+import collections
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from mora_jax.llama import Llama
+from mora_jax.methods import MoRA, Share
+from mora_jax.transform import Methods
+from train import config as run_config
+from train import runs
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
+from train.evaluate import Score, check_divides, check_vocabulary, evaluate
+from train.metrics import Metrics
+from train.plot import plot_loss
+from train.step import TrainState, restart_step, train_step
+from train.watch import Watch
+
+
+def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+    """Trains from the first step, or with `resume` from the newest good checkpoint, to the last.
+
+    Writes metrics.jsonl, tensorboard/, checkpoints/, loss.png and summary.json into the run's folder.
+
+    Returns:
+      The summary: validation_loss, validation_perplexity, restarts, tokens_per_second and more.
+
+    Raises:
+      InputError: for a config, data set or folder that cannot be trained with.
+    """
+    info = load_info(config.data.directory)
+    mesh = sharding.make_mesh(config.mesh.data)
+    check(config, info, mesh)
+    runs.claim(config, resume)
+    with runs.checkpoints(config) as saved:
+        state, methods = start(config, saved, mesh)
+        first = int(state.step)
+        with Metrics(config.run_dir, config.steps, first, config.log.wandb) as metrics:
+            watch = Watch(metrics, config.tokens_per_step())
+            batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
+            for step in range(first, config.steps):
+                if config.restarts_at(step):
+                    watch.drain()
+                    state, cleared = restart_step(config, methods, state)
+                    methods = methods.after_restart()
+                    watch.note(step, restart_note(config, methods, step, float(cleared)))
+                asked = time.perf_counter()
+                tokens_BT = next(batches)
+                data_wait = time.perf_counter() - asked
+                state, scalars = train_step(config, methods, state, tokens_BT)
+                watch.follow(step, scalars, data_wait)
+                if due(config.eval.every, step, config):
+                    watch.drain()
+                    watch.note(step, evaluation_note(score_of(config, methods, state, info, mesh)))
+                if due(config.checkpoint.every, step, config):
+                    watch.drain()
+                    saved.save(step + 1, state, checkpoint_meta(config, methods, info, step + 1))
+            watch.drain()
+        score = score_of(config, methods, state, info, mesh)
+    return conclude(config, info, score, watch.median_rate())
+
+
+def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
+    """Raises InputError for whatever config, data and devices do not agree on."""
+    check_vocabulary(info, config.model.vocab_size)
+    if info.sequence_length != config.data.sequence_length:
+        raise InputError(
+            f"{info.directory} has rows of {info.sequence_length} tokens, not data.sequence_length "
+            f"{config.data.sequence_length}"
+        )
+    check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
+    check_divides("eval.batch_size", config.eval.batch_size, mesh)
+
+
+def start(config: RunConfig, saved: Checkpoints, mesh: Mesh) -> tuple[TrainState, Methods]:
+    """The state to go on from: the newest good checkpoint's, or a fresh one."""
+    step, damaged = saved.latest_good()
+    for what in damaged:
+        print(f"warning: {what}; going back to an older checkpoint", flush=True)
+    if step is not None:
+        return runs.restore(config, saved, step, mesh)
+    methods = runs.assign_methods(config)
+    return runs.fresh_state(config, methods, mesh), methods
+
+
+def on_devices(batches: Iterator[np.ndarray], mesh: Mesh) -> Iterator[jax.Array]:
+    """Moves each batch to the devices one step before it is asked for."""
+    ahead: collections.deque[jax.Array] = collections.deque()
+    for batch_BT in batches:
+        ahead.append(jax.device_put(batch_BT, sharding.batch(mesh)))
+        if len(ahead) > 1:
+            yield ahead.popleft()
+
+
+def due(every: int, step: int, config: RunConfig) -> bool:
+    """Whether what happens every so many updates happens after update `step`; the last one always counts."""
+    done = step + 1
+    return done == config.steps or (every > 0 and done % every == 0)
+
+
+def score_of(config: RunConfig, methods: Methods, state: TrainState, info: DataInfo, mesh: Mesh) -> Score:
+    """The validation score of a state."""
+    model = Llama(config.model, config.compute)
+    return evaluate(model, methods, state.params, state.adapters, info, config.eval, mesh)
+
+
+def evaluation_note(score: Score) -> dict[str, Any]:
+    """What is logged of an evaluation."""
+    return {"validation_loss": score.loss, "validation_perplexity": score.perplexity}
+
+
+def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float) -> dict[str, Any]:
+    """What is logged of the restart before update `step`; `methods` are those after it."""
+    groups = {
+        str(m.operator.group)
+        for _, m in methods.adapted()
+        if isinstance(m, MoRA) and isinstance(m.operator, Share)
+    }
+    return {
+        "restart": config.restarts_before(step + 1),
+        "group_type": ", ".join(sorted(groups)),
+        "optimizer_cleared": cleared,
+    }
+
+
+def checkpoint_meta(config: RunConfig, methods: Methods, info: DataInfo, step: int) -> dict[str, Any]:
+    """What is saved beside the arrays: all that gives them meaning."""
+    return {
+        "config": run_config.to_plain(config),
+        "methods": methods.to_json(),
+        "restarts": config.restarts_before(step),
+        "data": {"step": step, "seed": config.seed, "tokenizer_sha256": info.tokenizer_sha256},
+    }
+
+
+def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second: float) -> dict[str, Any]:
+    """Draws loss.png and writes summary.json; the summary is returned."""
+    folder = epath.Path(config.run_dir)
+    plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
+    summary = {
+        "steps": config.steps,
+        "tokens": config.steps * config.tokens_per_step(),
+        "restarts": config.restarts_before(config.steps),
+        "validation_loss": score.loss,
+        "validation_perplexity": score.perplexity,
+        "unigram_perplexity": unigram_perplexity(info),
+        "tokens_per_second": tokens_per_second,
+        "device": jax.devices()[0].device_kind,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,128 @@
+"""A run's folder: who may write to it, the state to go on from, and the merged model it holds."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+from etils import epath
+from jax.sharding import Mesh
+
+from mora_jax import hf, sharding, transform
+from mora_jax.errors import InputError
+from mora_jax.llama import LlamaConfig
+from mora_jax.transform import Methods
+from train import config as run_config
+from train import flags
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.step import TrainState, init_params, init_state
+
+CONFIG = "config.yaml"
+# What a resumed run may have otherwise: none of it changes what is computed.
+OPERATIONAL = ("run_dir", "eval", "checkpoint", "log")
+
+
+def claim(config: RunConfig, resume: bool) -> None:
+    """Makes the run's folder and writes its config there.
+
+    Raises:
+      InputError: if the folder holds a run and `resume` is not asked for, or holds another config.
+    """
+    folder = epath.Path(config.run_dir)
+    if (folder / CONFIG).exists():
+        if not resume:
+            raise InputError(f"{folder} holds a run already; add --resume to go on, or choose another --run-dir")
+        _check_same(read_config(config.run_dir), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
+
+
+def read_config(run_dir: str) -> RunConfig:
+    """The config that a run was started with. Raises InputError if the folder holds no run."""
+    path = epath.Path(run_dir) / CONFIG
+    if not path.exists():
+        raise InputError(f"{run_dir} holds no run: there is no {CONFIG} in it")
+    return flags.read_config(str(path))
+
+
+def checkpoints(config: RunConfig) -> Checkpoints:
+    """The run's checkpoints."""
+    return Checkpoints(str(epath.Path(config.run_dir) / "checkpoints"), config.checkpoint.keep or None)
+
+
+def assign_methods(config: RunConfig) -> Methods:
+    """What is done with each parameter before the first restart."""
+    return transform.assign(config.parameter_rules(), jax.eval_shape(lambda: init_params(config)))
+
+
+def methods_at(config: RunConfig, step: int) -> Methods:
+    """What a checkpoint of `step` updates must hold: restarts happen at the start of a step, after its saving."""
+    methods = assign_methods(config)
+    for _ in range(config.restarts_before(step)):
+        methods = methods.after_restart()
+    return methods
+
+
+def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh) -> TrainState:
+    """The state before the first update: random, or warm-started from `init_from`."""
+    place = sharding.replicated(mesh)
+    if not config.init_from:
+        return jax.jit(lambda: init_state(config, methods, init_params(config)), out_shardings=place)()
+    params, model = load_model(config.init_from)
+    if _architecture(model) != _architecture(config.model):
+        raise InputError(f"init_from {config.init_from} holds another model than the config's: {model}")
+    return jax.jit(lambda p: init_state(config, methods, p), out_shardings=place)(params)
+
+
+def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:
+    """The state and methods of one checkpoint.
+
+    Raises:
+      InputError: if its methods are not those that the config gives for its step, or it is damaged.
+    """
+    methods = methods_at(config, step)
+    if Methods.from_json(saved.read_meta(step)["methods"]) != methods:
+        raise InputError(f"{config.run_dir}: the methods saved at step {step} are not those the config gives for it")
+    return saved.restore(step, abstract_state(config, methods, mesh)), methods
+
+
+def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of the state, without computing it."""
+    shapes = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+    place = sharding.replicated(mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+
+
+def load_model(path: str) -> tuple[Any, LlamaConfig]:
+    """The merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder."""
+    if (epath.Path(path) / CONFIG).exists():
+        config = read_config(path)
+        with checkpoints(config) as saved:
+            step = newest(saved, path)
+            state, methods = restore(config, saved, step, sharding.make_mesh(1))
+        return transform.merge(state.params, state.adapters, methods), config.model
+    params, model = hf.load_hf(path)
+    return jax.tree.map(jnp.asarray, params), model
+
+
+def newest(saved: Checkpoints, path: str) -> int:
+    """The newest good checkpoint's step. Raises InputError if there is none."""
+    step, _ = saved.latest_good()
+    if step is None:
+        raise InputError(f"{path} holds no complete checkpoint")
+    return step
+
+
+def _architecture(model: LlamaConfig) -> LlamaConfig:
+    return dataclasses.replace(model, max_position_embeddings=1, initializer_range=0.0)
+
+
+def _check_same(old: RunConfig, new: RunConfig) -> None:
+    before, now = (dict(flags.flatten(run_config.to_plain(c))) for c in (old, new))
+    for name, value in now.items():
+        if name.split(".")[0] not in OPERATIONAL and before[name] != value:
+            raise InputError(
+                f"{new.run_dir} holds a run with {name} {before[name]!r}, not {value!r}; choose another --run-dir"
+            )

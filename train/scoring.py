@@ -1,0 +1,32 @@
+"""The validation score of what lies in a folder: a run or an exported model."""
+
+from typing import Literal
+
+import jax
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from mora_jax.llama import Compute, Llama
+from mora_jax.transform import Methods
+from train import runs
+from train.config import Evaluation
+from train.data.read import load_info
+from train.evaluate import Score, evaluate
+
+
+def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
+    """Evaluates the merged model in `path` on the validation split of `data`, or of the run's own data set.
+
+    Raises:
+      InputError: if the folder holds no model, or is no run and `data` is empty.
+    """
+    if not data:
+        try:
+            data = runs.read_config(path).data.directory
+        except InputError as error:
+            raise InputError(f"{path} is no run, so --data must name a data set") from error
+    info = load_info(data)
+    params, model = runs.load_model(path)
+    mesh = sharding.make_mesh(-1 if how.batch_size % jax.device_count() == 0 else 1)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)

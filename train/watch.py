@@ -1,0 +1,64 @@
+"""Follows a run from the host without holding the devices up: metrics are read a few steps late."""
+
+import collections
+import statistics
+import time
+
+import jax
+
+from train.metrics import Metrics
+
+# Steps whose metrics are not yet read: the host dispatches ahead, so that the devices never wait for it.
+IN_FLIGHT = 2
+
+
+class Watch:
+    """Writes a line of metrics for every step, with the tokens trained on a second.
+
+    Attributes:
+      rates: tokens a second of each step whose time was not disturbed by compilation or anything but training.
+    """
+
+    def __init__(self, metrics: Metrics, tokens_per_step: int) -> None:
+        self._metrics = metrics
+        self._tokens_per_step = tokens_per_step
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array], float]] = collections.deque()
+        self._last: float | None = None
+        self.rates: list[float] = []
+
+    def follow(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
+        """Takes a dispatched step's metrics, and writes those of the steps before that are done.
+
+        Args:
+          step: the update, from 0.
+          scalars: its metrics, perhaps not yet computed.
+          data_wait: seconds the host waited for the step's batch.
+        """
+        self._pending.append((step, scalars, data_wait))
+        while len(self._pending) > IN_FLIGHT:
+            self._write_oldest()
+
+    def drain(self) -> None:
+        """Waits for all steps that were dispatched; the time until the next one counts for no rate."""
+        while self._pending:
+            self._write_oldest()
+        self._last = None
+
+    def note(self, step: int, values: dict[str, float | str]) -> None:
+        """Writes a line of its own: an evaluation or a restart."""
+        self._metrics.write(step, values)
+
+    def median_rate(self) -> float:
+        """Tokens a second of the median step; 0 if no step was timed."""
+        return statistics.median(self.rates) if self.rates else 0.0
+
+    def _write_oldest(self) -> None:
+        step, scalars, data_wait = self._pending.popleft()
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        now = time.perf_counter()
+        if self._last is not None:
+            self.rates.append(self._tokens_per_step / (now - self._last))
+            values["tokens_per_second"] = self.rates[-1]
+        self._last = now
+        values |= {"data_wait": data_wait, "tokens": (step + 1) * self._tokens_per_step}
+        self._metrics.write(step, values)
