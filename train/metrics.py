@@ -1,0 +1,196 @@
+"""What a run says of itself: JSON lines, TensorBoard events, Weights & Biases by choice, the progress bar.
+
+`metrics.jsonl` is the source of truth. A line is one JSON object; its `step` is n where it tells of update n
+(from 0), of the restart just before it or of the evaluation just after it. JSON has no NaN: numbers that are
+not finite are the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns these into floats again.
+"""
+
+import contextlib
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from tensorboardX import SummaryWriter
+
+from mora_jax.errors import InputError
+from train.progress import Bar
+
+LINES = "metrics.jsonl"
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+Values = Mapping[str, float | int | str]
+Sink = Callable[[int, Values], None]
+
+
+class Metrics:
+    """Takes a run's metrics to all places they go to; a context manager.
+
+    A run that goes on from step `start` forgets what was written of later ones: no update is told of twice.
+    """
+
+    def __init__(
+        self, run_dir: str, total: int, start: int = 0, wandb: str = "", writes: bool | None = None
+    ) -> None:
+        """Args:
+          run_dir: the run's folder, on a disk.
+          total: updates of the whole run.
+          start: updates done before.
+          wandb: project in Weights & Biases; empty for none.
+          writes: whether this process writes and shows anything; None for process 0 alone.
+
+        Raises:
+          InputError: if Weights & Biases is asked for and not installed, or metrics.jsonl cannot be read.
+        """
+        self._closing = contextlib.ExitStack()
+        self._sinks: list[Sink] = []
+        if jax.process_index() == 0 if writes is None else writes:
+            folder = Path(run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._closing:
+                self._sinks.append(_json_lines(self._closing, folder / LINES, start))
+                self._sinks.append(_tensorboard(self._closing, folder / "tensorboard", start))
+                if wandb:
+                    self._sinks.append(_wandb(self._closing, folder, wandb))
+                self._sinks.append(_bar(self._closing, total, start))
+                self._closing = self._closing.pop_all()
+
+    def write(self, step: int, values: Values) -> None:
+        """Writes one line.
+
+        Args:
+          step: the update told of, from 0.
+          values: scalars; only numbers go to TensorBoard and Weights & Biases.
+        """
+        for sink in self._sinks:
+            sink(step, values)
+
+    def close(self) -> None:
+        """Closes every file."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+      InputError: if there is no such file, or another line is not a JSON object with a step.
+    """
+    try:
+        *lines, rest = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    del rest  # what follows the last line end was cut off, or is nothing
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise InputError(f"{path}, line {number}: not a JSON object with a step; remove the line")
+    return {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in values.items()}
+
+
+def _render(step: int, values: Values) -> str:
+    legal = {name: _legal(value) for name, value in values.items()}
+    return json.dumps({"step": step} | legal, allow_nan=False) + "\n"
+
+
+def _legal(value: float | int | str) -> float | int | str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _json_lines(closing: contextlib.ExitStack, path: Path, start: int) -> Sink:
+    if path.exists():
+        _forget(path, start)
+    file = closing.enter_context(path.open("a", encoding="utf-8"))
+
+    def write(step: int, values: Values) -> None:
+        file.write(_render(step, values))
+        file.flush()
+
+    return write
+
+
+def _forget(path: Path, start: int) -> None:
+    """Drops the lines of updates from `start` on, and a last line cut off. A kill leaves the old or the new."""
+    kept = [line for line in read_metrics(str(path)) if line["step"] < start]
+    part = path.with_suffix(".part")
+    part.write_text("".join(_render(line.pop("step"), line) for line in kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
+    # purge_step hides, in TensorBoard, the events of an earlier process that are told again.
+    writer = SummaryWriter(str(folder), purge_step=start)
+    closing.callback(writer.close)
+
+    def write(step: int, values: Values) -> None:
+        for name, value in _numbers(values).items():
+            writer.add_scalar(name, value, step)
+
+    return write
+
+
+def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
+    named = folder / "wandb_id.txt"
+    if not named.exists():
+        named.write_text(uuid.uuid4().hex)
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=named.read_text(), resume="allow")
+    closing.callback(run.finish)
+    # Its own step can only grow, and would drop what is told again after a resume.
+    run.define_metric("*", step_metric="update")
+
+    def write(step: int, values: Values) -> None:
+        run.log({"update": step} | _numbers(values))
+
+    return write
+
+
+def _bar(closing: contextlib.ExitStack, total: int, start: int) -> Sink:
+    bar = closing.enter_context(Bar("training", total, "steps", start=start))
+    done, seen = start, {}
+
+    def show(step: int, values: Values) -> None:
+        nonlocal done
+        seen.update(values)
+        if "loss" in values:
+            bar.advance(step + 1 - done, _facts(seen))
+            done = step + 1
+
+    return show
+
+
+def _facts(seen: Values) -> str:
+    forms = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "restart": "restarts {}",
+    }
+    return " · ".join(form.format(seen[name]) for name, form in forms.items() if name in seen)
+
+
+def _numbers(values: Values) -> dict[str, float | int]:
+    return {name: value for name, value in values.items() if not isinstance(value, str)}
