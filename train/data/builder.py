@@ -1,0 +1,229 @@
+"""From text to a TFDS data set of fixed-length rows: parallel over shards, continued where it stopped.
+
+TFDS's own preparation starts afresh after an interruption and works in one process, so the row files are
+written here, with TFDS's serializer, and described to TFDS at the end (`tfds.folder_dataset.write_metadata`).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mora_jax.errors import InputError
+from train.data import format as layout
+from train.data import workers as pool
+from train.data.c4 import file_shards
+from train.data.progress import token_bar
+from train.data.read import DataInfo, load_info
+from train.data.shard import Advance, Counts, Job, TextShard
+from train.data.tfds_text import PREFIX, tfds_shards
+from train.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the rows depend on. `train` and `validation` list the name and size of every shard of text."""
+
+    sequence_length: int
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    train: list[list]
+    validation: list[list]
+
+
+def prepare(
+    source: str,
+    validation: str | None,
+    tokenizer: str,
+    sequence_length: int,
+    out: str,
+    skip_lines: int = 0,
+    workers: int | None = None,
+    tfds_data_dir: str | None = None,
+) -> DataInfo:
+    """Writes the rows of `source` and `validation` into the TFDS data set `out`, or continues doing so.
+
+    Args:
+      source: training text: a glob, a folder, a file (see `c4.shards`) or `tfds:NAME`.
+      validation: validation text, likewise; None for a `tfds:` source takes its own validation split.
+      tokenizer: a SentencePiece `.model` file.
+      sequence_length: tokens of a row.
+      out: a folder on a local or mounted disk. One prepared with other settings is refused.
+      skip_lines: bad lines that may be skipped, over all files together.
+      workers: processes; None for one a core. The result does not depend on it.
+      tfds_data_dir: where `tfds:NAME` is looked for.
+
+    Returns:
+      What `read.load_info` says of the finished data set.
+
+    Raises:
+      InputError: bad text, a bad tokenizer, a value out of range, too little text for one row, or another
+        data set in `out`. Shards finished until then are kept, and not done again.
+    """
+    _check_numbers(sequence_length, skip_lines, workers)
+    model = Tokenizer.load(tokenizer)
+    text = _open(source, validation, tfds_data_dir)
+    folder = _claim(out, _settings(sequence_length, model, text))
+    jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
+    if not (folder / layout.DESCRIBED).exists():
+        shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
+        _run([*jobs["train"], *jobs["validation"]], workers or len(os.sched_getaffinity(0)))
+        _describe(folder, jobs, skip_lines)
+    shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
+    return load_info(str(folder))
+
+
+def _check_numbers(sequence_length: int, skip_lines: int, workers: int | None) -> None:
+    for name, value, least in (
+        ("sequence_length", sequence_length, 2),
+        ("skip_lines", skip_lines, 0),
+        ("workers", 1 if workers is None else workers, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}")
+
+
+def _open(source: str, validation: str | None, tfds_data_dir: str | None) -> dict[str, list[TextShard]]:
+    """The shards of both splits; a file that is in both is refused."""
+    if validation is None and not source.startswith(PREFIX):
+        raise InputError("validation is not given; only a tfds: source has a validation split of its own")
+    text = {
+        split: _shards(name, split, tfds_data_dir)
+        for split, name in zip(layout.SPLITS, (source, validation or source), strict=True)
+    }
+    both = [shard for shard in text["train"] if shard in text["validation"]]
+    if both:
+        raise InputError(
+            f"{both[0].name} is in the training text and in the validation text; name other files"
+        )
+    return text
+
+
+def _shards(source: str, split: str, tfds_data_dir: str | None) -> list[TextShard]:
+    return [
+        *(tfds_shards(source, split, tfds_data_dir) if source.startswith(PREFIX) else file_shards(source))
+    ]
+
+
+def _settings(sequence_length: int, model: Tokenizer, text: dict[str, list[TextShard]]) -> Settings:
+    files = {split: [[shard.name, shard.size] for shard in text[split]] for split in text}
+    return Settings(sequence_length, model.sha256, model.vocab_size, model.eos_id, **files)
+
+
+def _claim(out: str, settings: Settings) -> Path:
+    """The output folder, new or begun with the same settings."""
+    if "://" in out or out.startswith("/bigstore"):
+        raise InputError(f"out {out}: rows are read at random, which needs a local or mounted folder")
+    folder = Path(out)
+    mark = folder / layout.SETTINGS
+    if mark.exists():
+        _compare(folder, json.loads(mark.read_text()), asdict(settings))
+        return folder
+    try:
+        (folder / layout.UNFINISHED).mkdir(parents=True, exist_ok=True)
+        if any(entry.name != layout.UNFINISHED for entry in folder.iterdir()):
+            raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
+        (folder / layout.UNFINISHED / layout.SETTINGS).write_text(json.dumps(asdict(settings)))
+        (folder / layout.UNFINISHED / layout.SETTINGS).replace(mark)
+    except OSError as error:
+        raise InputError(f"out {out} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _compare(folder: Path, held: dict, wanted: dict) -> None:
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            here, there = (
+                f"{len(v)} shards of text" if isinstance(v, list) else v for v in (value, held.get(name))
+            )
+            raise InputError(
+                f"{folder} was prepared with another {name} ({there}, now {here}); choose another folder"
+            )
+
+
+def _jobs(
+    folder: Path,
+    split: str,
+    text: Sequence[TextShard],
+    model: Tokenizer,
+    sequence_length: int,
+    skip_lines: int,
+) -> list[Job]:
+    return [
+        Job(
+            shard,
+            model,
+            sequence_length,
+            skip_lines,
+            target=folder / layout.shard_file(split, index, len(text)),
+            record=folder / layout.UNFINISHED / f"{split}-{index:05d}.json",
+        )
+        for index, shard in enumerate(text)
+    ]
+
+
+def _run(jobs: Sequence[Job], workers: int) -> None:
+    """Does the jobs that are not finished, with a progress bar."""
+    left = [job for job in jobs if not job.finished]
+    with token_bar() as bar:
+        done = f", {len(jobs) - len(left)} done before" if len(left) < len(jobs) else ""
+        size = sum(job.shard.size for job in left)
+        task = bar.add_task(f"prepare {len(left)} shards{done}", total=size, documents=0, tokens=0)
+
+        def report(advance: Advance) -> None:
+            fields = bar.tasks[task].fields
+            documents, tokens = fields["documents"] + advance.documents, fields["tokens"] + advance.tokens
+            bar.update(task, advance=advance.units, documents=documents, tokens=tokens)
+
+        pool.run(left, workers, report)
+        bar.update(task, completed=size)
+
+
+def _describe(folder: Path, jobs: dict[str, list[Job]], skip_lines: int) -> None:
+    """Sums the records up, refuses what is empty, and writes what TFDS and `read` need to know."""
+    counts = {split: [job.counts() for job in jobs[split]] for split in jobs}
+    sums = {split: _sum(counts[split]) for split in counts}
+    _check_sums(sums, jobs, skip_lines)
+    train_V, validation_V = (sum(np.load(job.unigram) for job in jobs[split]) for split in layout.SPLITS)
+    np.savez_compressed(folder / layout.UNIGRAM, train=train_V, validation=validation_V)
+    settings = Settings(**json.loads((folder / layout.SETTINGS).read_text()))
+    facts = {name: value for name, value in asdict(settings).items() if name not in layout.SPLITS}
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=layout.row_features(settings.sequence_length, settings.vocab_size),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[c.rows for c in counts[split]], num_bytes=sums[split].file_bytes
+            )
+            for split in counts
+        ],
+        check_data=False,  # it would read with TensorFlow
+        description=f"Text as rows of {settings.sequence_length} tokens, documents joined with EOS.",
+        metadata=tfds.core.MetadataDict(**facts, splits={split: asdict(sums[split]) for split in sums}),
+    )
+
+
+def _sum(counts: Sequence[Counts]) -> Counts:
+    return Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
+
+
+def _check_sums(sums: dict[str, Counts], jobs: dict[str, list[Job]], skip_lines: int) -> None:
+    skipped = sum(total.skipped_lines for total in sums.values())
+    if skipped > skip_lines:
+        raise InputError(
+            f"{skipped} bad lines in all, of which skip_lines allows {skip_lines}; mend them or raise it"
+        )
+    for split, total in sums.items():
+        if total.documents == 0:
+            raise InputError(f"the {split} text ({jobs[split][0].shard.name}, ...) holds no document")
+        if total.rows == 0:
+            raise InputError(
+                f"the {split} text has {total.dropped_tokens} tokens, fewer than a row of "
+                f"{jobs[split][0].sequence_length}; give more text or a smaller sequence_length"
+            )

@@ -1,0 +1,40 @@
+"""What a prepared data set looks like on disk; written by `builder`, read by `read`.
+
+rows-train.array_record-00000-of-00012 ...       rows of exactly T tokens, in ArrayRecord
+rows-validation.array_record-00000-of-00001
+dataset_info.json features.json metadata.json    TFDS's own description
+tokenizer.model                                  a copy of the tokenizer
+unigram.npz                                      how often each piece occurs in each split
+settings.json                                    what the rows depend on, fixed at the first start
+unfinished/                                      shard records, there until every shard is done
+"""
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+NAME = "rows"
+SPLITS = ("train", "validation")
+TOKENIZER = "tokenizer.model"
+UNIGRAM = "unigram.npz"
+SETTINGS = "settings.json"
+UNFINISHED = "unfinished"
+DESCRIBED = "dataset_info.json"
+FIELD = "tokens"
+
+UINT16_PIECES = 65_536
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds every token id: uint16 up to 65,536 pieces, uint32 above."""
+    return np.uint16 if vocab_size <= UINT16_PIECES else np.uint32
+
+
+def row_features(sequence_length: int, vocab_size: int) -> tfds.features.FeaturesDict:
+    """TFDS's feature of one row: `{"tokens": (T,)}`, stored as raw bytes, which decode without a copy."""
+    row = tfds.features.Tensor(shape=(sequence_length,), dtype=token_dtype(vocab_size), encoding="bytes")
+    return tfds.features.FeaturesDict({FIELD: row})
+
+
+def shard_file(split: str, index: int, count: int) -> str:
+    """The name of a split's output file, as TFDS expects it."""
+    return f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"

@@ -1,0 +1,163 @@
+"""Batches of rows from a prepared data set, through TFDS's data source and grain.
+
+The global batch of a step is a pure function of the data set, the seed and the step: neither the number of
+processes nor an interruption changes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float, Int
+
+from mora_jax.errors import InputError
+from train.data import format as layout
+
+READ_THREADS = 2
+READ_AHEAD = 8  # batches
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What is known of a prepared data set. `rows` and `tokens` (those in rows) are by split."""
+
+    directory: str
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    sequence_length: int
+    rows: dict[str, int]
+    tokens: dict[str, int]
+
+
+def load_info(directory: str) -> DataInfo:
+    """Reads and checks what a prepared data set says of itself.
+
+    Raises:
+      InputError: not a finished data set, row files missing or of another size than they were written
+        with, or a tokenizer that is not the one it was prepared with.
+    """
+    folder = Path(directory)
+    if (folder / layout.SETTINGS).exists() and not (folder / layout.DESCRIBED).exists():
+        raise InputError(f"{directory} is not finished; run the same preparation again, it continues")
+    try:
+        facts = json.loads((folder / "metadata.json").read_text())
+        splits = facts.pop("splits")
+        rows, tokens = (
+            {split: splits[split][what] for split in layout.SPLITS} for what in ("rows", "tokens")
+        )
+        info = DataInfo(directory, str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
+    _check_files(folder, {split: splits[split]["file_bytes"] for split in layout.SPLITS})
+    _check_tokenizer(info)
+    return info
+
+
+def train_batches(
+    info: DataInfo,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Int[np.ndarray, "B T"]]:
+    """Endless batches of training rows, int32, read ahead in threads; every epoch in another order.
+
+    Args:
+      batch_size: rows of the global batch.
+      seed: of the order.
+      start_step: the first step to yield; step s is the same whatever was read before.
+      process_index: this process takes every `process_count`-th row of the global batch, from this one on.
+
+    Yields:
+      (batch_size / process_count, T).
+
+    Raises:
+      InputError: a batch that does not divide by the processes, or that is larger than the split.
+    """
+    local = _local_batch_size(batch_size, process_count)
+    if info.rows["train"] < batch_size:
+        raise InputError(
+            f"{info.directory} has {info.rows['train']} training rows, fewer than one batch of {batch_size}; "
+            "use a smaller batch_size or prepare more text"
+        )
+    order = grain.MapDataset.range(info.rows["train"]).seed(seed).shuffle().repeat()
+    steps = order[process_index::process_count].batch(local)[start_step:]
+    return _read(info, "train", steps)
+
+
+def eval_batches(
+    info: DataInfo,
+    split: str,
+    batch_size: int,
+    max_batches: int | None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B"]]]:
+    """Rows of a split in order, in batches of one shape; at most `max_batches`, None for the whole split.
+
+    Yields:
+      rows (batch_size / process_count, T), int32, and their weights: 1, or 0 for a row that only fills up the
+      last batch. All processes yield equally often.
+
+    Raises:
+      InputError: a batch that does not divide by the processes, or no such split.
+    """
+    local = _local_batch_size(batch_size, process_count)
+    if split not in info.rows:
+        raise InputError(f"{info.directory} has no split {split!r}; it has {', '.join(info.rows)}")
+    count = -(-info.rows[split] // batch_size)
+    positions = np.arange(process_index, count * batch_size, process_count).reshape(count, local)[
+        :max_batches
+    ]
+    weights = (positions < info.rows[split]).astype(np.float32)
+    steps = grain.MapDataset.source(np.minimum(positions, info.rows[split] - 1))  # fill up with the last row
+    return zip(_read(info, split, steps), weights, strict=True)
+
+
+def unigram_perplexity(info: DataInfo) -> float:
+    """Perplexity of the validation rows under the frequencies in the training rows, one added to each."""
+    with np.load(Path(info.directory) / layout.UNIGRAM) as counts:
+        train_V, validation_V = counts["train"], counts["validation"]
+    log_p_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
+    return float(np.exp(-(validation_V * log_p_V).sum() / validation_V.sum()))
+
+
+def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.ndarray]:
+    """The rows whose numbers `steps` lists, batch by batch. All rows of a batch are fetched in one call."""
+    source = tfds.builder_from_directory(info.directory).as_data_source(split)
+
+    def fetch(numbers_B: np.ndarray) -> np.ndarray:
+        rows = source.__getitems__([int(number) for number in numbers_B])
+        return np.stack([row[layout.FIELD] for row in rows]).astype(np.int32)
+
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
+    return iter(steps.map(fetch).to_iter_dataset(options))  # pyright: ignore[reportCallIssue] (a decorator)
+
+
+def _local_batch_size(batch_size: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise InputError(f"batch_size {batch_size} does not divide evenly among {process_count} processes")
+    return batch_size // process_count
+
+
+def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
+    for split, expected in file_bytes.items():
+        held = sum(file.stat().st_size for file in folder.glob(f"{layout.NAME}-{split}.array_record-*"))
+        if held != expected:
+            raise InputError(
+                f"{folder}: the {split} rows take {held} bytes, not {expected}; copy or prepare it again"
+            )
+
+
+def _check_tokenizer(info: DataInfo) -> None:
+    tokenizer = Path(info.tokenizer)
+    if not tokenizer.exists() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != info.tokenizer_sha256:
+        raise InputError(f"{tokenizer} is not the tokenizer that the rows were made with; put that one back")

@@ -1,0 +1,143 @@
+"""SentencePiece: a tokenizer that turns documents into one array of tokens, and the training of one."""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+from etils import epath
+
+from mora_jax.errors import InputError
+from train.data.c4 import documents, shards
+from train.data.format import token_dtype
+from train.data.progress import plain_bar
+
+MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
+MAX_VOCAB_SIZE = 1_000_000
+MAX_SENTENCE_BYTES = 16_384
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A SentencePiece model and the facts that a data set keeps about it. Make one with `Tokenizer.load`."""
+
+    path: str
+    sha256: str
+    vocab_size: int
+    eos_id: int
+    processor: spm.SentencePieceProcessor = field(repr=False, compare=False)
+
+    @classmethod
+    def load(cls, path: epath.PathLike) -> "Tokenizer":
+        """Reads a `.model` file.
+
+        Raises:
+          InputError: the file is missing, is not a SentencePiece model, or has no end-of-sentence piece.
+        """
+        model = _read(path)
+        processor = _processor(path, model)
+        if processor.eos_id() < 0:
+            raise InputError(
+                f"{path} has no end-of-sentence piece; documents are joined with it: train one that has"
+            )
+        digest = hashlib.sha256(model).hexdigest()
+        return cls(str(path), digest, processor.vocab_size(), processor.eos_id(), processor)
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """The tokens of all documents in a row, each document followed by EOS: (N,), uint16 or uint32."""
+        pieces = [self.processor.encode(text, add_eos=True) for text in texts]  # faster than one call
+        count = sum(map(len, pieces))
+        return np.fromiter(chain.from_iterable(pieces), token_dtype(self.vocab_size), count)
+
+
+def train_tokenizer(source: str, out: str, vocab_size: int, max_characters: int = 50_000_000) -> Tokenizer:
+    """Trains a BPE model with byte fallback on the beginning of every file of `source`; writes it to `out`.
+
+    Args:
+      source: a glob, a folder or a file of C4-format text.
+      out: the `.model` file to write.
+      vocab_size: number of pieces, the 256 bytes and <unk>, <s>, </s> among them.
+      max_characters: characters to learn from at most, taken evenly from the files.
+
+    Raises:
+      InputError: bad text (see `c4.records`), no text, or a vocabulary that cannot be made from it.
+    """
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(f"vocab_size is {vocab_size}; it must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
+    if max_characters < 1:
+        raise InputError(f"max_characters is {max_characters}; it must be at least 1")
+    with plain_bar() as bar:
+        reading = bar.add_task("read text", total=None)
+        lines = list(_sample(source, max_characters))
+        bar.update(reading, total=1, completed=1)
+        if not lines:
+            raise InputError(f"{source} holds no text to train a tokenizer on")
+        training = bar.add_task(f"train {vocab_size:,} pieces", total=None)
+        model = _train(lines, vocab_size)
+        bar.update(training, total=1, completed=1)
+    _write(Path(out), model)
+    return Tokenizer.load(out)
+
+
+def _read(path: epath.PathLike) -> bytes:
+    try:
+        return epath.Path(path).read_bytes()
+    except (OSError, ImportError) as error:
+        raise InputError(f"tokenizer {path} cannot be read: {error}") from error
+
+
+def _write(path: Path, model: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(model)
+    except OSError as error:
+        raise InputError(f"tokenizer {path} cannot be written: {error.strerror}") from error
+
+
+def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor:
+    if not model:  # SentencePiece takes an empty file for a model without pieces
+        raise InputError(f"tokenizer {path} is empty; give a SentencePiece .model file")
+    try:
+        return spm.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise InputError(f"{path} is not a SentencePiece model; give a .model file") from error
+
+
+def _sample(source: str, max_characters: int) -> Iterator[str]:
+    """Lines of the first documents of every file, evenly, up to `max_characters` in all."""
+    files = shards(source)
+    for file in files:
+        left = -(-max_characters // len(files))
+        for text in documents(file, skip_lines=0):
+            if left <= 0:
+                break
+            left -= len(text)
+            yield from filter(None, text.splitlines())
+
+
+def _train(lines: list[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",  # text comes back exactly
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            num_threads=1,  # the model does not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1]
+        raise InputError(f"vocab_size {vocab_size} cannot be made from this text: {reason}") from error
+    return model.getvalue()
