@@ -1,0 +1,144 @@
+"""One update, one restart: what moves, what does not, and what is held."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax import transform, trees
+from mora_jax.llama import Compute, Llama, LlamaConfig
+from train import runs
+from train.config import Data, MethodFlags, Optimizer, Restart, RunConfig, Schedule
+from train.step import eval_step, init_params, init_state, restart_step, train_step
+
+CONFIG = RunConfig(
+    steps=8,
+    batch_size=4,
+    model=LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16,
+    ),
+    compute=Compute(dtype="float32", layers="scan", loss_chunk=16),
+    data=Data("nowhere", 16),
+    method=MethodFlags("mora", rank=4, align=8),
+    optimizer=Optimizer(learning_rate=1e-2),
+    schedule=Schedule("jagged-cosine", warmup=1),
+    restart=Restart(every=3, warmup=1),
+)  # fmt: skip
+METHODS = {name: MethodFlags(name, rank=4, align=8) for name in ("full", "frozen", "lora", "mora")}
+
+
+def with_method(name: str) -> RunConfig:
+    restart, schedule = (CONFIG.restart, CONFIG.schedule) if name in ("lora", "mora") else (Restart(), Schedule("cosine", 1))
+    return dataclasses.replace(CONFIG, method=METHODS[name], restart=restart, schedule=schedule)
+
+
+def tokens(seed: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (4, 16), 0, 64)
+
+
+def started(config: RunConfig):
+    methods = runs.assign_methods(config)
+    return methods, init_state(config, methods, init_params(config))
+
+
+def trained(config: RunConfig, updates: int):
+    methods, state = started(config)
+    for step in range(updates):
+        state, metrics = train_step(config, methods, state, tokens(step))
+    return methods, state, metrics
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_exactly_the_trainable_leaves_move(name):
+    config = with_method(name)
+    methods, before = started(config)
+    before = jax.tree.map(np.asarray, before)
+    _, after, _ = trained(config, 2)
+    groups = transform.trainable_paths(methods)
+    old = trees.flatten({"params": before.params, "adapters": before.adapters})
+    new = trees.flatten({"params": after.params, "adapters": after.adapters})
+    moved = {path for path in old if not np.array_equal(old[path], new[path])}
+    assert moved == groups.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_parameters_have_no_byte_of_optimizer_state(name):
+    methods, state = started(with_method(name))
+    trainable, _ = transform.partition(state.params, state.adapters, methods)
+    groups = set(jax.tree.leaves(transform.labels(state.params, state.adapters, methods)))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    moments = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
+    counts = 4 * len(groups)
+    assert held == moments + counts
+
+
+def test_frozen_kernels_get_no_gradient_computed():
+    """The compiled step of a frozen base must not hold a product that makes a kernel's gradient."""
+    frozen, full = (flops(with_method(name)) for name in ("frozen", "full"))
+    assert frozen < 0.8 * full
+
+
+def flops(config: RunConfig) -> float:
+    methods, state = started(config)
+    return train_step.lower(config, methods, state, tokens(0)).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
+    _, whole, metrics = trained(CONFIG, 3)
+    _, parts, metrics_ = trained(dataclasses.replace(CONFIG, microbatches=microbatches), 3)
+    for a, b in zip(jax.tree.leaves(metrics), jax.tree.leaves(metrics_), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    moved = transform.merge(whole.params, whole.adapters, runs.assign_methods(CONFIG))
+    moved_ = transform.merge(parts.params, parts.adapters, runs.assign_methods(CONFIG))
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(moved_), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "mora"])
+def test_a_restart_changes_no_output_and_clears_the_adapters(name):
+    config = with_method(name)
+    methods, state, _ = trained(config, 3)
+    model = Llama(config.model, config.compute)
+    before, _ = eval_step(model, methods, state.params, state.adapters, tokens(7), jnp.ones(4))
+    unmerged, _ = eval_step(model, methods, state.params, jax.tree.map(jnp.zeros_like, state.adapters), tokens(7), jnp.ones(4))
+    state, cleared = restart_step(config, methods, state)
+    after, _ = eval_step(model, methods.after_restart(), state.params, state.adapters, tokens(7), jnp.ones(4))
+    np.testing.assert_allclose(after, before, rtol=1e-5)
+    assert abs(float(unmerged) - float(before)) > 1e-3
+    assert float(cleared) == 1.0
+    assert int(state.step) == 3
+
+
+def test_a_restart_draws_new_random_factors():
+    config = with_method("lora")
+    methods, state, _ = trained(config, 3)
+    first = trees.flatten(started(config)[1].adapters)
+    again = trees.flatten(restart_step(config, methods, state)[0].adapters)
+    path = "layers/mlp/up_proj/kernel/a_KR"
+    assert not np.allclose(first[path], again[path])
+
+
+def test_the_gradient_is_clipped_and_its_norm_told_before():
+    loose = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-2, clip_norm=0))
+    tight = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-2, clip_norm=1e-3))
+    norms, moments = [], []
+    for config in (loose, tight):
+        _, state, metrics = trained(config, 1)
+        norms.append(float(metrics["grad_norm"]))
+        mu = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+        moments.append(float(max(jnp.abs(leaf).max() for leaf in mu)))
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
+    assert norms[0] > 0.1
+    assert moments[1] < 0.01 * moments[0]
+
+
+def test_the_first_rate_is_that_of_step_zero_and_rates_follow_the_step():
+    _, _, metrics = trained(CONFIG, 1)
+    assert float(metrics["learning_rate"]) == 0.0
+    _, state, metrics = trained(CONFIG, 2)
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-2, rtol=1e-6)
+    assert int(state.step) == 2
