@@ -130,7 +130,7 @@ def _json_lines(closing: contextlib.ExitStack, path: Path, start: int) -> Sink:
 
 
 def _forget(path: Path, start: int) -> None:
-    """Drops the lines of updates from `start` on, and a last line cut off. A kill leaves the old or the new."""
+    """Drops the lines of updates from `start` on and a last one cut off; a kill leaves the old or the new."""
     kept = [line for line in read_metrics(str(path)) if line["step"] < start]
     part = path.with_suffix(".part")
     part.write_text("".join(_render(line.pop("step"), line) for line in kept), encoding="utf-8")
@@ -144,7 +144,8 @@ def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sin
 
     def write(step: int, values: Values) -> None:
         for name, value in _numbers(values).items():
-            writer.add_scalar(name, value, step)
+            if math.isfinite(value):  # others cannot be drawn, and tensorboardX complains on stderr
+                writer.add_scalar(name, value, step)
 
     return write
 
@@ -184,8 +185,8 @@ def _bar(closing: contextlib.ExitStack, total: int, start: int) -> Sink:
 
 def _facts(seen: Values) -> str:
     forms = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "lr {:.2e}",
+        "loss": "loss {:.3f}",
+        "learning_rate": "lr {:.1e}",
         "tokens_per_second": "{:,.0f} tokens/s",
         "restart": "restarts {}",
     }
