@@ -138,8 +138,10 @@ def _forget(path: Path, start: int) -> None:
 
 
 def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
+    # Files are named by the second they are made in and overwrite one another: the suffix keeps them apart.
     # purge_step hides, in TensorBoard, the events of an earlier process that are told again.
-    writer = SummaryWriter(str(folder), purge_step=start)
+    suffix = f".{len(list(folder.glob('*')))}"
+    writer = SummaryWriter(str(folder), purge_step=start, flush_secs=10, filename_suffix=suffix)
     closing.callback(writer.close)
 
     def write(step: int, values: Values) -> None:

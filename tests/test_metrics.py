@@ -1,0 +1,178 @@
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from mora_jax.errors import InputError
+from train import metrics as metrics_module
+from train.metrics import Metrics, read_metrics
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def events_of(folder: Path) -> list[Event]:
+    """Every event of every file, oldest file first."""
+    events = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # a record: length (8 bytes), its check (4), data, its check (4)
+            length = int.from_bytes(content[at : at + 8], "little")
+            events.append(Event.FromString(content[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return events
+
+
+def train(folder: Path, first: int, last: int, total: int = 10) -> None:
+    with Metrics(str(folder), total, first) as metrics:
+        for step in range(first, last):
+            if step == 4:
+                metrics.write(step, {"restart": 1, "group_type": "1"})
+            metrics.write(step, {"loss": 0.1 * step + first, "learning_rate": 1e-3})
+            if step == 5:
+                metrics.write(step, {"validation_loss": 2.0})
+
+
+def test_a_line_for_each_write(tmp_path: Path):
+    train(tmp_path, 0, 6)
+    assert lines_of(tmp_path)[4] == {"step": 4, "restart": 1, "group_type": "1"}
+    assert lines_of(tmp_path)[5] == {"step": 4, "loss": 0.1 * 4, "learning_rate": 1e-3}
+    assert read_metrics(str(tmp_path / "metrics.jsonl")) == lines_of(tmp_path)
+
+
+def test_lines_are_there_at_once(tmp_path: Path):
+    with Metrics(str(tmp_path), 10) as metrics:
+        metrics.write(0, {"loss": 1.0})
+        assert lines_of(tmp_path) == [{"step": 0, "loss": 1.0}]
+
+
+def test_numbers_that_are_not_finite_are_legal_json_and_come_back(tmp_path: Path):
+    values = {"loss": math.nan, "grad_norm": math.inf, "learning_rate": -math.inf}
+    with Metrics(str(tmp_path), 10) as metrics:
+        metrics.write(0, values)
+    assert lines_of(tmp_path) == [
+        {"step": 0, "loss": "NaN", "grad_norm": "Infinity", "learning_rate": "-Infinity"}
+    ]
+    (back,) = read_metrics(str(tmp_path / "metrics.jsonl"))
+    assert math.isnan(back["loss"])
+    assert (back["grad_norm"], back["learning_rate"]) == (math.inf, -math.inf)
+
+
+def test_a_resumed_run_tells_no_update_twice(tmp_path: Path):
+    train(tmp_path, 0, 8)
+    before = [line for line in lines_of(tmp_path) if line["step"] < 4]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed here
+    train(tmp_path, 4, 10)
+    lines = lines_of(tmp_path)
+    assert lines[: len(before)] == before
+    assert [line["step"] for line in lines if "loss" in line] == list(range(10))
+    assert [line["loss"] for line in lines if "loss" in line][4] == 0.1 * 4 + 4
+    assert sum("restart" in line for line in lines) == sum("validation_loss" in line for line in lines) == 1
+
+
+def test_a_fresh_run_forgets_all(tmp_path: Path):
+    train(tmp_path, 0, 8)
+    train(tmp_path, 0, 1)
+    assert lines_of(tmp_path) == [{"step": 0, "loss": 0.0, "learning_rate": 1e-3}]
+
+
+def test_a_last_line_cut_off_is_not_read(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1}')
+    assert read_metrics(str(path)) == [{"step": 0, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "1"}', "\xff", "[" * 100_000])
+def test_any_other_broken_line_is_named(tmp_path: Path, line: str):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line.encode("latin-1") + b'\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2: not a JSON object"):
+        read_metrics(str(path))
+    with pytest.raises(InputError, match="line 2"):
+        Metrics(str(tmp_path), 10, 1)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(InputError, match=r"none.jsonl cannot be read: No such file"):
+        read_metrics(str(tmp_path / "none.jsonl"))
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path):
+    train(tmp_path, 0, 6)
+    events = events_of(tmp_path)
+    scalars = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    assert scalars[(5, "validation_loss")] == 2.0
+    assert scalars[(3, "loss")] == pytest.approx(0.3)
+    assert (4, "restart") in scalars
+    assert not any(tag == "group_type" for _, tag in scalars)
+    train(tmp_path, 4, 6)
+    starts = [e.step for e in events_of(tmp_path) if e.HasField("session_log")]
+    assert starts == [0, 4]  # what TensorBoard hides from there on is told again
+
+
+def test_only_the_writing_process_writes(tmp_path: Path):
+    with Metrics(str(tmp_path / "run"), 10, writes=False) as metrics:
+        metrics.write(0, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"pip install 'mora_jax\[wandb\]'"):
+        Metrics(str(tmp_path), 10, wandb="project")
+
+
+class FakeWandb(types.SimpleNamespace):
+    """Takes what is sent to Weights & Biases."""
+
+    def __init__(self) -> None:
+        super().__init__(inits=[], logged=[], finished=0)
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.inits.append(options)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "update")
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 3):
+        with Metrics(str(tmp_path / "a_run"), 10, start, wandb="paper") as metrics:
+            metrics.write(start, {"loss": 1.5, "group_type": "0"})
+    assert fake.logged == [{"update": 0, "loss": 1.5}, {"update": 3, "loss": 1.5}]
+    assert fake.finished == 2
+    assert {o["project"] for o in fake.inits} == {"paper"}
+    assert {o["name"] for o in fake.inits} == {"a_run"}
+    assert len({o["id"] for o in fake.inits}) == 1
+    assert all(o["resume"] == "allow" for o in fake.inits)
+
+
+def test_the_bar_shows_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shown = []
+    monkeypatch.setattr(metrics_module.Bar, "advance", lambda self, n, facts: shown.append((n, facts)))
+    with Metrics(str(tmp_path), 10, 3) as metrics:
+        metrics.write(3, {"restart": 2, "group_type": "1"})
+        metrics.write(3, {"loss": 2.0, "learning_rate": 1e-3, "tokens_per_second": 1234.5})
+        metrics.write(3, {"validation_loss": 9.0})
+        metrics.write(5, {"loss": 1.0})
+    assert shown == [
+        (1, "loss 2.000 · lr 1.0e-03 · 1,234 tokens/s · restarts 2"),
+        (2, "loss 1.000 · lr 1.0e-03 · 1,234 tokens/s · restarts 2"),
+    ]
