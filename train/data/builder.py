@@ -7,6 +7,7 @@ written here, with TFDS's serializer, and described to TFDS at the end (`tfds.fo
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from mora_jax.errors import InputError
 from train.data import format as layout
 from train.data import workers as pool
 from train.data.c4 import file_shards
-from train.data.progress import token_bar
 from train.data.read import DataInfo, load_info
 from train.data.shard import Advance, Counts, Job, TextShard
 from train.data.tfds_text import PREFIX, tfds_shards
 from train.data.tokenizer import Tokenizer
+from train.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,25 @@ class Settings:
 
 def prepare(
     source: str,
-    validation: str | None,
+    validation: str,
     tokenizer: str,
     sequence_length: int,
     out: str,
     skip_lines: int = 0,
-    workers: int | None = None,
-    tfds_data_dir: str | None = None,
+    workers: int = 0,
+    tfds_data_dir: str = "",
 ) -> DataInfo:
     """Writes the rows of `source` and `validation` into the TFDS data set `out`, or continues doing so.
 
     Args:
       source: training text: a glob, a folder, a file (see `c4.shards`) or `tfds:NAME`.
-      validation: validation text, likewise; None for a `tfds:` source takes its own validation split.
+      validation: validation text, likewise; empty for a `tfds:` source: its own validation split.
       tokenizer: a SentencePiece `.model` file.
       sequence_length: tokens of a row.
       out: a folder on a local or mounted disk. One prepared with other settings is refused.
       skip_lines: bad lines that may be skipped, over all files together.
-      workers: processes; None for one a core. The result does not depend on it.
-      tfds_data_dir: where `tfds:NAME` is looked for.
+      workers: processes; 0 for one a core. The result does not depend on it.
+      tfds_data_dir: where `tfds:NAME` is looked for; empty for TFDS's default.
 
     Returns:
       What `read.load_info` says of the finished data set.
@@ -73,25 +74,25 @@ def prepare(
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
     if not (folder / layout.DESCRIBED).exists():
         shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
-        _run([*jobs["train"], *jobs["validation"]], workers or len(os.sched_getaffinity(0)))
+        _run([*jobs["train"], *jobs["validation"]], workers or os.cpu_count() or 1)
         _describe(folder, jobs, skip_lines)
     shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
     return load_info(str(folder))
 
 
-def _check_numbers(sequence_length: int, skip_lines: int, workers: int | None) -> None:
+def _check_numbers(sequence_length: int, skip_lines: int, workers: int) -> None:
     for name, value, least in (
         ("sequence_length", sequence_length, 2),
         ("skip_lines", skip_lines, 0),
-        ("workers", 1 if workers is None else workers, 1),
+        ("workers", workers, 0),
     ):
         if value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
-def _open(source: str, validation: str | None, tfds_data_dir: str | None) -> dict[str, list[TextShard]]:
+def _open(source: str, validation: str, tfds_data_dir: str) -> dict[str, list[TextShard]]:
     """The shards of both splits; a file that is in both is refused."""
-    if validation is None and not source.startswith(PREFIX):
+    if not validation and not source.startswith(PREFIX):
         raise InputError("validation is not given; only a tfds: source has a validation split of its own")
     text = {
         split: _shards(name, split, tfds_data_dir)
@@ -99,16 +100,14 @@ def _open(source: str, validation: str | None, tfds_data_dir: str | None) -> dic
     }
     both = [shard for shard in text["train"] if shard in text["validation"]]
     if both:
-        raise InputError(
-            f"{both[0].name} is in the training text and in the validation text; name other files"
-        )
+        raise InputError(f"{both[0].name} is in the training and the validation text; name other files")
     return text
 
 
-def _shards(source: str, split: str, tfds_data_dir: str | None) -> list[TextShard]:
-    return [
-        *(tfds_shards(source, split, tfds_data_dir) if source.startswith(PREFIX) else file_shards(source))
-    ]
+def _shards(source: str, split: str, tfds_data_dir: str) -> list[TextShard]:
+    if source.startswith(PREFIX):
+        return [*tfds_shards(source, split, tfds_data_dir)]
+    return [*file_shards(source)]
 
 
 def _settings(sequence_length: int, model: Tokenizer, text: dict[str, list[TextShard]]) -> Settings:
@@ -171,18 +170,19 @@ def _jobs(
 def _run(jobs: Sequence[Job], workers: int) -> None:
     """Does the jobs that are not finished, with a progress bar."""
     left = [job for job in jobs if not job.finished]
-    with token_bar() as bar:
-        done = f", {len(jobs) - len(left)} done before" if len(left) < len(jobs) else ""
-        size = sum(job.shard.size for job in left)
-        task = bar.add_task(f"prepare {len(left)} shards{done}", total=size, documents=0, tokens=0)
+    size = sum(job.shard.size for job in left)
+    started = time.monotonic()
+    done = Advance(0, 0, 0)
+    with Bar("preparing", len(jobs), "shards", start=len(jobs) - len(left)) as bar:
 
         def report(advance: Advance) -> None:
-            fields = bar.tasks[task].fields
-            documents, tokens = fields["documents"] + advance.documents, fields["tokens"] + advance.tokens
-            bar.update(task, advance=advance.units, documents=documents, tokens=tokens)
+            nonlocal done
+            done = Advance(*(sum(pair) for pair in zip(done, advance, strict=True)))
+            rate = done.tokens / (time.monotonic() - started)
+            facts = f"{done.documents:,} documents, {done.tokens:,} tokens, {rate / 1e6:.2f}M tokens/s"
+            bar.advance(advance.units / size * len(left), facts)
 
         pool.run(left, workers, report)
-        bar.update(task, completed=size)
 
 
 def _describe(folder: Path, jobs: dict[str, list[Job]], skip_lines: int) -> None:

@@ -114,11 +114,10 @@ def eval_batches(
     if split not in info.rows:
         raise InputError(f"{info.directory} has no split {split!r}; it has {', '.join(info.rows)}")
     count = -(-info.rows[split] // batch_size)
-    positions = np.arange(process_index, count * batch_size, process_count).reshape(count, local)[
-        :max_batches
-    ]
-    weights = (positions < info.rows[split]).astype(np.float32)
-    steps = grain.MapDataset.source(np.minimum(positions, info.rows[split] - 1))  # fill up with the last row
+    rows = np.arange(process_index, count * batch_size, process_count).reshape(count, local)[:max_batches]
+    weights = (rows < info.rows[split]).astype(np.float32)
+    rows = np.minimum(rows, info.rows[split] - 1)  # the last row fills up the last batch
+    steps = grain.MapDataset.range(len(rows)).map(lambda step: rows[step])
     return zip(_read(info, split, steps), weights, strict=True)
 
 
@@ -139,7 +138,7 @@ def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.nd
         return np.stack([row[layout.FIELD] for row in rows]).astype(np.int32)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
-    return iter(steps.map(fetch).to_iter_dataset(options))  # pyright: ignore[reportCallIssue] (a decorator)
+    return iter(steps.map(fetch).to_iter_dataset(options))  # pyright: ignore[reportCallIssue]
 
 
 def _local_batch_size(batch_size: int, process_count: int) -> int:

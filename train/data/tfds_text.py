@@ -41,7 +41,7 @@ class TfdsShard:
                 yield Record(_text(row["text"]), position)
 
 
-def tfds_shards(source: str, split: str, data_dir: str | None) -> list[TfdsShard]:
+def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
     """The shards of one split of `tfds:NAME` (looked for in `data_dir`) or `tfds:/a/prepared/directory`.
 
     Raises:
@@ -52,7 +52,10 @@ def tfds_shards(source: str, split: str, data_dir: str | None) -> list[TfdsShard
         raise InputError(
             f"{source} has no split {split!r}; it has {', '.join(builder.info.splits) or 'none'}"
         )
-    if "text" not in dict(builder.info.features or {}):
+    if (
+        not isinstance(features := builder.info.features, tfds.features.FeaturesDict)
+        or "text" not in features
+    ):
         raise InputError(f"{source} has no feature `text`")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
@@ -65,7 +68,7 @@ def tfds_shards(source: str, split: str, data_dir: str | None) -> list[TfdsShard
     return [TfdsShard(str(builder.data_path), split, a, b) for a, b in pairwise(ends) if b > a]
 
 
-def _builder(source: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     name = source.removeprefix(PREFIX)
     if (epath.Path(name) / "dataset_info.json").exists():
         return tfds.builder_from_directory(name)

@@ -2,9 +2,9 @@
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ from etils import epath
 from mora_jax.errors import InputError
 from train.data.c4 import documents, shards
 from train.data.format import token_dtype
-from train.data.progress import plain_bar
+from train.progress import progress
 
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
 MAX_VOCAB_SIZE = 1_000_000
 MAX_SENTENCE_BYTES = 16_384
+COUNT_EVERY = 1_000  # lines; redrawing a bar for each would take longer than the training
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,31 @@ class Tokenizer:
         return np.fromiter(chain.from_iterable(pieces), token_dtype(self.vocab_size), count)
 
 
-def train_tokenizer(source: str, out: str, vocab_size: int, max_characters: int = 50_000_000) -> Tokenizer:
+def train_tokenizer(
+    source: str, out: str, vocab_size: int, max_documents: int = 1_000_000, max_characters: int = 50_000_000
+) -> Tokenizer:
     """Trains a BPE model with byte fallback on the beginning of every file of `source`; writes it to `out`.
 
     Args:
       source: a glob, a folder or a file of C4-format text.
       out: the `.model` file to write.
       vocab_size: number of pieces, the 256 bytes and <unk>, <s>, </s> among them.
-      max_characters: characters to learn from at most, taken evenly from the files.
+      max_documents: documents to learn from at most, taken evenly from the files.
+      max_characters: characters to learn from at most, likewise.
 
     Raises:
       InputError: bad text (see `c4.records`), no text, or a vocabulary that cannot be made from it.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise InputError(f"vocab_size is {vocab_size}; it must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}")
-    if max_characters < 1:
-        raise InputError(f"max_characters is {max_characters}; it must be at least 1")
-    with plain_bar() as bar:
-        reading = bar.add_task("read text", total=None)
-        lines = list(_sample(source, max_characters))
-        bar.update(reading, total=1, completed=1)
-        if not lines:
-            raise InputError(f"{source} holds no text to train a tokenizer on")
-        training = bar.add_task(f"train {vocab_size:,} pieces", total=None)
-        model = _train(lines, vocab_size)
-        bar.update(training, total=1, completed=1)
+        raise InputError(f"vocab_size must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
+    for name, value in (("max_documents", max_documents), ("max_characters", max_characters)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    lines = _sample(source, max_documents, max_characters)
+    if not lines:
+        raise InputError(f"{source} holds no text to train a tokenizer on")
+    with progress(f"training {vocab_size:,} pieces on", len(lines), "lines") as advance:
+        model = _train(_counted(lines, advance), vocab_size)
     _write(Path(out), model)
     return Tokenizer.load(out)
 
@@ -107,23 +108,34 @@ def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor
         raise InputError(f"{path} is not a SentencePiece model; give a .model file") from error
 
 
-def _sample(source: str, max_characters: int) -> Iterator[str]:
-    """Lines of the first documents of every file, evenly, up to `max_characters` in all."""
+def _sample(source: str, max_documents: int, max_characters: int) -> list[str]:
+    """Lines of the first documents of every file, evenly, up to the two limits."""
     files = shards(source)
-    for file in files:
-        left = -(-max_characters // len(files))
-        for text in documents(file, skip_lines=0):
-            if left <= 0:
-                break
-            left -= len(text)
-            yield from filter(None, text.splitlines())
+    lines = []
+    with progress("reading", len(files), "files") as advance:
+        for file in files:
+            left = -(-max_characters // len(files))
+            for text in islice(documents(file, skip_lines=0), -(-max_documents // len(files))):
+                lines += filter(None, text.splitlines())
+                left -= len(text)
+                if left <= 0:
+                    break
+            advance(1)
+    return lines
 
 
-def _train(lines: list[str], vocab_size: int) -> bytes:
+def _counted(lines: Iterable[str], advance: Callable[[float], None]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        yield line
+        if number % COUNT_EVERY == 0:
+            advance(COUNT_EVERY)
+
+
+def _train(lines: Iterator[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.Train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=lines,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
