@@ -216,10 +216,10 @@ def _charsmap(spec: Any) -> list[Json]:
         return []
     encoded = base64.b64encode(spec.precompiled_charsmap).decode()
     precompiled = {"type": "Precompiled", "precompiled_charsmap": encoded}
-    # Precompiled looks at one grapheme at a time and replaces it by its shortest match: composed letters
-    # have no shorter match, and \r\n is one grapheme that has to become two spaces.
-    returns = [_replace("\r", " ")] if spec.name.startswith("nmt") else []
-    return [*returns, {"type": "NFC"}, precompiled]
+    # Precompiled replaces a whole grapheme by its shortest match. A composed letter has no shorter match, so
+    # letters are composed first; \r takes \n along, and a visible space a mark, so they become spaces first.
+    spaces = [_replace_regex(f"[\r{SPACE}]", " ")] if spec.name.startswith("nmt") else []
+    return [*spaces, {"type": "NFC"}, precompiled]
 
 
 def _pre_tokenizer(model: Model) -> Json | None:
