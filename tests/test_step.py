@@ -31,7 +31,9 @@ METHODS = {name: MethodFlags(name, rank=4, align=8) for name in ("full", "frozen
 
 
 def with_method(name: str) -> RunConfig:
-    restart, schedule = (CONFIG.restart, CONFIG.schedule) if name in ("lora", "mora") else (Restart(), Schedule("cosine", 1))
+    restart, schedule = (
+        (CONFIG.restart, CONFIG.schedule) if name in ("lora", "mora") else (Restart(), Schedule("cosine", 1))
+    )
     return dataclasses.replace(CONFIG, method=METHODS[name], restart=restart, schedule=schedule)
 
 
@@ -56,7 +58,7 @@ def test_exactly_the_trainable_leaves_move(name):
     config = with_method(name)
     methods, before = started(config)
     before = jax.tree.map(np.asarray, before)
-    _, after, _ = trained(config, 2)
+    _, after, _ = trained(config, 3)  # the first rate is 0, and then A waits for B
     groups = transform.trainable_paths(methods)
     old = trees.flatten({"params": before.params, "adapters": before.adapters})
     new = trees.flatten({"params": after.params, "adapters": after.adapters})
@@ -104,7 +106,9 @@ def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     methods, state, _ = trained(config, 3)
     model = Llama(config.model, config.compute)
     before, _ = eval_step(model, methods, state.params, state.adapters, tokens(7), jnp.ones(4))
-    unmerged, _ = eval_step(model, methods, state.params, jax.tree.map(jnp.zeros_like, state.adapters), tokens(7), jnp.ones(4))
+    unmerged, _ = eval_step(
+        model, methods, state.params, jax.tree.map(jnp.zeros_like, state.adapters), tokens(7), jnp.ones(4)
+    )
     state, cleared = restart_step(config, methods, state)
     after, _ = eval_step(model, methods.after_restart(), state.params, state.adapters, tokens(7), jnp.ones(4))
     np.testing.assert_allclose(after, before, rtol=1e-5)

@@ -20,7 +20,7 @@ from train import config as run_config
 C = TypeVar("C")
 
 
-def parse(command: type[C], args: Sequence[str], program: str, default: Any = tyro.MISSING) -> C:
+def parse(command: type[C], args: Sequence[str], program: str, default: Any = tyro.MISSING_NONPROP) -> C:
     """Builds `command` from flags.
 
     Raises:

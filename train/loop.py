@@ -45,7 +45,7 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     runs.claim(config, resume)
     with runs.checkpoints(config) as saved:
         state, methods = start(config, saved, mesh)
-        first = int(state.step)
+        first, score = int(state.step), None
         with Metrics(config.run_dir, config.steps, first, config.log.wandb) as metrics:
             watch = Watch(metrics, config.tokens_per_step())
             batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
@@ -62,12 +62,13 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
                 watch.follow(step, scalars, data_wait)
                 if due(config.eval.every, step, config):
                     watch.drain()
-                    watch.note(step, evaluation_note(score_of(config, methods, state, info, mesh)))
+                    score = score_of(config, methods, state, info, mesh)
+                    watch.note(step, evaluation_note(score))
                 if due(config.checkpoint.every, step, config):
                     watch.drain()
                     saved.save(step + 1, state, checkpoint_meta(config, methods, info, step + 1))
             watch.drain()
-        score = score_of(config, methods, state, info, mesh)
+        score = score or score_of(config, methods, state, info, mesh)  # nothing was left to do
     return conclude(config, info, score, watch.median_rate())
 
 

@@ -60,7 +60,7 @@ def train_step(
     """
     trainable, frozen = transform.partition(state.params, state.adapters, methods)
     loss, gradients = _mean_gradient(config, methods, trainable, frozen, tokens_BT)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     if config.optimizer.clip_norm:
         shrink = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
         gradients = jax.tree.map(lambda g: g * shrink, gradients)

@@ -1,0 +1,66 @@
+"""`make demo`: the whole path on prose that every Python installation carries; nothing is downloaded."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from train import flags, runs
+from train.config import RunConfig
+from train.data.builder import prepare
+from train.data.prose import write_shards
+from train.data.tokenizer import train_tokenizer
+from train.export import export
+from train.loop import pretrain
+from train.scoring import score_path
+
+NEEDED = ("data", "export", "checkpoints", runs.CONFIG)
+
+
+def demo(config_path: str, folder: str) -> None:
+    """Gathers text, trains a tokenizer, prepares the rows, pretrains, exports and scores the export.
+
+    Args:
+      config_path: the run's config; its folders are replaced by those below `folder`.
+      folder: everything is written here; what a demo left here before is removed first.
+
+    Raises:
+      InputError: for a config that does not fit, or a folder that is not a demo's.
+    """
+    _start_afresh(Path(folder))
+    text, tokenizer, rows = (f"{folder}/{name}" for name in ("text", "tokenizer.model", "data"))
+    config = flags.read_config(config_path)
+    config = dataclasses.replace(
+        config, run_dir=folder, data=dataclasses.replace(config.data, directory=rows)
+    )
+    write_shards(text)
+    train, validation = f"{text}/c4-train.*.json.gz", f"{text}/c4-validation.*.json.gz"
+    train_tokenizer(train, tokenizer, config.model.vocab_size)
+    prepare(train, validation, tokenizer, config.data.sequence_length, rows)
+    summary = pretrain(config)
+    export(folder, f"{folder}/export")
+    score = score_path(f"{folder}/export", rows, config.eval, config.compute.dtype)
+    summary["exported_perplexity"] = score.perplexity
+    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _show(summary, folder, config)
+
+
+def _start_afresh(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _show(summary: dict, folder: str, config: RunConfig) -> None:
+    table = Table("", "", title="demo", show_header=False)
+    table.add_row("validation perplexity", f"{summary['validation_perplexity']:.2f}")
+    table.add_row("  of the exported model, reloaded", f"{summary['exported_perplexity']:.2f}")
+    table.add_row("  of the unigram distribution", f"{summary['unigram_perplexity']:.1f}")
+    table.add_row("restarts, group types in turn", f"{summary['restarts']}")
+    table.add_row("tokens trained on", f"{summary['tokens']:,}")
+    table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
+    for name in ("metrics.jsonl", "summary.json", "loss.png", "export/"):
+        table.add_row(name, f"{folder}/{name}")
+    Console().print(table)
