@@ -15,7 +15,9 @@ def make_mesh(data: int) -> Mesh:
     """
     devices = jax.devices()
     if data > len(devices):
-        raise InputError(f"mesh.data asks for {data} devices; {len(devices)} ({devices[0].platform}) are here")
+        raise InputError(
+            f"mesh.data asks for {data} devices; {len(devices)} ({devices[0].platform}) are here"
+        )
     used = len(devices) if data == -1 else data
     return Mesh(np.array(devices[:used]), ("data",), axis_types=(AxisType.Auto,))
 

@@ -8,6 +8,7 @@ without a manifest is a save that did not finish, and is never loaded.
 import concurrent.futures
 import hashlib
 import json
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -47,7 +48,8 @@ class Checkpoints:
         """
         if keep is not None and keep < 1:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
-        self._directory = epath.Path(directory)
+        # Orbax asks for absolute paths.
+        self._directory = epath.Path(directory if "://" in directory else Path(directory).absolute())
         self._keep = keep
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None

@@ -70,7 +70,7 @@ class Pretrain:
     """
 
     config: File
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -222,7 +222,9 @@ def run(args: list[str]) -> None:
     words = 2 if args[0] == "bench" else 1
     name, rest = " ".join(args[:words]), args[words:]
     if name not in COMMANDS:
-        raise InputError(f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)")
+        raise InputError(
+            f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)"
+        )
     command, function = COMMANDS[name]
     if command is Pretrain and rest and not rest[0].startswith("-"):
         return function(read_pretrain(rest))

@@ -10,7 +10,9 @@ from train import runs
 from train.data.read import load_info
 
 
-def export(run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> tuple[Any, LlamaConfig]:
+def export(
+    run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[Any, LlamaConfig]:
     """Writes config.json, model.safetensors and the tokenizer's files.
 
     Args:

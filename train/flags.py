@@ -33,12 +33,12 @@ def parse(command: type[C], args: Sequence[str], program: str, default: Any = ty
         flag = arg.partition("=")[0].replace("_", "-")
         if re.match(r"--[a-z]", flag) and flag not in known | {"--help"}:
             raise InputError(f"unknown option {flag}{nearest(flag, known)}")
+    # A config's switches take a value, as in YAML: --model.tie-word-embeddings True.
+    markers = (tyro.conf.FlagConversionOff,) if command is run_config.RunConfig else ()
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                command, args=list(args), prog=program, default=default, config=(tyro.conf.FlagConversionOff,)
-            )
+            return tyro.cli(command, args=list(args), prog=program, default=default, config=markers)
     except SystemExit as stop:
         if not stop.code:
             raise

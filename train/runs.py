@@ -33,7 +33,9 @@ def claim(config: RunConfig, resume: bool) -> None:
     folder = epath.Path(config.run_dir)
     if (folder / CONFIG).exists():
         if not resume:
-            raise InputError(f"{folder} holds a run already; add --resume to go on, or choose another --run-dir")
+            raise InputError(
+                f"{folder} holds a run already; add --resume to go on, or choose another --run-dir"
+            )
         _check_same(read_config(config.run_dir), config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
@@ -84,7 +86,9 @@ def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tup
     """
     methods = methods_at(config, step)
     if Methods.from_json(saved.read_meta(step)["methods"]) != methods:
-        raise InputError(f"{config.run_dir}: the methods saved at step {step} are not those the config gives for it")
+        raise InputError(
+            f"{config.run_dir}: the methods saved at step {step} are not those the config gives for it"
+        )
     return saved.restore(step, abstract_state(config, methods, mesh)), methods
 
 

@@ -46,6 +46,10 @@ class Method:
         """How each array that `init` makes is trained."""
         raise NotImplementedError
 
+    def count(self, k: int, d: int) -> int:
+        """The trainable parameters of a (k, d) kernel's adapter, without any padding of stored arrays."""
+        raise NotImplementedError
+
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """The effective kernel: the definition of the method."""
         raise NotImplementedError

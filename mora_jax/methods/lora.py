@@ -44,6 +44,9 @@ class LoRA(Method):
     def leaves(self) -> dict[str, Leaf]:
         return {"a_KR": Leaf(), "b_RD": Leaf()}
 
+    def count(self, k: int, d: int) -> int:
+        return self.rank * (k + d)
+
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         ab = jnp.matmul(arrays["a_KR"], arrays["b_RD"], precision=jax.lax.Precision.HIGHEST)
         return w + (self.scale * ab).astype(w.dtype)

@@ -45,6 +45,9 @@ class MoRA(Method):
     def leaves(self) -> dict[str, Leaf]:
         return {"m_RR": Leaf()}
 
+    def count(self, k: int, d: int) -> int:
+        return self.r_hat(k, d) ** 2
+
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         r_hat = self._used(arrays, *w.shape)
         return w + self.operator.matrix(arrays["m_RR"][:r_hat, :r_hat].astype(w.dtype), *w.shape)
