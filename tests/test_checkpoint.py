@@ -315,8 +315,8 @@ def test_a_save_that_was_killed_is_ignored_and_removed(tmp_path: Path, before: s
         assert saved.latest_good()[0] == 1
         target = {"w": jax.ShapeDtypeStruct((5,), jnp.int32, sharding=sharding())}
         np.testing.assert_array_equal(saved.restore(1, target)["w"], np.arange(5))
-        saved.save(2, {"w": jnp.arange(6)}, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+        saved.save(3, {"w": jnp.arange(6)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
 json_values = st.recursive(
