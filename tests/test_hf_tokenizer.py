@@ -188,6 +188,8 @@ def test_special_ids_are_those_the_model_has(tmp_path):
     like_t5 = train(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     assert special_ids(like_t5) == {"eos_token_id": 1, "pad_token_id": 0}
     save_tokenizer(tmp_path, like_t5)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # LLaMA takes no token types
     names = json.loads((tmp_path / "special_tokens_map.json").read_text())
     assert names == {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -205,8 +207,13 @@ def set_type(model, index, kind):
     model.pieces[index].type = kind
 
 
-def clear_prefix(model):
+def keep_symbol(model, symbol="@@", kind=2, charsmap=b"", strip=False):
+    """A model that differs in one way from those whose user-defined symbols can be exported."""
+    model.trainer_spec.model_type = kind
     model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = strip
+    model.normalizer_spec.precompiled_charsmap = charsmap
+    model.pieces[-1].piece = symbol
     set_type(model, -1, USER_DEFINED)
 
 
@@ -222,7 +229,10 @@ EDITS = {
     "when decoding": lambda m: setattr(m.denormalizer_spec, "precompiled_charsmap", b"x"),
     "rules of its own": lambda m: setattr(m.normalizer_spec, "name", "user_defined"),
     "add_dummy_prefix": lambda m: set_type(m, -1, USER_DEFINED),
-    "remove_extra_whitespaces": clear_prefix,
+    "remove_extra_whitespaces": lambda m: keep_symbol(m, strip=True),
+    "the normaliser 'identity'": lambda m: keep_symbol(m, charsmap=b"x"),
+    "need a BPE model": lambda m: keep_symbol(m, kind=1),
+    "symbol holds a space": lambda m: keep_symbol(m, symbol=f"a{SPACE}"),
     "same score": equal_scores,
     "occurs in pieces": lambda m: m.pieces.add(piece="a\u6f22", score=-1e4, type=NORMAL),
 }
