@@ -36,7 +36,7 @@ class DataSpeed:
 def bench(
     source: str, tokenizer: str, sequence_length: int, batch_size: int, out: str = "", workers: int = 0
 ) -> DataSpeed:
-    """Prepares `source` into a temporary folder, start-up of the processes included, and reads it; prints a table.
+    """Prepares `source` in a temporary folder, the start of the processes included; reads it; prints a table.
 
     Args:
       source: C4-format files: a glob, a folder or a file.

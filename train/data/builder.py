@@ -87,7 +87,7 @@ def _check_numbers(sequence_length: int, skip_lines: int, workers: int) -> None:
         ("workers", workers, 0),
     ):
         if value < least:
-            raise InputError(f"{name} is {value}; it must be at least {least}")
+            raise InputError(f"{name} must be at least {least}, not {value}")
 
 
 def _open(source: str, validation: str, tfds_data_dir: str) -> dict[str, list[TextShard]]:

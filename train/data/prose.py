@@ -1,7 +1,7 @@
 """English prose that is on every machine: the documentation inside the running Python installation.
 
-It is read with `ast` and never imported: the language reference of `pydoc_data.topics`, and the docstrings of the
-standard library and of the installed packages. A document is what one file says; no paragraph comes twice.
+It is read with `ast` and never imported: the language reference of `pydoc_data.topics`, and the docstrings of
+the standard library and the installed packages. A document is what one file says; no paragraph comes twice.
 """
 
 import ast
@@ -32,34 +32,8 @@ TIMESTAMP = "2000-01-01T00:00:00Z"  # C4's field; the text has no date of its ow
 
 TOPICS = "pydoc_data/topics.py"
 TESTS = {"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "_vendor", "vendor"}
-COMMON = set(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "be",
-        "by",
-        "for",
-        "from",
-        "if",
-        "in",
-        "is",
-        "it",
-        "of",
-        "on",
-        "or",
-        "that",
-        "the",
-        "this",
-        "to",
-        "when",
-        "which",
-        "will",
-        "with",
-    ]
-)
+COMMON_WORDS = "a an and are as be by for from if in is it of on or that the this to when which will with"
+COMMON = frozenset(COMMON_WORDS.split(" "))
 CODE = re.compile(r">>>|\.\. |::|`{3}|[{}<>=|\\_]{2}|^[-*+#@:$%]|\w\(\w*,|https?:")
 QUOTED = re.compile(rb'"""(.*?)"""', re.DOTALL)
 UNDERLINE = re.compile(r"^\s*[-=~^]{3,}\s*$", re.MULTILINE)
@@ -101,7 +75,7 @@ def gather(limit_bytes: int = LIMIT_BYTES) -> Iterator[tuple[str, str]]:
 def write_shards(
     folder: str, shards: int = 4, validation_every: int = 25, limit_bytes: int = LIMIT_BYTES
 ) -> Prose:
-    """Writes gathered prose as C4-format files: `c4-train.*.json.gz` and `c4-validation.*.json.gz` in `folder`.
+    """Writes gathered prose in C4's format: `c4-train.*.json.gz` and `c4-validation.*.json.gz` in `folder`.
 
     Args:
       folder: where to; made if it is missing.
@@ -191,7 +165,7 @@ def _read_file(name: str, path: Path) -> list[str]:
 
 
 def _worth_parsing(source: bytes) -> bool:
-    """Whether a file holds much between triple quotes; parsing is nearly all of the time that gathering takes."""
+    """Whether a file holds much between triple quotes: parsing is nearly all of the time that is spent."""
     return len(source) <= MAX_SOURCE_BYTES and sum(map(len, QUOTED.findall(source))) >= MIN_QUOTED_BYTES
 
 

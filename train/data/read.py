@@ -6,6 +6,7 @@ processes nor an interruption changes it.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,15 +83,19 @@ def train_batches(
     Raises:
       InputError: a batch that does not divide by the processes, or that is larger than the split.
     """
-    local = _local_batch_size(batch_size, process_count)
+    _local_batch_size(batch_size, process_count)
     if info.rows["train"] < batch_size:
         raise InputError(
             f"{info.directory} has {info.rows['train']} training rows, fewer than one batch of {batch_size}; "
             "use a smaller batch_size or prepare more text"
         )
     order = grain.MapDataset.range(info.rows["train"]).seed(seed).shuffle().repeat()
-    steps = order[process_index::process_count].batch(local)[start_step:]
-    return _read(info, "train", steps)
+
+    def rows_of(step: int) -> list:
+        here = range(step * batch_size + process_index, (step + 1) * batch_size, process_count)
+        return [order[position] for position in here]
+
+    return _read(info, "train", grain.MapDataset.range(start_step, sys.maxsize).map(rows_of))
 
 
 def eval_batches(
@@ -117,7 +122,7 @@ def eval_batches(
     rows = np.arange(process_index, count * batch_size, process_count).reshape(count, local)[:max_batches]
     weights = (rows < info.rows[split]).astype(np.float32)
     rows = np.minimum(rows, info.rows[split] - 1)  # the last row fills up the last batch
-    steps = grain.MapDataset.range(len(rows)).map(lambda step: rows[step])
+    steps = grain.MapDataset.range(len(rows)).map(lambda step: rows[step].tolist())
     return zip(_read(info, split, steps), weights, strict=True)
 
 
@@ -130,12 +135,11 @@ def unigram_perplexity(info: DataInfo) -> float:
 
 
 def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.ndarray]:
-    """The rows whose numbers `steps` lists, batch by batch. All rows of a batch are fetched in one call."""
-    source = tfds.builder_from_directory(info.directory).as_data_source(split)
+    """The rows whose numbers `steps` gives as lists, one batch each, fetched in one call."""
+    source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
 
-    def fetch(numbers_B: np.ndarray) -> np.ndarray:
-        rows = source.__getitems__([int(number) for number in numbers_B])
-        return np.stack([row[layout.FIELD] for row in rows]).astype(np.int32)
+    def fetch(numbers: list[int]) -> np.ndarray:
+        return np.stack([row[layout.FIELD] for row in source.__getitems__(numbers)]).astype(np.int32)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
     return iter(steps.map(fetch).to_iter_dataset(options))  # pyright: ignore[reportCallIssue]

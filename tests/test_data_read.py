@@ -1,0 +1,207 @@
+"""Reading: the position is a pure function of the step, processes share one global batch, nothing is lost."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from mora_jax.errors import InputError
+from train.data.builder import prepare
+from train.data.read import DataInfo, eval_batches, load_info, train_batches, unigram_perplexity
+from train.data.tokenizer import train_tokenizer
+
+T = 32
+B = 6
+
+
+def texts(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(count)]
+
+
+def make(folder: Path) -> DataInfo:
+    for name, count in (("train.0", 40), ("train.1", 20), ("validation", 12)):
+        lines = [json.dumps({"text": text}) for text in texts(count, seed=count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    train_tokenizer(str(folder / "train.*"), str(folder / "t.model"), 400)
+    return prepare(
+        str(folder / "train.*.jsonl"),
+        str(folder / "validation.jsonl"),
+        str(folder / "t.model"),
+        T,
+        str(folder / "data"),
+        workers=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> DataInfo:
+    return make(tmp_path_factory.mktemp("read"))
+
+
+def stored(info: DataInfo, split: str) -> np.ndarray:
+    source = tfds.builder_from_directory(info.directory).as_data_source(split)
+    return np.stack([row["tokens"] for row in source])
+
+
+def take(batches, count: int) -> np.ndarray:
+    return np.stack(list(itertools.islice(batches, count)))
+
+
+def test_batches_have_one_shape_and_type(info: DataInfo):
+    batch = next(train_batches(info, B, seed=0, start_step=0))
+    assert (batch.shape, batch.dtype) == ((B, T), np.int32)
+
+
+def test_an_epoch_is_every_row_once_and_the_next_one_is_in_another_order(info: DataInfo):
+    rows = stored(info, "train")
+    count = len(rows)
+    assert len(np.unique(rows, axis=0)) == count
+    read = take(train_batches(info, 1, seed=0, start_step=0), 2 * count)[:, 0]
+    first, second = read[:count], read[count:]
+    for epoch in (first, second):
+        assert sorted(map(tuple, epoch)) == sorted(map(tuple, rows))
+    assert not np.array_equal(first, rows)
+    assert not np.array_equal(first, second)
+
+
+def test_batches_go_on_over_the_end_of_an_epoch(info: DataInfo):
+    single = take(train_batches(info, 1, seed=0, start_step=0), 4 * B * (info.rows["train"] // B))[:, 0]
+    assert info.rows["train"] % B
+    batches = take(train_batches(info, B, seed=0, start_step=0), 4 * (info.rows["train"] // B))
+    np.testing.assert_array_equal(batches.reshape(-1, T), single)
+
+
+def test_the_seed_decides_the_order(info: DataInfo):
+    a, b, c = (take(train_batches(info, B, seed=seed, start_step=0), 5) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("start", [1, 7, 200])
+def test_the_position_is_a_function_of_the_step(info: DataInfo, start: int):
+    whole = take(train_batches(info, B, seed=3, start_step=0), start + 4)
+    resumed = take(train_batches(info, B, seed=3, start_step=start), 4)
+    np.testing.assert_array_equal(resumed, whole[start:])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_global_batch(info: DataInfo, processes: int):
+    whole = take(train_batches(info, B, seed=3, start_step=5), 30)
+    parts = [take(train_batches(info, B, 3, 5, p, processes), 30) for p in range(processes)]
+    assert parts[0].shape == (30, B // processes, T)
+    for p, part in enumerate(parts):
+        np.testing.assert_array_equal(part, whole[:, p::processes])
+
+
+def test_evaluation_reads_every_row_once_in_order(info: DataInfo):
+    rows = stored(info, "validation")
+    assert len(rows) % 5
+    batches = list(eval_batches(info, "validation", 5, None))
+    assert len(batches) == math.ceil(len(rows) / 5)
+    assert {(r.shape, r.dtype, w.shape, w.dtype) for r, w in batches} == {
+        ((5, T), np.dtype(np.int32), (5,), np.dtype(np.float32))
+    }
+    read = np.concatenate([r[w == 1] for r, w in batches])
+    np.testing.assert_array_equal(read, rows)
+    assert sum(w.sum() for _, w in batches) == len(rows)
+
+
+def test_evaluation_stops_after_max_batches(info: DataInfo):
+    batches = list(eval_batches(info, "validation", 5, 2))
+    np.testing.assert_array_equal(np.concatenate([r for r, _ in batches]), stored(info, "validation")[:10])
+
+
+def test_evaluation_of_a_batch_larger_than_the_split(info: DataInfo):
+    size = 2 * info.rows["validation"]
+    ((rows, weights),) = eval_batches(info, "validation", size, None)
+    assert rows.shape == (size, T)
+    assert weights.sum() == info.rows["validation"]
+
+
+def test_processes_share_the_evaluation(info: DataInfo):
+    whole = list(eval_batches(info, "validation", B, None))
+    parts = [list(eval_batches(info, "validation", B, None, p, 3)) for p in range(3)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for p, part in enumerate(parts):
+        for (rows, weights), (all_rows, all_weights) in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(rows, all_rows[p::3])
+            np.testing.assert_array_equal(weights, all_weights[p::3])
+
+
+def test_unigram_perplexity_is_that_of_the_counted_tokens(info: DataInfo):
+    counts = np.ones(info.vocab_size)
+    for token in stored(info, "train").ravel():
+        counts[token] += 1
+    p = counts / counts.sum()
+    expected = math.exp(-np.mean([math.log(p[token]) for token in stored(info, "validation").ravel()]))
+    assert unigram_perplexity(info) == pytest.approx(expected, rel=1e-9)
+
+
+def test_info_says_what_was_prepared(info: DataInfo):
+    again = load_info(info.directory)
+    assert again == info
+    assert info.rows == {split: len(stored(info, split)) for split in ("train", "validation")}
+    assert info.tokens == {split: T * count for split, count in info.rows.items()}
+    assert Path(info.tokenizer).parent == Path(info.directory)
+
+
+def test_a_batch_that_does_not_divide(info: DataInfo):
+    for batches in (train_batches, eval_batches):
+        first = (info, 8, 0, 0) if batches is train_batches else (info, "validation", 8, None)
+        with pytest.raises(InputError, match="batch_size 8 does not divide evenly among 3 processes"):
+            batches(*first, process_index=0, process_count=3)
+
+
+def test_fewer_rows_than_a_batch(info: DataInfo):
+    with pytest.raises(InputError, match=f"{info.rows['train']} training rows, fewer than one batch"):
+        train_batches(info, info.rows["train"] + 1, seed=0, start_step=0)
+
+
+def test_a_split_that_is_not_there(info: DataInfo):
+    with pytest.raises(InputError, match="no split 'test'; it has train, validation"):
+        eval_batches(info, "test", 1, None)
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_a_folder_that_is_no_data_set(tmp_path: Path, name: str):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=f"{name} is not a data set made by prepare-data"):
+        load_info(str(tmp_path / name))
+
+
+def test_the_description_of_something_else(tmp_path: Path):
+    for text in ("not JSON", "[]", '{"splits": {}}', '{"splits": {"train": {"rows": 1}}}'):
+        (tmp_path / "metadata.json").write_text(text)
+        with pytest.raises(InputError, match="is not a data set"):
+            load_info(str(tmp_path))
+
+
+def test_an_unfinished_data_set(tmp_path: Path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(InputError, match="is not finished; run the same preparation again"):
+        load_info(str(tmp_path))
+
+
+def test_another_tokenizer(tmp_path: Path):
+    info = make(tmp_path)
+    model = Path(info.tokenizer)
+    model.write_bytes(model.read_bytes() + b"\0")
+    with pytest.raises(InputError, match="is not the tokenizer that the rows were made with"):
+        load_info(info.directory)
+    model.unlink()
+    with pytest.raises(InputError, match="is not the tokenizer"):
+        load_info(info.directory)
+
+
+def test_lost_rows(tmp_path: Path):
+    info = make(tmp_path)
+    next(Path(info.directory).glob("rows-train.array_record-00001*")).unlink()
+    with pytest.raises(InputError, match=r"the train rows take .* bytes, not"):
+        load_info(info.directory)

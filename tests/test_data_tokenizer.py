@@ -1,0 +1,133 @@
+"""The tokenizer: documents joined with EOS, its identity, training, and files that are no tokenizer."""
+
+import hashlib
+import json
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+
+from mora_jax.errors import InputError
+from train.data.tokenizer import Tokenizer, train_tokenizer
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(300)]
+    return [" ".join(rng.choices(words, k=rng.randint(3, 40))).capitalize() + "." for _ in range(count)]
+
+
+def write(path: Path, lines: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer(write(folder / "a.json", texts(400)), str(folder / "t.model"), 400)
+
+
+def test_documents_are_joined_with_eos(tokenizer: Tokenizer):
+    documents = ["One text.", "", "Another, with ü and 漢字\nand lines."]
+    tokens = tokenizer.encode_documents(documents)
+    expected = [t for d in documents for t in [*tokenizer.processor.encode(d), tokenizer.eos_id]]
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == expected
+    assert (tokens == tokenizer.eos_id).sum() == 3
+
+
+def test_no_document_gives_no_token(tokenizer: Tokenizer):
+    assert tokenizer.encode_documents([]).shape == (0,)
+
+
+def test_text_comes_back_exactly(tokenizer: Tokenizer):
+    text = "  two  spaces, 1234, tab\t and\nlines; ü 漢字 \U0001f600 "
+    assert tokenizer.processor.decode(tokenizer.processor.encode(text)) == text
+
+
+def test_the_hash_is_that_of_the_file(tokenizer: Tokenizer):
+    assert tokenizer.sha256 == hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()
+    assert tokenizer.vocab_size == 400
+    assert Tokenizer.load(tokenizer.path) == tokenizer
+
+
+def test_it_travels_to_another_process(tokenizer: Tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode_documents(texts(3)).tolist() == tokenizer.encode_documents(texts(3)).tolist()
+
+
+def test_training_is_deterministic_and_compresses(tokenizer: Tokenizer, tmp_path: Path):
+    again = train_tokenizer(write(tmp_path / "a.json", texts(400)), str(tmp_path / "new" / "t.model"), 400)
+    assert again.sha256 == tokenizer.sha256
+    text = texts(1, seed=0)[0]
+    assert len(tokenizer.processor.encode(text)) < 0.7 * len(text)
+
+
+def test_training_reads_no_further_than_asked(tokenizer: Tokenizer, tmp_path: Path):
+    first = [write(tmp_path / f"{i}.json", texts(400)[200 * i : 200 * i + 200]) for i in range(2)]
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    for i, path in enumerate(first):
+        (longer / f"{i}.json").write_text(Path(path).read_text() + "not JSON, and never read\n")
+    limited = train_tokenizer(str(longer), str(tmp_path / "l.model"), 400, max_documents=400)
+    assert limited.sha256 == tokenizer.sha256
+    fewer = train_tokenizer(str(longer), str(tmp_path / "m.model"), 400, max_characters=20_000)
+    assert fewer.sha256 != tokenizer.sha256
+
+
+@pytest.mark.parametrize(("size", "reason"), [(259, "from 260"), (10**7, "to 1000000"), (9_000, "too high")])
+def test_a_vocabulary_that_cannot_be(tmp_path: Path, size: int, reason: str):
+    source = write(tmp_path / "a.json", texts(50))
+    with pytest.raises(InputError, match=f"vocab_size.*{reason}"):
+        train_tokenizer(source, str(tmp_path / "t.model"), size)
+
+
+@pytest.mark.parametrize("name", ["max_documents", "max_characters"])
+def test_limits_below_one(tmp_path: Path, name: str):
+    with pytest.raises(InputError, match=f"{name} must be at least 1"):
+        train_tokenizer("any", str(tmp_path / "t.model"), 400, **{name: 0})
+
+
+def test_no_text_to_train_on(tmp_path: Path):
+    with pytest.raises(InputError, match="holds no text"):
+        train_tokenizer(write(tmp_path / "a.json", [""]), str(tmp_path / "t.model"), 400)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b'{"model": "a tokenizer.json"}', bytes(100)])
+def test_a_file_that_is_no_model(tmp_path: Path, data: bytes):
+    path = tmp_path / "t.model"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"t\.model.*\.model file"):
+        Tokenizer.load(path)
+
+
+def test_a_truncated_model(tokenizer: Tokenizer, tmp_path: Path):
+    path = tmp_path / "t.model"
+    path.write_bytes(Path(tokenizer.path).read_bytes()[:2000])
+    with pytest.raises(InputError, match="is not a SentencePiece model"):
+        Tokenizer.load(path)
+
+
+def test_a_missing_model(tmp_path: Path):
+    with pytest.raises(InputError, match=r"gone\.model cannot be read"):
+        Tokenizer.load(tmp_path / "gone.model")
+
+
+def test_a_model_without_eos(tmp_path: Path):
+    path = tmp_path / "t.model"
+    with path.open("wb") as file:
+        spm.SentencePieceTrainer.Train(
+            sentence_iterator=iter(texts(100)), model_writer=file, vocab_size=60, eos_id=-1, minloglevel=2
+        )
+    with pytest.raises(InputError, match="no end-of-sentence piece"):
+        Tokenizer.load(path)
+
+
+def test_a_real_model(tokenizers: Path):
+    tokenizer = Tokenizer.load(tokenizers / "mistral_v1_32k.model")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (32_000, 2)
+    assert tokenizer.encode_documents(["Hello world", "Hi"]).tolist() == [22557, 1526, 2, 15359, 2]
