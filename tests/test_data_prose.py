@@ -63,7 +63,7 @@ def test_docstrings_of_everything_that_has_one(library: Path):
     (library / "a.py").write_text(
         a_file(SENTENCES[0])
         + f'class C:\n    """{SENTENCES[1]}"""\n    if True:\n        async def f(self):\n'
-        + f'            """{SENTENCES[2]}"""\n            x = "{FILLER[:40]}, which is no docstring at all."\n'
+        + f'            """{SENTENCES[2]}"""\n            x = "{FILLER[:40]}, which is no docstring."\n'
     )
     ((name, text),) = prose.gather()
     assert name == "a.py"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from mora_jax.errors import InputError
 from train.data import format as layout
@@ -73,7 +74,7 @@ def prepare(
     folder = _claim(out, _settings(sequence_length, model, text))
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
     if not (folder / layout.DESCRIBED).exists():
-        shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
+        (folder / layout.TOKENIZER).write_bytes(epath.Path(tokenizer).read_bytes())
         _run([*jobs["train"], *jobs["validation"]], workers or os.cpu_count() or 1)
         _describe(folder, jobs, skip_lines)
     shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
