@@ -7,7 +7,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mora_jax import transform, trees
+from mora_jax import trees
 from mora_jax.methods import MoRA
 from mora_jax.transform import Choice, Methods
 from train import runs

@@ -29,6 +29,8 @@ def export(
     """
     info = load_info(runs.read_config(run_dir).data.directory)
     params, model = runs.load_model(run_dir)
-    hf.save_hf(out, params, model, dtype)
-    hf_tokenizer.save_tokenizer(out, epath.Path(info.tokenizer).read_bytes())
+    tokenizer = epath.Path(info.tokenizer).read_bytes()
+    with hf.whole_folder(out) as folder:
+        hf.save_hf(folder, params, model, dtype, hf_tokenizer.special_ids(tokenizer))
+        hf_tokenizer.save_tokenizer(folder, tokenizer)
     return params, model
