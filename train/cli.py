@@ -13,7 +13,9 @@ from mora_jax.errors import InputError
 from train import flags
 from train.config import Evaluation, RunConfig
 
-File = tyro.conf.Positional[str]
+Config = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Pretrain:
       dry_run: show shapes, trainable and frozen parameters, tokens and steps, and stop.
     """
 
-    config: File
+    config: Config
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -86,7 +88,7 @@ class Evaluate:
       dtype: type of products.
     """
 
-    path: File
+    path: Folder
     data: str = ""
     eval: Evaluation = dataclasses.field(default_factory=Evaluation)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -102,8 +104,8 @@ class Export:
       dtype: type of the stored weights.
     """
 
-    run_dir: File
-    out: File
+    run_dir: Folder
+    out: Out
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -143,14 +145,17 @@ def prepare_data(command: PrepareData) -> None:
     """Runs `mora prepare-data`."""
     from train.data.builder import prepare
 
-    prepare(**dataclasses.asdict(command))
+    info = prepare(**dataclasses.asdict(command))
+    counts = (f"{split} {info.rows[split]:,} rows, {info.tokens[split]:,} tokens" for split in info.rows)
+    print(f"{command.out}: {'; '.join(counts)}")
 
 
 def train_tokenizer(command: TrainTokenizer) -> None:
     """Runs `mora train-tokenizer`."""
     from train.data.tokenizer import train_tokenizer as train
 
-    train(command.source, command.out, command.vocab_size, command.max_documents)
+    made = train(command.source, command.out, command.vocab_size, command.max_documents)
+    print(f"{made.path}: {made.vocab_size:,} pieces")
 
 
 def pretrain(command: Pretrain) -> None:
@@ -226,13 +231,19 @@ def run(args: list[str]) -> None:
             f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)"
         )
     command, function = COMMANDS[name]
-    if command is Pretrain and rest and not rest[0].startswith("-"):
+    if command is Pretrain and not {"-h", "--help"} & set(rest[:1]):
         return function(read_pretrain(rest))
     return function(flags.parse(command, rest, f"mora {name}"))
 
 
 def read_pretrain(args: list[str]) -> Pretrain:
-    """`mora pretrain CONFIG ...`: the file's values as flags ahead of the user's."""
+    """`mora pretrain CONFIG ...`: the file's values as flags ahead of the user's.
+
+    Raises:
+      InputError: naming what is wrong, also where the file does not come first.
+    """
+    if not args or args[0].startswith("-"):
+        raise InputError("mora pretrain needs a config file first: mora pretrain CONFIG [flags]")
     words, rules = flags.words_of_yaml(args[0])
     default = Pretrain(args[0], RunConfig(rules=rules))
     return flags.parse(Pretrain, [args[0], *words, *args[1:]], "mora pretrain", default)
@@ -250,8 +261,14 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
     """A short table of figures."""
     table = Table("", "", title=title, show_header=False)
     for name, value in summary.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+        table.add_row(name.replace("_", " "), _readable(value))
     Console().print(table)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

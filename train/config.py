@@ -34,7 +34,7 @@ class Data:
     """Where the prepared text is.
 
     Attributes:
-      directory: data set made by `mora prepare-data` (any etils.epath path).
+      directory: data set made by `mora prepare-data`, a local or mounted folder.
       sequence_length: tokens of a row; must be the data set's.
     """
 
@@ -262,6 +262,8 @@ class RunConfig:
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # what JAX's keys can tell apart
+            raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         _at_least("steps", self.steps, 1)
         _at_least("batch_size", self.batch_size, 1)
         _at_least("microbatches", self.microbatches, 1)
@@ -302,8 +304,8 @@ class RunConfig:
         flags = self.method
         if flags.name == "full":
             return ((".*", "train"),)
-        train = ((flags.train, "train"),) if flags.train else ()
-        adapt = () if flags.name == "frozen" else ((flags.adapt, flags.method()),)
+        adapt: transform.Rules = () if flags.name == "frozen" else ((flags.adapt, flags.method()),)
+        train: transform.Rules = ((flags.train, "train"),) if flags.train else ()
         return (*adapt, *train, (".*", "frozen"))
 
     def tokens_per_step(self) -> int:

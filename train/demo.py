@@ -8,35 +8,38 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from train import flags, runs
+from mora_jax.errors import InputError
+from train import flags
 from train.config import RunConfig
 from train.data.builder import prepare
-from train.data.prose import write_shards
+from train.data.prose import LIMIT_BYTES, write_shards
 from train.data.tokenizer import train_tokenizer
 from train.export import export
 from train.loop import pretrain
 from train.scoring import score_path
 
-NEEDED = ("data", "export", "checkpoints", runs.CONFIG)
+# What a demo leaves in its folder, among others: the mark by which a folder is known to be a demo's.
+MARK = "demo.txt"
 
 
-def demo(config_path: str, folder: str) -> None:
+def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
     """Gathers text, trains a tokenizer, prepares the rows, pretrains, exports and scores the export.
 
     Args:
       config_path: the run's config; its folders are replaced by those below `folder`.
       folder: everything is written here; what a demo left here before is removed first.
+      text_bytes: text to gather, at most.
 
     Raises:
       InputError: for a config that does not fit, or a folder that is not a demo's.
     """
-    _start_afresh(Path(folder))
     text, tokenizer, rows = (f"{folder}/{name}" for name in ("text", "tokenizer.model", "data"))
     config = flags.read_config(config_path)
     config = dataclasses.replace(
         config, run_dir=folder, data=dataclasses.replace(config.data, directory=rows)
     )
-    write_shards(text)
+    _start_afresh(Path(folder))
+    write_shards(text, limit_bytes=text_bytes)
     train, validation = f"{text}/c4-train.*.json.gz", f"{text}/c4-validation.*.json.gz"
     train_tokenizer(train, tokenizer, config.model.vocab_size)
     prepare(train, validation, tokenizer, config.data.sequence_length, rows)
@@ -49,8 +52,15 @@ def demo(config_path: str, folder: str) -> None:
 
 
 def _start_afresh(folder: Path) -> None:
-    if folder.exists():
+    if (folder / MARK).exists():
         shutil.rmtree(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something else than a demo; choose another --folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).write_text("Made by `mora demo`, which replaces this folder when it runs again.\n")
+    except OSError as error:
+        raise InputError(f"--folder {folder} cannot be made: {error.strerror}") from error
 
 
 def _show(summary: dict, folder: str, config: RunConfig) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mora_jax import trees
 from mora_jax.methods import MoRA
@@ -39,7 +39,8 @@ def trained_entries(choice: Choice, shape: tuple[int, ...]) -> int:
 
 
 def _parameters(params: Any, methods: Methods) -> Table:
-    table = Table("parameter", "shape", "treatment", "trained", title="parameters", title_justify="left")
+    path_column = Column("parameter", overflow="fold")  # a narrow terminal must not cut names off
+    table = Table(path_column, "shape", "treatment", "trained", title="parameters", title_justify="left")
     for path, leaf in trees.flatten(params).items():
         trained = trained_entries(methods[path], leaf.shape)
         table.add_row(

@@ -64,7 +64,8 @@ def check_vocabulary(info: DataInfo, vocab_size: int) -> None:
     """Raises InputError if the data set has tokens that the model does not know."""
     if info.vocab_size > vocab_size:
         raise InputError(
-            f"{info.directory} has a vocabulary of {info.vocab_size} tokens, more than model.vocab_size {vocab_size}"
+            f"{info.directory} has a vocabulary of {info.vocab_size} tokens, "
+            f"more than model.vocab_size {vocab_size}"
         )
 
 

@@ -42,7 +42,7 @@ def parse(command: type[C], args: Sequence[str], program: str, default: Any = ty
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_one_line(complaint.getvalue())) from stop
+        raise _ours(stop) or InputError(_one_line(complaint.getvalue())) from None
 
 
 def read_config(path: str, args: Sequence[str] = ()) -> run_config.RunConfig:
@@ -70,6 +70,8 @@ def words_of_yaml(path: str) -> tuple[list[str], tuple[run_config.Rule, ...]]:
     for key, value in flatten(plain):
         if key not in known:
             raise InputError(f"{path}: unknown key {key}{nearest(key, known)}")
+        if value is None:
+            raise InputError(f"{path}: {key} has no value; give one or remove the key")
         words += [f"--{key.replace('_', '-')}", str(value)]
     return words, rules
 
@@ -79,7 +81,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(epath.Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this config ({error})") from error
+        raise InputError(f"{path}: cannot read this config: {_reason(error)}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -123,10 +125,21 @@ def located(path: str) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+def _ours(error: BaseException | None) -> InputError | None:
+    """The complaint of one of our dataclasses that made tyro stop, word for word."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__context__
+    return error
+
+
 def _one_line(box: str) -> str:
     """tyro's complaint without its frame, its title and its help."""
     lines = [
-        line.strip(" │╭╮╰╯─-") if set(line) & set("─│") or line.startswith(" ") else ""
+        line.strip(" │╭╮╰╯─") if set(line) & set("─│") or line.startswith(" ") else ""
         for line in box.splitlines()
     ]
     body = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))

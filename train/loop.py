@@ -42,13 +42,14 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     info = load_info(config.data.directory)
     mesh = sharding.make_mesh(config.mesh.data)
     check(config, info, mesh)
-    runs.claim(config, resume)
+    runs.check_free(config, resume)
     with runs.checkpoints(config) as saved:
         state, methods = start(config, saved, mesh)
         first, score = int(state.step), None
+        batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
         with Metrics(config.run_dir, config.steps, first, config.log.wandb) as metrics:
+            runs.claim(config)  # only now, so that bad input leaves no half-made run behind
             watch = Watch(metrics, config.tokens_per_step())
-            batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
             for step in range(first, config.steps):
                 if config.restarts_at(step):
                     watch.drain()
@@ -82,6 +83,8 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
         )
     check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
     check_divides("eval.batch_size", config.eval.batch_size, mesh)
+    if config.compute.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
+        raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
 
 
 def start(config: RunConfig, saved: Checkpoints, mesh: Mesh) -> tuple[TrainState, Methods]:

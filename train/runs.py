@@ -24,11 +24,12 @@ CONFIG = "config.yaml"
 OPERATIONAL = ("run_dir", "eval", "checkpoint", "log")
 
 
-def claim(config: RunConfig, resume: bool) -> None:
-    """Makes the run's folder and writes its config there.
+def check_free(config: RunConfig, resume: bool) -> None:
+    """Makes the run's folder, if it is not there; `claim` makes it a run.
 
     Raises:
-      InputError: if the folder holds a run and `resume` is not asked for, or holds another config.
+      InputError: if the folder holds a run and `resume` is not asked for, holds another config, or cannot be
+        made.
     """
     folder = epath.Path(config.run_dir)
     if (folder / CONFIG).exists():
@@ -37,8 +38,17 @@ def claim(config: RunConfig, resume: bool) -> None:
                 f"{folder} holds a run already; add --resume to go on, or choose another --run-dir"
             )
         _check_same(read_config(config.run_dir), config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir {folder} cannot be made: {error.strerror}") from error
+
+
+def claim(config: RunConfig) -> None:
+    """Writes the config into the run's folder, which holds a run from then on."""
+    part = epath.Path(config.run_dir) / f"{CONFIG}.part"
+    part.write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
+    part.replace(epath.Path(config.run_dir) / CONFIG)
 
 
 def read_config(run_dir: str) -> RunConfig:
@@ -60,7 +70,7 @@ def assign_methods(config: RunConfig) -> Methods:
 
 
 def methods_at(config: RunConfig, step: int) -> Methods:
-    """What a checkpoint of `step` updates must hold: restarts happen at the start of a step, after its saving."""
+    """What a checkpoint of `step` updates must hold; a restart comes after the saving, with the next step."""
     methods = assign_methods(config)
     for _ in range(config.restarts_before(step)):
         methods = methods.after_restart()
@@ -73,8 +83,7 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh) -> TrainState:
     if not config.init_from:
         return jax.jit(lambda: init_state(config, methods, init_params(config)), out_shardings=place)()
     params, model = load_model(config.init_from)
-    if _architecture(model) != _architecture(config.model):
-        raise InputError(f"init_from {config.init_from} holds another model than the config's: {model}")
+    _check_architecture(model, config)
     return jax.jit(lambda p: init_state(config, methods, p), out_shardings=place)(params)
 
 
@@ -119,8 +128,14 @@ def newest(saved: Checkpoints, path: str) -> int:
     return step
 
 
-def _architecture(model: LlamaConfig) -> LlamaConfig:
-    return dataclasses.replace(model, max_position_embeddings=1, initializer_range=0.0)
+def _check_architecture(found: LlamaConfig, config: RunConfig) -> None:
+    for field in dataclasses.fields(LlamaConfig):
+        there, here = getattr(found, field.name), getattr(config.model, field.name)
+        if field.name not in ("max_position_embeddings", "initializer_range") and there != here:
+            raise InputError(
+                f"init_from {config.init_from} holds a model of {field.name} {there}, "
+                f"not model.{field.name} {here}"
+            )
 
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:
@@ -128,5 +143,6 @@ def _check_same(old: RunConfig, new: RunConfig) -> None:
     for name, value in now.items():
         if name.split(".")[0] not in OPERATIONAL and before[name] != value:
             raise InputError(
-                f"{new.run_dir} holds a run with {name} {before[name]!r}, not {value!r}; choose another --run-dir"
+                f"{new.run_dir} holds a run with {name} {before[name]!r}, not {value!r}; "
+                "choose another --run-dir"
             )

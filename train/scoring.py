@@ -24,7 +24,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
         try:
             data = runs.read_config(path).data.directory
         except InputError as error:
-            raise InputError(f"{path} is no run, so --data must name a data set") from error
+            raise InputError(f"{error}; for a Hugging Face folder, --data must name a data set") from error
     info = load_info(data)
     params, model = runs.load_model(path)
     mesh = sharding.make_mesh(-1 if how.batch_size % jax.device_count() == 0 else 1)

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from mora_jax import transform, trees
-from mora_jax.llama import Llama
+from mora_jax.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train import optim
 from train.config import RunConfig
@@ -38,7 +38,8 @@ class TrainState:
 def init_params(config: RunConfig) -> Any:
     """Random parameters of the model, the same for one seed."""
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return Llama(config.model, config.compute).init(_key(config, "params"), tokens_BT)["params"]
+    # How it is computed matters not to the parameters, and the kernels asked for may not be here.
+    return Llama(config.model, Compute(layers="scan")).init(_key(config, "params"), tokens_BT)["params"]
 
 
 def init_state(config: RunConfig, methods: Methods, params: Any) -> TrainState:

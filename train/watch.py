@@ -16,7 +16,7 @@ class Watch:
     """Writes a line of metrics for every step, with the tokens trained on a second.
 
     Attributes:
-      rates: tokens a second of each step whose time was not disturbed by compilation or anything but training.
+      rates: tokens a second of each step in whose time nothing but training happened.
     """
 
     def __init__(self, metrics: Metrics, tokens_per_step: int) -> None:
