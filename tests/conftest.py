@@ -5,7 +5,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import gzip
+import json
+import random
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -39,3 +43,83 @@ def corpus() -> Path:
 def tokenizers() -> Path:
     """The folder with a real SentencePiece model."""
     return _folder("tokenizers")
+
+
+TINY = """
+steps: 22
+batch_size: 4
+model:
+  {vocab_size: 384, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
+   num_key_value_heads: 2, max_position_embeddings: 32}
+compute: {dtype: float32, layers: scan, loss_chunk: 64}
+method: {name: mora, rank: 4, align: 8}
+optimizer: {learning_rate: 1e-2}
+schedule: {kind: jagged-cosine, warmup: 2}
+restart: {every: 2, warmup: 1}
+eval: {every: 11, batch_size: 4, max_batches: 3}
+checkpoint: {every: 3, keep: 0}
+mesh: {data: 1}
+"""
+
+
+class TinyRun(NamedTuple):
+    """A finished run of ten restarts; its `config.run_dir` is free again: others use what it compiled."""
+
+    config: Any
+    folder: Path
+    summary: dict[str, Any]
+    compilations: dict[str, int]
+
+
+def tiny_documents(count: int, seed: int) -> list[str]:
+    words = ["".join(random.Random(n).choices("abcdefghij", k=2 + n % 6)) for n in range(200)]
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(words, k=rng.randint(10, 60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made text in C4's format, two training shards and one for validation, and a tokenizer."""
+    from train.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_text")
+    for name, seed in (("train.0", 0), ("train.1", 1), ("validation.0", 2)):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in tiny_documents(80, seed))
+        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
+    train_tokenizer(str(folder / "c4-train.*"), str(folder / "t.model"), 384)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_text` as a prepared data set of rows of 32 tokens."""
+    from train.data.builder import prepare
+
+    out = tmp_path_factory.mktemp("tiny_data") / "data"
+    source, validation = (str(tiny_text / f"c4-{split}.*") for split in ("train", "validation"))
+    prepare(source, validation, str(tiny_text / "t.model"), 32, str(out), workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config file of a tiny run with a restart at every second update."""
+    folder = tmp_path_factory.mktemp("tiny_run")
+    path = folder / "tiny.yaml"
+    data = f"{{directory: {tiny_data}, sequence_length: 32}}"
+    path.write_text(f"run_dir: {folder / 'run'}\ndata: {data}\n{TINY}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_yaml: Path) -> TinyRun:
+    """`tiny_yaml` trained from beginning to end without an interruption."""
+    from train import flags, loop, step
+
+    config = flags.read_config(str(tiny_yaml))
+    steps = {"train_step": step.train_step, "restart_step": step.restart_step}
+    before = {name: function._cache_size() for name, function in steps.items()}
+    summary = loop.pretrain(config)
+    compilations = {name: function._cache_size() - before[name] for name, function in steps.items()}
+    folder = Path(config.run_dir).rename(tiny_yaml.parent / "finished")
+    return TinyRun(config, folder, summary, compilations)

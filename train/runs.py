@@ -52,11 +52,11 @@ def claim(config: RunConfig) -> None:
 
 
 def read_config(run_dir: str) -> RunConfig:
-    """The config that a run was started with. Raises InputError if the folder holds no run."""
+    """The config of the run that lies in a folder, wherever it was written. Raises InputError for none."""
     path = epath.Path(run_dir) / CONFIG
     if not path.exists():
         raise InputError(f"{run_dir} holds no run: there is no {CONFIG} in it")
-    return flags.read_config(str(path))
+    return dataclasses.replace(flags.read_config(str(path)), run_dir=run_dir)
 
 
 def checkpoints(config: RunConfig) -> Checkpoints:

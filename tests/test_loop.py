@@ -1,0 +1,182 @@
+"""A whole tiny run: what it writes, restarts, and going on exactly where it stopped."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from train import flags, loop, runs
+from train.checkpoint import Checkpoints
+from train.data.read import load_info
+from train.metrics import read_metrics
+from train.step import train_step
+
+TIMES = ("data_wait", "tokens_per_second")  # differ from run to run
+
+
+class Interrupted(Exception):
+    """Stands for whatever stops a program."""
+
+
+@pytest.fixture
+def free(tiny_run):
+    """The tiny run's config, its own folder free before and after."""
+    shutil.rmtree(tiny_run.config.run_dir, ignore_errors=True)
+    yield tiny_run.config
+    shutil.rmtree(tiny_run.config.run_dir, ignore_errors=True)
+
+
+def lines(folder: Path) -> list[dict]:
+    return read_metrics(str(folder / "metrics.jsonl"))
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines(folder)]
+
+
+def arrays(config, folder: Path, step: int) -> list[np.ndarray]:
+    """Every array of a checkpoint: step, parameters, adapters, optimizer state."""
+    with Checkpoints(str(folder / "checkpoints")) as saved:
+        state, _ = runs.restore(config, saved, step, sharding.make_mesh(1))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Lets `pretrain` do so many updates, and then fail to get a batch."""
+    real = loop.train_batches
+
+    def some(*args):
+        batches = real(*args)
+        for _ in range(updates + 1):  # one is fetched ahead
+            yield next(batches)
+        raise Interrupted
+
+    monkeypatch.setattr(loop, "train_batches", some)
+
+
+@pytest.mark.parametrize(
+    ("updates", "saved"),
+    [(4, 3), (7, 6)],
+    ids=["before a restart", "exactly at a restart"],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):
+    assert free.restarts_at(saved) == (saved == 6)
+    folder, compiled = Path(free.run_dir), train_step._cache_size()
+    with monkeypatch.context() as patch:
+        stop_after(patch, updates)
+        with pytest.raises(Interrupted):
+            loop.pretrain(free)
+    assert max(int(path.name) for path in (folder / "checkpoints").iterdir()) == saved
+    summary = loop.pretrain(free, resume=True)
+    expected = arrays(free, tiny_run.folder, 22)
+    for ours, theirs in zip(arrays(free, folder, 22), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(leaf.ndim == 3 and np.any(leaf) for leaf in expected)
+    assert without_times(folder) == without_times(tiny_run.folder)
+    assert summary["validation_loss"] == tiny_run.summary["validation_loss"]
+    assert train_step._cache_size() == compiled
+
+
+def test_a_run_learns_and_restarts_through_both_group_types(tiny_run):
+    told = lines(tiny_run.folder)
+    restarts = [line for line in told if "restart" in line]
+    assert [line["step"] for line in restarts] == list(range(2, 22, 2))
+    assert [line["restart"] for line in restarts] == list(range(1, 11))
+    assert [line["group_type"] for line in restarts] == ["1", "0"] * 5
+    assert all(line["optimizer_cleared"] == 1.0 for line in restarts)
+    losses = [line["loss"] for line in told if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_ten_restarts_compile_the_step_once_for_each_group_type(tiny_run):
+    assert tiny_run.summary["restarts"] == 10
+    assert tiny_run.compilations == {"train_step": 2, "restart_step": 2}
+
+
+def test_every_update_and_evaluation_has_its_line(tiny_run):
+    told = lines(tiny_run.folder)
+    updates = [line for line in told if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(22))
+    assert {"step", "loss", "grad_norm", "learning_rate", "data_wait", "tokens"} <= set(updates[0])
+    assert [line["tokens"] for line in updates] == [(s + 1) * 4 * 32 for s in range(22)]
+    assert [line["learning_rate"] == 0 for line in updates] == [True, False] * 11
+    assert all("tokens_per_second" not in line for line in updates if line["step"] % 2 == 0)  # after a pause
+    evaluations = [line for line in told if "validation_loss" in line]
+    assert [line["step"] for line in evaluations] == [10, 21]
+    np.testing.assert_allclose(
+        [np.exp(line["validation_loss"]) for line in evaluations],
+        [line["validation_perplexity"] for line in evaluations],
+    )
+
+
+def test_the_summary_and_the_picture(tiny_run):
+    assert json.loads((tiny_run.folder / "summary.json").read_text()) == tiny_run.summary
+    assert (tiny_run.summary["steps"], tiny_run.summary["tokens"]) == (22, 22 * 4 * 32)
+    assert tiny_run.summary["validation_loss"] == lines(tiny_run.folder)[-1]["validation_loss"]
+    assert tiny_run.summary["tokens_per_second"] > 0
+    assert tiny_run.summary["unigram_perplexity"] > 1
+    assert {"validation_perplexity", "restarts", "device"} <= tiny_run.summary.keys()
+    assert (tiny_run.folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_what_a_checkpoint_says_of_itself(tiny_run):
+    with Checkpoints(str(tiny_run.folder / "checkpoints")) as saved:
+        assert saved.steps() == [3, 6, 9, 12, 15, 18, 21, 22]
+        meta = {step: saved.read_meta(step) for step in (3, 6, 9)}
+    info = load_info(tiny_run.config.data.directory)
+    assert meta[6]["data"] == {"step": 6, "seed": 0, "tokenizer_sha256": info.tokenizer_sha256}
+    # The restart at update 6 comes after the saving at 6.
+    assert [meta[step]["restarts"] for step in (3, 6, 9)] == [1, 2, 4]
+    kernel = "layers/mlp/up_proj/kernel"
+    groups = [meta[step]["methods"][kernel]["operator"]["group"] for step in (3, 6, 9)]
+    assert groups == [1, 0, 0]
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(free, tiny_run, capsys):
+    folder = Path(free.run_dir)
+    shutil.copytree(tiny_run.folder, folder)
+    largest = max((folder / "checkpoints/22").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    loop.pretrain(free, resume=True)
+    assert "is damaged" in capsys.readouterr().out
+    for ours, theirs in zip(arrays(free, folder, 22), arrays(free, tiny_run.folder, 22), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("batch_size / microbatches 6 does not divide among 4 devices", {"mesh.data": 4, "batch_size": 6}),
+        (r"eval\.batch_size 6 does not divide", {"mesh.data": 4, "eval.batch_size": 6}),
+        ("mesh.data asks for 64 devices", {"mesh.data": 64}),
+        ("fewer than one batch of 100000", {"batch_size": 100_000}),
+        ("more than model.vocab_size 100", {"model.vocab_size": 100}),
+        ("rows of 32 tokens, not data.sequence_length 16", {"data.sequence_length": 16}),
+        ("is missing", {"init_from": "nowhere"}),
+        ("cudnn needs an NVIDIA GPU", {"compute.attention": "cudnn", "compute.dtype": "bfloat16"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_leaves_no_run_behind(tiny_yaml, tmp_path, message, changes):
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    config = flags.read_config(str(tiny_yaml), ["--run-dir", str(tmp_path / "run"), *words])
+    with pytest.raises(InputError, match=message):
+        loop.pretrain(config)
+    with pytest.raises(InputError, match="holds no run"):
+        runs.read_config(config.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("every", "updates"), [(0, [7]), (3, [2, 5, 7]), (4, [3, 7])], ids=lambda value: str(value)
+)
+def test_what_is_due_after_which_update(tiny_run, every, updates):
+    config = dataclasses.replace(tiny_run.config, steps=8)
+    assert [step for step in range(8) if loop.due(every, step, config)] == updates

@@ -1,0 +1,145 @@
+"""A run's folder: whose it is, what its checkpoints must hold, and the model it gives to others."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mora_jax import hf, sharding, transform, trees
+from mora_jax.errors import InputError
+from mora_jax.transform import Methods
+from train import runs
+from train.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path) -> Path:
+    """A copy of the finished tiny run."""
+    return Path(shutil.copytree(tiny_run.folder, tmp_path / "copy"))
+
+
+def here(tiny_run, folder: Path):
+    return dataclasses.replace(tiny_run.config, run_dir=str(folder))
+
+
+def test_a_folder_is_claimed_once(tiny_run, tmp_path):
+    config = here(tiny_run, tmp_path / "a" / "run")
+    runs.check_free(config, resume=False)
+    runs.check_free(config, resume=False)  # nothing was written yet
+    runs.claim(config)
+    assert runs.read_config(config.run_dir) == config
+    with pytest.raises(InputError, match="holds a run already; add --resume"):
+        runs.check_free(config, resume=False)
+    runs.check_free(config, resume=True)
+
+
+def test_a_run_of_another_config_is_not_resumed(tiny_run, copy):
+    config = here(tiny_run, copy)
+    before = (copy / "config.yaml").read_bytes()
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
+    with pytest.raises(InputError, match=r"holds a run with optimizer\.learning_rate 0\.01, not 0\.5"):
+        runs.check_free(other, resume=True)
+    assert (copy / "config.yaml").read_bytes() == before
+
+
+def test_what_is_not_computed_with_may_change(tiny_run, copy):
+    config = here(tiny_run, copy)
+    keep = dataclasses.replace(config.checkpoint, keep=7, every=5)
+    often = dataclasses.replace(config.eval, every=1, batch_size=2)
+    runs.check_free(dataclasses.replace(config, checkpoint=keep, eval=often), resume=True)
+
+
+def test_a_folder_that_cannot_be_made(tiny_run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "file/run"):
+        with pytest.raises(InputError, match="cannot be made"):
+            runs.check_free(here(tiny_run, tmp_path / name), resume=False)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        runs.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(("step", "switches"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (22, 10)])
+def test_the_methods_that_a_step_must_have(tiny_run, step, switches):
+    path = "layers/mlp/up_proj/kernel"
+    assert runs.methods_at(tiny_run.config, step)[path].operator.group == switches % 2
+
+
+def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
+    config = here(tiny_run, tmp_path)
+    mesh = sharding.make_mesh(1)
+    with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
+        state, methods = runs.restore(config, original, 6, mesh)
+        meta = original.read_meta(6)
+    assert Methods.from_json(meta["methods"]) == methods
+    with runs.checkpoints(config) as saved:
+        saved.save(6, state, meta)
+        saved.wait()
+        runs.restore(config, saved, 6, mesh)
+        saved.save(6, state, meta | {"methods": methods.after_restart().to_json()})
+        saved.wait()
+        with pytest.raises(InputError, match="methods saved at step 6 are not those"):
+            runs.restore(config, saved, 6, mesh)
+
+
+def test_the_model_of_a_run_is_merged(tiny_run):
+    with Checkpoints(str(tiny_run.folder / "checkpoints")) as saved:
+        state, methods = runs.restore(tiny_run.config, saved, 22, sharding.make_mesh(1))
+    params, model = runs.load_model(str(tiny_run.folder))
+    expected = trees.flatten(transform.merge(state.params, state.adapters, methods))
+    unmerged = trees.flatten(state.params)
+    for path, leaf in trees.flatten(params).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+        adapted = path.endswith("_proj/kernel")
+        assert adapted == (not np.array_equal(leaf, unmerged[path]))
+    assert model == tiny_run.config.model
+
+
+def test_a_run_may_be_moved(tiny_run, copy):
+    """Its config names the folder that it was written to; what counts is the folder that it is in."""
+    with Checkpoints(str(copy / "checkpoints")) as saved:
+        assert runs.newest(saved, str(copy)) == 22
+    for step in (12, 15, 18, 21, 22):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    moved, _ = runs.load_model(str(copy))
+    last, _ = runs.load_model(str(tiny_run.folder))
+    assert not np.array_equal(moved["norm"]["scale"], last["norm"]["scale"])
+
+
+def test_a_run_without_a_checkpoint_has_no_model(copy):
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        runs.load_model(str(copy))
+
+
+@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+def test_a_warm_start_takes_the_merged_weights(tiny_run, tmp_path, kind):
+    params, model = runs.load_model(str(tiny_run.folder))
+    path = tiny_run.folder
+    if kind == "Hugging Face":
+        path = tmp_path / "hf"
+        hf.save_hf(path, params, model)
+    config = dataclasses.replace(tiny_run.config, init_from=str(path))
+    state = runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))  # M starts at zero
+    assert int(state.step) == 0
+
+
+def test_a_warm_start_from_another_model_is_refused(tiny_run):
+    model = dataclasses.replace(tiny_run.config.model, intermediate_size=64)
+    config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), model=model)
+    with pytest.raises(InputError, match=r"of intermediate_size 48, not model\.intermediate_size 64"):
+        runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
+
+
+def test_the_length_of_positions_may_grow_at_a_warm_start(tiny_run):
+    model = dataclasses.replace(tiny_run.config.model, max_position_embeddings=64)
+    config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), model=model)
+    runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
