@@ -8,7 +8,7 @@ SHELL := bash
 
 VENV ?= .venv
 EXTRAS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTHON ?=
 
 comma := ,
