@@ -1,8 +1,24 @@
 """MoRA and its relatives as a functional transform over Flax parameter trees."""
 
 from mora_jax.errors import InputError
+from mora_jax.hf import load_hf, save_hf
 from mora_jax.llama import Compute, Llama, LlamaConfig
-from mora_jax.methods import METHODS, OPERATORS, Adapter, Leaf, LoRA, Method, MoRA, Operator, Share, dense
+from mora_jax.methods import (
+    METHODS,
+    OPERATORS,
+    Adapter,
+    Decouple,
+    DoRA,
+    Leaf,
+    LoRA,
+    Method,
+    MoRA,
+    Operator,
+    Rotate,
+    Share,
+    Truncate,
+    dense,
+)
 from mora_jax.transform import (
     Methods,
     assign,
@@ -19,6 +35,8 @@ __all__ = [
     "OPERATORS",
     "Adapter",
     "Compute",
+    "Decouple",
+    "DoRA",
     "InputError",
     "Leaf",
     "Llama",
@@ -28,13 +46,17 @@ __all__ = [
     "Methods",
     "MoRA",
     "Operator",
+    "Rotate",
     "Share",
+    "Truncate",
     "assign",
     "attach",
     "bind",
     "dense",
     "labels",
+    "load_hf",
     "merge",
     "partition",
     "restart",
+    "save_hf",
 ]

@@ -143,13 +143,13 @@ class Attention(nn.Module):
         q_width, kv_width = c.hidden_size, c.num_key_value_heads * c.head_dim
         widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
         kernels = [Kernel((c.hidden_size, w), c.initializer_range, name=name)() for name, w in widths.items()]
-        q, k, v = (_heads(y, c.head_dim) for y in _dense(x_BTD, kernels, self.compute))
+        q, k, v = (_heads(y, c.head_dim) for y in _dense(self, x_BTD, kernels))
         q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
         y_BTNH = jax.nn.dot_product_attention(
             q_BTNH, k_BTKH, v, is_causal=True, implementation=self.compute.attention
         )
         out = Kernel((q_width, c.hidden_size), c.initializer_range, name="o_proj")()
-        return _dense(y_BTNH.reshape(*x_BTD.shape[:2], q_width), [out], self.compute)[0]
+        return _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], q_width), [out])[0]
 
 
 class MLP(nn.Module):
@@ -163,9 +163,9 @@ class MLP(nn.Module):
         c = self.config
         wide = (c.hidden_size, c.intermediate_size)
         kernels = [Kernel(wide, c.initializer_range, name=name)() for name in ("gate_proj", "up_proj")]
-        gate_BTF, up_BTF = _dense(x_BTD, kernels, self.compute)
+        gate_BTF, up_BTF = _dense(self, x_BTD, kernels)
         down = Kernel((c.intermediate_size, c.hidden_size), c.initializer_range, name="down_proj")()
-        return _dense(jax.nn.silu(gate_BTF) * up_BTF, [down], self.compute)[0]
+        return _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
 
 
 class Block(nn.Module):
@@ -242,16 +242,17 @@ def _stack(block: type[nn.Module], length: int, how: str) -> Any:
     return nn.scan(
         body,
         variable_axes={"params": 0, "adapter": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=length if how == "unrolled" else 1,
     )
 
 
-def _dense(x: Array, kernels: list[tuple[Array, Adapter | None]], compute: Compute) -> list[Array]:
+def _dense(module: Attention | MLP, x: Array, kernels: list[tuple[Array, Adapter | None]]) -> list[Array]:
     ws, adapters = zip(*kernels, strict=True)
-    return dense(x, ws, adapters, compute.adapter_path)
+    key = module.make_rng("dropout") if module.has_rng("dropout") else None
+    return dense(x, ws, adapters, module.compute.adapter_path, key)
 
 
 def _heads(y: Array, head_dim: int) -> Array:

@@ -15,7 +15,7 @@ FLOORS = (
     ("mora_jax.methods.mora", "mora_jax.methods.lora"),
     ("mora_jax.methods",),
     ("mora_jax.transform", "mora_jax.loss"),
-    ("mora_jax.llama",),
+    ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
     ("train.progress",),
@@ -23,7 +23,7 @@ FLOORS = (
     ("train.flags", "train.optim", "train.watch"),
     ("train.step",),
     ("train.runs", "train.evaluate"),
-    ("train.scoring", "train.export", "train.describe", "train.loop", "train.bench"),
+    ("train.scoring", "train.survey", "train.export", "train.describe", "train.loop", "train.bench"),
     ("train.demo",),
     ("train.cli",),
 )
@@ -40,7 +40,9 @@ MODULES = sorted(module_name(p) for top in ("mora_jax", "train") for p in (ROOT 
 def floor(module: str) -> int:
     """The floor of a module: that of its longest listed prefix."""
     listed = {name: i for i, names in enumerate(FLOORS) for name in names}
-    exact = [name for name in listed if module == name or (name != "mora_jax" and module.startswith(f"{name}."))]
+    exact = [
+        name for name in listed if module == name or (name != "mora_jax" and module.startswith(f"{name}."))
+    ]
     assert exact, f"{module} stands on no floor; add it to FLOORS"
     return listed[max(exact, key=len)]
 
@@ -53,7 +55,8 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {
-                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module
+                for alias in node.names
             }
     return found & set(MODULES)
 
@@ -65,11 +68,16 @@ def test_a_module_imports_only_from_below(module: str):
     for imported in imports(path):
         same_package = imported.rpartition(".")[0] == module.rpartition(".")[0]
         allowed = floor(imported) < floor(module) or (floor(imported) == floor(module) and same_package)
-        assert allowed or imported == "train", f"{module} imports {imported}, which stands on its floor or above"
+        assert allowed or imported == "train", (
+            f"{module} imports {imported}, which stands on its floor or above"
+        )
 
 
 def test_only_the_model_imports_linen():
     users = {
-        module_name(p) for top in ("mora_jax", "train") for p in (ROOT / top).rglob("*.py") if "linen" in p.read_text()
+        module_name(p)
+        for top in ("mora_jax", "train")
+        for p in (ROOT / top).rglob("*.py")
+        if "linen" in p.read_text()
     }
     assert users == {"mora_jax.llama"}

@@ -8,7 +8,7 @@ import pytest
 from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama, LlamaConfig
-from mora_jax.methods import LoRA, MoRA, Share
+from mora_jax.methods import LoRA, MoRA, Rotate, Share
 from mora_jax.transform import assign, attach, bind, merge
 
 LINEARS = "layers/.*_proj/kernel"
@@ -70,7 +70,9 @@ def test_rows_of_weight_zero_count_for_nothing(params):
 def test_no_output_depends_on_a_later_token(params):
     """By the gradient of place t's logits with respect to the embedded inputs."""
     width = GROUPED.hidden_size
-    one_hot = jnp.eye(GROUPED.vocab_size)[:16]  # token i is at place i, so the table's row i is place i's input
+    one_hot = jnp.eye(GROUPED.vocab_size)[
+        :16
+    ]  # token i is at place i, so the table's row i is place i's input
 
     def place(table, t):
         tokens_BT = jnp.arange(16)[None]
@@ -151,7 +153,7 @@ def test_an_impossible_model_is_refused(fields, message):
 
 
 def test_cudnn_attention_is_bfloat16_only():
-    with pytest.raises(InputError, match="needs compute.dtype bfloat16"):
+    with pytest.raises(InputError, match=r"needs compute\.dtype bfloat16"):
         Compute(dtype="float32", attention="cudnn")
 
 
@@ -173,12 +175,13 @@ def recorded(data, prefix: str, suffix: str, path: str) -> np.ndarray:
     return array.swapaxes(1, 2) if kernel else array
 
 
-@pytest.fixture
-def tinyllama(golden):
-    data = np.load(golden / "tinyllama_mora_type1.npz")
+@pytest.fixture(params=[(1, Share(0, "wrap")), (6, Rotate("wrap", "drop"))], ids=["type 1", "type 6"])
+def tinyllama(golden, request):
+    mora_type, operator = request.param
+    data = np.load(golden / f"tinyllama_mora_type{mora_type}.npz")
     shapes = trees.flatten(random_params(TINY))
     params = trees.unflatten({path: jnp.array(recorded(data, "base/", ".weight", path)) for path in shapes})
-    methods = assign([(LINEARS, MoRA(8, Share(0, "wrap"))), (".*", "frozen")], params)
+    methods = assign([(LINEARS, MoRA(8, operator)), (".*", "frozen")], params)
     m = {f"{path}/m_RR": jnp.array(recorded(data, "M/", "", path)) for path, _ in methods.adapted()}
     return data, params, trees.unflatten(m), methods
 

@@ -9,15 +9,21 @@ import numpy as np
 import pytest
 
 from mora_jax import methods as method_table
+from mora_jax import transform
 from mora_jax.errors import InputError
-from mora_jax.methods import METHODS, Adapter, LoRA, Method, MoRA, Share, dense
+from mora_jax.methods import METHODS, OPERATORS, Adapter, LoRA, Method, MoRA, Rotate, Share, dense
+from mora_jax.spectrum import numerical_rank, singular_values
 
-# Every method once with a small rank, and variants that take other branches.
+# Every method with a small rank, and variants that take other branches.
 CASES: list[Method] = [
     *(method(rank=4) for method in METHODS),  # pyright: ignore[reportCallIssue]
-    LoRA(3, alpha=7.0),
+    LoRA(3, alpha=7.0, rslora=True, b_lr_scale=4.0),
+    LoRA(3, train="b", a_init="orthogonal"),
+    LoRA(3, train="b", a_init="normal"),
+    *(MoRA(4, operator()) for operator in OPERATORS),
     MoRA(4, Share(1)),
-    MoRA(4, Share((0, 1), "wrap")),
+    MoRA(4, Share((0, 1), "wrap", cycle=4)),
+    MoRA(4, Rotate("wrap", "drop"), align=16),
     MoRA(4, align=16),
 ]
 ADDITIVE = [m for m in CASES if m.additive]
@@ -35,7 +41,9 @@ def random_arrays(method: Method, w: jax.Array, seed: int = 0) -> dict[str, jax.
     """Arrays as after some training: everything that may be non-zero is random."""
     arrays = method.init(jax.random.key(seed), w)
     keys = jax.random.split(jax.random.key(seed + 1), len(arrays))
-    arrays = {n: a + 0.3 * jax.random.normal(k, a.shape) for k, (n, a) in zip(keys, arrays.items(), strict=True)}
+    arrays = {
+        n: a + 0.3 * jax.random.normal(k, a.shape) for k, (n, a) in zip(keys, arrays.items(), strict=True)
+    }
     if isinstance(method, MoRA):  # the padding of m is zero and stays zero
         r = method.r_hat(*w.shape)
         arrays["m_RR"] = jnp.zeros_like(arrays["m_RR"]).at[:r, :r].set(arrays["m_RR"][:r, :r])
@@ -46,7 +54,9 @@ def random_arrays(method: Method, w: jax.Array, seed: int = 0) -> dict[str, jax.
 @every_shape
 def test_at_the_start_the_weight_is_the_base(method, k, d):
     w = kernel(0, k, d)
-    np.testing.assert_array_equal(method.weight(method.init(jax.random.key(1), w), w), w)
+    start = method.weight(method.init(jax.random.key(1), w), w)
+    # DoRA divides by the lengths that it multiplies with.
+    np.testing.assert_allclose(start, w, rtol=0 if method.additive else 1e-6)
 
 
 @every_case
@@ -138,7 +148,9 @@ def test_a_small_update_survives_the_merged_path_in_bfloat16_and_a_bfloat16_base
     for base, path in ((low, "merged"), (low, "auto")):
         text = str(jax.make_jaxpr(lambda x, b=base, p=path: dense(x, [b], [Adapter(arrays, method)], p))(low))
         assert "custom_vjp" not in text
-    assert "custom_vjp" in str(jax.make_jaxpr(lambda x: dense(x, [w], [Adapter(arrays, method)], "merged"))(low))
+    assert "custom_vjp" in str(
+        jax.make_jaxpr(lambda x: dense(x, [w], [Adapter(arrays, method)], "merged"))(low)
+    )
 
 
 def test_auto_takes_the_merged_path_for_many_tokens_only():
@@ -155,13 +167,16 @@ def test_padding_of_m_has_exactly_zero_gradient():
     assert arrays["m_RR"].shape == (16, 16)
     assert r_hat == 13
     for path in ("merged", "activation"):
-        g = jax.grad(lambda a, p=path: jnp.sum(dense(w.T, [w], [Adapter(a, method)], p)[0] ** 3))(arrays)["m_RR"]
+        g = jax.grad(lambda a, p=path: jnp.sum(dense(w.T, [w], [Adapter(a, method)], p)[0] ** 3))(arrays)[
+            "m_RR"
+        ]
         assert np.count_nonzero(g[:r_hat, :r_hat]) == r_hat**2
         assert np.count_nonzero(g) == r_hat**2
 
 
 @pytest.mark.parametrize(
-    ("k", "d", "rank", "r_hat"), [(768, 768, 128, 443), (768, 2560, 128, 652), (2048, 2048, 128, 724), (24, 20, 99, 20)]
+    ("k", "d", "rank", "r_hat"),
+    [(768, 768, 128, 443), (768, 2560, 128, 652), (2048, 2048, 128, 724), (24, 20, 99, 20)],
 )
 def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
     assert MoRA(rank).r_hat(k, d) == r_hat
@@ -176,12 +191,112 @@ def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
         ({"name": "mora", "operator": {"name": "shar"}}, "did you mean 'share'"),
         ({"name": "mora", "rank": 0}, "at least 1"),
         ({"name": "lora", "rank": 0}, "at least 1"),
+        ({"name": "dora", "rank": 0}, "at least 1"),
+        ({"name": "lora", "train": "a"}, "trains 'ab' or 'b'"),
+        ({"name": "lora", "a_init": "ones"}, "a_init is"),
+        ({"name": "lora", "dropout": 1.0}, "dropout lies in"),
+        ({"name": "mora", "dropout": -0.1}, "dropout lies in"),
+        ({"name": "mora", "operator": {"name": "rotate", "surplus": "keep"}}, "rotate's surplus is"),
+        ({"name": "mora", "operator": {"name": "share", "cycle": 3}}, "share's cycle is"),
         (["mora"], "mapping with a name"),
     ],
 )
 def test_bad_json_is_refused_with_the_nearest_name(data, message):
     with pytest.raises(InputError, match=message):
         method_table.from_json(data)
+
+
+@every_case
+@every_shape
+def test_the_count_is_that_of_the_arrays_without_padding(method, k, d):
+    arrays = random_arrays(method, kernel(0, k, d))
+    trained = [n for n, leaf in method.leaves().items() if leaf.trainable]
+    assert method.count(k, d) == sum(np.count_nonzero(arrays[n]) for n in trained)
+    if isinstance(method, MoRA):
+        assert method.count(k, d) <= LoRA(method.rank).count(k, d)
+
+
+@every_case
+@every_shape
+def test_the_update_reaches_the_rank_that_is_promised(method, k, d):
+    w = kernel(0, k, d)
+    after = method.weight(random_arrays(method, w), w)
+    rank = numerical_rank(singular_values({"w": w}, {"w": after})["w"])
+    assert int(rank) == method.rank_bound(k, d)
+
+
+def test_mora_reaches_r_hat_where_lora_stays_at_its_rank():
+    w = kernel(0, 96, 80)
+    ranks = {}
+    for method in (MoRA(4), LoRA(4)):
+        after = method.weight(random_arrays(method, w), w)
+        ranks[method.name] = int(numerical_rank(singular_values({"w": w}, {"w": after})["w"]))
+    assert ranks == {"mora": 26, "lora": 4}  # floor(sqrt((96 + 80) 4))
+
+
+@pytest.mark.parametrize(
+    ("operator", "grows"),
+    [(Share(), True), (Share(cycle=4), True), (Rotate("zero"), None), (None, False)],
+    ids=str,
+)
+def test_the_sum_of_updates_gains_rank_after_a_restart_only_where_the_group_type_changed(operator, grows):
+    """`None` keeps sharing's group type by hand; rotation's update is of full rank at once."""
+    params = {"w": kernel(0, 96, 80)}
+    methods = transform.assign([("w", MoRA(2, operator or Share()))], params)
+    now, ranks = params, []
+    for seed in range(3):
+        arrays = {"w": random_arrays(methods["w"], params["w"], seed)}  # pyright: ignore[reportArgumentType]
+        following = methods if operator is None else methods.after_restart()
+        now, _, _ = transform.restart(jax.random.key(seed), now, arrays, methods)
+        ranks.append(int(numerical_rank(singular_values(params, now)["w"])))
+        methods = following
+    side = MoRA(2).r_hat(96, 80)
+    if grows is None:
+        assert ranks == [72, 72, 72]
+    elif grows:
+        assert ranks[0] == side < ranks[1]
+    else:
+        assert ranks == [side] * 3
+
+
+@pytest.mark.parametrize("method", [LoRA(4, dropout=0.5), MoRA(4, dropout=0.5)], ids=str)
+def test_dropout_spares_the_base_takes_the_activation_path_and_has_the_right_mean(method):
+    w, x = kernel(0, 24, 20), jnp.ones((4000, 24))
+    adapter = Adapter(random_arrays(method, w), method)
+    (y,) = dense(x, [w], [adapter], "merged", jax.random.key(0))
+    expected = x @ method.weight(adapter.arrays, w)
+    assert relative_error(y, expected) > 0.05
+    np.testing.assert_allclose(y.mean(axis=0), expected[0], atol=0.05 * float(jnp.abs(expected).max()))
+    (without,) = dense(x, [w], [adapter], "merged")
+    np.testing.assert_allclose(without, expected, atol=1e-4)
+    silent = Adapter(jax.tree.map(jnp.zeros_like, adapter.arrays), method)
+    np.testing.assert_allclose(dense(x, [w], [silent], "auto", jax.random.key(0))[0], x @ w, atol=1e-5)
+
+
+def test_the_frozen_factor_of_asylora_gets_no_group():
+    params = {"w": kernel(0, 24, 20)}
+    methods = transform.assign([("w", LoRA(3, train="b", b_lr_scale=2.0))], params)
+    assert transform.trainable_paths(methods) == {"adapters/w/b_RD": "adapter*2.0"}
+
+
+def test_orthogonal_factors_are_orthogonal():
+    a_KR = LoRA(5, a_init="orthogonal").init(jax.random.key(0), kernel(0, 24, 20))["a_KR"]
+    np.testing.assert_allclose(a_KR.T @ a_KR, np.eye(5), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stacked_kernels_merge_as_they_apply(method, dtype):
+    """Merge then forward is forward, layer by layer, with random arrays."""
+    w_LKD = jnp.stack([kernel(i, 20, 33) for i in range(3)])
+    methods = transform.assign([("w", method)], {"w": w_LKD})
+    arrays = jax.vmap(lambda w, i: random_arrays(method, w, i))(w_LKD, jnp.arange(3))
+    merged_LKD = transform.merge({"w": w_LKD}, {"w": arrays}, methods)["w"]
+    x = jax.random.normal(jax.random.key(9), (5, 20)).astype(dtype)
+    for i in range(3):
+        adapter = Adapter(jax.tree.map(lambda a, i=i: a[i], arrays), method)
+        (y,) = dense(x, [w_LKD[i]], [adapter], "merged")
+        assert relative_error(y, x.astype("float32") @ merged_LKD[i]) < (1e-5 if dtype == "float32" else 1e-2)
 
 
 def relative_error(got: jax.Array, expected: jax.Array) -> float:

@@ -1,5 +1,6 @@
 """MoRA's operators against their definition by index, against each other and against recorded numbers."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_jax.errors import InputError
-from mora_jax.methods.operators import Share
+from mora_jax.methods.operators import Decouple, Rotate, Share, Truncate
 
 SHARES = [Share(g, p) for g, p in itertools.product([0, 1, (0, 1), (1, 0)], ["zero", "wrap"])]
 
@@ -48,7 +49,7 @@ def test_share_is_its_definition_by_index(shape, share, seed):
     m, x = rng.normal(size=(r_hat, r_hat)).astype("f4"), rng.normal(size=(3, k)).astype("f4")
     dw = matrix_by_index(share, m, k, d)
     np.testing.assert_allclose(share.matrix(jnp.array(m), k, d), dw, rtol=1e-6)
-    y = share.decompress(share.compress(jnp.array(x), r_hat) @ m, d)
+    y = share.decompress(share.compress(jnp.array(x), r_hat, d) @ m, d)
     np.testing.assert_allclose(y, x @ dw, atol=1e-4)
 
 
@@ -64,29 +65,124 @@ def test_a_restart_switches_the_group_type_of_both_sides():
     assert Share((0, 1)).switched() == Share((1, 0))
 
 
-def test_sharing_compiles_without_a_gather():
-    text = jax.jit(lambda x: Share(1).decompress(Share(0).compress(x, 5), 17)).lower(jnp.ones((2, 13))).as_text()
-    assert "gather" not in text
-
-
 @pytest.mark.parametrize(("fields", "message"), [({"group": 2}, "group type"), ({"pad": "none"}, "pad is")])
 def test_what_is_no_share_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
         Share(**fields)
 
 
-GOLDEN = {1: Share(0, "wrap"), 2: Share(1, "wrap"), 4: Share((0, 1), "wrap")}
+def test_the_four_pairs_come_in_the_order_of_the_authors_code():
+    share, seen = Share(0, cycle=4), []
+    for _ in range(5):
+        seen.append(share.groups)
+        share = share.switched()
+    assert seen == [(0, 0), (1, 1), (1, 0), (0, 1), (0, 0)]
 
 
-@pytest.mark.parametrize("mora_type", GOLDEN)
-def test_share_matches_the_authors_code(mora_type, golden):
-    files = sorted(golden.glob(f"mora_type{mora_type}_*.npz"))
-    assert files
+OTHERS = [
+    Truncate(),
+    *(
+        o(pad, surplus)
+        for o in (Decouple, Rotate)
+        for pad in ("zero", "wrap")
+        for surplus in ("fold", "drop")
+    ),
+]
+# Square, wide, tall, odd widths, widths that r_hat does not divide, r_hat near and above a width.
+SHAPES = [(24, 24, 8), (20, 33, 6), (33, 20, 6), (50, 30, 14), (9, 11, 8), (24, 23, 22), (8, 30, 10)]
+
+
+def turned(x: np.ndarray, block: int) -> np.ndarray:
+    """Eq. 9-11 by complex numbers: the pair (j, j + r/2) is one, turned by block * theta_j."""
+    half = len(x) // 2
+    theta = 10_000.0 ** (-2 * np.arange(half) / len(x))
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * block * theta)
+    return np.concatenate([z.real, z.imag])
+
+
+def by_blocks(operator: Decouple, m: np.ndarray, x: np.ndarray, d: int) -> np.ndarray:
+    """Equations 8 to 11 with loops."""
+    r_hat = len(m)
+    n_in, n_out = -(-len(x) // r_hat), -(-d // r_hat)
+    filling = x if operator.pad == "wrap" else np.zeros_like(x)
+    blocks = np.concatenate([x, filling[: n_in * r_hat - len(x)]]).reshape(n_in, r_hat)
+    if isinstance(operator, Rotate):
+        blocks = np.stack([turned(block, i) for i, block in enumerate(blocks)])
+    y = blocks @ m
+    out = np.zeros((n_out, r_hat))
+    for o in range(n_out):
+        out[o] = y[o % n_in]
+    for i in range(n_out, n_in):
+        out[i % n_out] += y[i] if operator.surplus == "fold" else 0
+    return out.reshape(-1)[:d]
+
+
+def by_truncation(m: np.ndarray, x: np.ndarray, d: int) -> np.ndarray:
+    """Equation 4."""
+    r_hat = len(m)
+    head, out = np.zeros(r_hat), np.zeros(max(d, r_hat))
+    head[: min(len(x), r_hat)] = x[:r_hat]
+    out[:r_hat] = head @ m
+    return out[:d]
+
+
+@pytest.mark.parametrize("operator", OTHERS, ids=str)
+@pytest.mark.parametrize(("k", "d", "r_hat"), SHAPES)
+def test_the_other_operators_are_their_definition(operator, k, d, r_hat):
+    rng = np.random.default_rng(k + d)
+    m, x = rng.normal(size=(r_hat, r_hat)).astype("f4"), rng.normal(size=(2, 3, k)).astype("f4")
+    one = (lambda row: by_blocks(operator, m, row, d)) if isinstance(operator, Decouple) else None
+    expected = np.stack([one(row) if one else by_truncation(m, row, d) for row in x.reshape(-1, k)])
+    y = operator.decompress(operator.compress(jnp.array(x), r_hat, d) @ m, d)
+    np.testing.assert_allclose(y, expected.reshape(2, 3, d), atol=1e-4)
+    np.testing.assert_allclose(x @ operator.matrix(jnp.array(m), k, d), expected.reshape(2, 3, d), atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", [*SHARES, *OTHERS], ids=str)
+@pytest.mark.parametrize(("k", "d", "r_hat"), SHAPES)
+def test_random_m_reaches_the_rank_that_is_promised(operator, k, d, r_hat):
+    m = jax.random.normal(jax.random.key(k * d), (r_hat, r_hat))
+    rank = np.linalg.matrix_rank(np.asarray(operator.matrix(m, k, d), np.float64), tol=1e-4)
+    assert rank == operator.rank_bound(r_hat, k, d)
+
+
+@pytest.mark.parametrize("operator", [Decouple(), Rotate()], ids=str)
+def test_every_input_counts_when_there_are_fewer_outputs(operator):
+    m = jax.random.normal(jax.random.key(0), (6, 6))
+    assert (np.abs(operator.matrix(m, 33, 20)).max(axis=1) > 0).all()
+    dropping = dataclasses.replace(operator, surplus="drop")
+    ignored = np.abs(dropping.matrix(m, 33, 20)).max(axis=1) == 0
+    assert ignored.tolist() == [False] * 24 + [True] * 9
+
+
+@pytest.mark.parametrize("operator", [*SHARES, *OTHERS], ids=str)
+def test_no_operator_compiles_to_a_gather(operator):
+    def both(x, m):
+        return operator.decompress(operator.compress(x, 6, 33) @ m, 33), operator.matrix(m, 20, 33)
+
+    text = jax.jit(both).lower(jnp.ones((2, 20)), jnp.ones((6, 6))).as_text()
+    assert "gather" not in text
+
+
+GOLDEN = {
+    "mora_type1": Share(0, "wrap"),
+    "mora_type2": Share(1, "wrap"),
+    "mora_type4": Share((0, 1), "wrap"),
+    "mora_type6": Rotate("wrap", "drop"),
+    "decouple": Decouple("wrap", "drop"),
+}
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_operators_match_the_authors_code(kind, golden):
+    files = sorted(golden.glob(f"{kind}_*.npz"))
+    assert len(files) >= 5
     for file in files:
         data = np.load(file)
         k, d, r_hat = int(data["k"]), int(data["d"]), int(data["rhat"])
         m = jnp.array(data["M"].T)  # recorded as out = in @ M.T
-        share = GOLDEN[mora_type]
-        delta = share.decompress(share.compress(jnp.array(data["x"]), r_hat) @ m, d)
+        operator = GOLDEN[kind]
+        delta = operator.decompress(operator.compress(jnp.array(data["x"]), r_hat, d) @ m, d)
         np.testing.assert_allclose(delta, data["delta_out"], atol=1e-5, err_msg=file.name)
-        np.testing.assert_allclose(share.matrix(m, k, d).T, data["fwd_operator"], atol=1e-5, err_msg=file.name)
+        for name in {"fwd_operator", "delta_weight"} & set(data.files):
+            np.testing.assert_allclose(operator.matrix(m, k, d).T, data[name], atol=1e-5, err_msg=file.name)

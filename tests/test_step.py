@@ -27,12 +27,19 @@ CONFIG = RunConfig(
     schedule=Schedule("jagged-cosine", warmup=1),
     restart=Restart(every=3, warmup=1),
 )  # fmt: skip
-METHODS = {name: MethodFlags(name, rank=4, align=8) for name in ("full", "frozen", "lora", "mora")}
+METHODS = {
+    name: MethodFlags(name, rank=4, align=8) for name in ("full", "frozen", "lora", "dora", "mora")
+} | {
+    "lora+": MethodFlags("lora", rank=4, b_lr_scale=4.0),
+    "asylora": MethodFlags("lora", rank=4, train_factors="b", a_init="orthogonal"),
+    "rotate": MethodFlags("mora", rank=4, operator="rotate", align=8),
+}
+RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
 
 
 def with_method(name: str) -> RunConfig:
     restart, schedule = (
-        (CONFIG.restart, CONFIG.schedule) if name in ("lora", "mora") else (Restart(), Schedule("cosine", 1))
+        (CONFIG.restart, CONFIG.schedule) if name in RESTARTED else (Restart(), Schedule("cosine", 1))
     )
     return dataclasses.replace(CONFIG, method=METHODS[name], restart=restart, schedule=schedule)
 
@@ -100,7 +107,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["lora", "mora"])
+@pytest.mark.parametrize("name", RESTARTED)
 def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     config = with_method(name)
     methods, state, _ = trained(config, 3)
@@ -146,3 +153,23 @@ def test_the_first_rate_is_that_of_step_zero_and_rates_follow_the_step():
     _, state, metrics = trained(CONFIG, 2)
     np.testing.assert_allclose(metrics["learning_rate"], 1e-2, rtol=1e-6)
     assert int(state.step) == 2
+
+
+def test_dropout_differs_from_step_to_step_and_spares_evaluation():
+    config = dataclasses.replace(
+        CONFIG,
+        method=MethodFlags("mora", rank=4, align=8, dropout=0.5),
+        schedule=Schedule("jagged-cosine", 0),
+    )
+    methods, state, _ = trained(config, 3)
+    model = Llama(config.model, config.compute)
+    losses = [
+        eval_step(model, methods, state.params, state.adapters, tokens(7), jnp.ones(4))[0] for _ in range(2)
+    ]
+    assert float(losses[0]) == float(losses[1])
+    still = dataclasses.replace(config, optimizer=Optimizer(learning_rate=1e-30))
+    seen = []
+    for _ in range(3):
+        state, metrics = train_step(still, methods, state, tokens(7))
+        seen.append(float(metrics["loss"]))
+    assert len(set(seen)) == 3

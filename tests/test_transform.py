@@ -21,7 +21,9 @@ RULES = [
 
 def random_tree(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict:
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return trees.unflatten({n: 0.3 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)})
+    return trees.unflatten(
+        {n: 0.3 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    )
 
 
 PARAMS = random_tree(

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
+from mora_jax.llama import LlamaConfig
+from mora_jax.methods import MoRA
 from train import flags
 from train.config import Evaluation, RunConfig
 
@@ -110,6 +112,22 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class SurveyMethods:
+    """A table of methods and operators for a model: trainable parameters, r_hat, attainable rank.
+
+    Attributes:
+      rank: LoRA's rank, and the one whose parameter count MoRA matches.
+      model: the model whose seven linears are adapted.
+    """
+
+    rank: int = 128
+    model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+
+    def __post_init__(self) -> None:
+        MoRA(self.rank)  # refuses a rank that is none
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchData:
     """Tokens a second prepared and read.
 
@@ -185,6 +203,13 @@ def export(command: Export) -> None:
     print(f"written: {command.out}")
 
 
+def survey_methods(command: SurveyMethods) -> None:
+    """Runs `mora methods`."""
+    from train.survey import print_survey
+
+    print_survey(command.model, command.rank)
+
+
 def bench_data(command: BenchData) -> None:
     """Runs `mora bench data`."""
     from train.bench.data import bench
@@ -206,6 +231,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "pretrain": (Pretrain, pretrain),
     "evaluate": (Evaluate, evaluate),
     "export": (Export, export),
+    "methods": (SurveyMethods, survey_methods),
     "bench data": (BenchData, bench_data),
     "demo": (Demo, demo),
 }

@@ -13,7 +13,7 @@ from mora_jax import methods as method_table
 from mora_jax import transform
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, LlamaConfig
-from mora_jax.methods import LoRA, Method, MoRA, Share
+from mora_jax.methods import Decouple, DoRA, LoRA, Method, MoRA, Operator, Rotate, Share, Truncate
 
 LINEARS = "layers/.*_proj/kernel"
 REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
@@ -51,21 +51,37 @@ class MethodFlags:
 
     Attributes:
       name: "full" trains every parameter itself; "frozen" adapts nothing.
-      rank: LoRA's rank; for MoRA the rank whose parameter count is matched.
-      alpha: LoRA: the update is scaled by alpha / rank.
-      group: MoRA: group type of sharing at the start, 0 strided or 1 contiguous.
+      rank: LoRA's and DoRA's rank; for MoRA the rank whose parameter count is matched.
+      alpha: LoRA, DoRA: the update is scaled by alpha / rank.
+      rslora: LoRA: scaled by alpha / sqrt(rank) instead.
+      b_lr_scale: LoRA: the learning rate of B over that of A (LoRA+).
+      train_factors: LoRA: which factors are trained; with "b" A stays as it was drawn (AsyLoRA).
+      a_init: LoRA: how A is drawn.
+      operator: MoRA: how widths are compressed and decompressed.
+      group: MoRA, share: group type at the start, 0 strided or 1 contiguous.
+      cycle: MoRA, share: group types that restarts go through, the paper's 2 or all 4 pairs.
       pad: MoRA: how inputs that r_hat does not divide are padded.
+      surplus: MoRA, decouple and rotate: what becomes of surplus input blocks.
       align: MoRA: m is stored padded to a multiple of this.
+      dropout: LoRA, MoRA: share of the adapter's inputs zeroed in training.
       adapt: regex of the kernels that get an adapter.
       train: regex of the parameters that are trained themselves; empty for none.
     """
 
-    name: Literal["full", "frozen", "lora", "mora"] = "mora"
+    name: Literal["full", "frozen", "lora", "dora", "mora"] = "mora"
     rank: int = 128
     alpha: float = 128.0
+    rslora: bool = False
+    b_lr_scale: float = 1.0
+    train_factors: Literal["ab", "b"] = "ab"
+    a_init: Literal["uniform", "orthogonal", "normal"] = "uniform"
+    operator: Literal["truncate", "share", "decouple", "rotate"] = "share"
     group: Literal[0, 1] = 0
+    cycle: Literal[2, 4] = 2
     pad: Literal["zero", "wrap"] = "zero"
+    surplus: Literal["fold", "drop"] = "fold"
     align: int = 128
+    dropout: float = 0.0
     adapt: str = LINEARS
     train: str = REST
 
@@ -75,10 +91,26 @@ class MethodFlags:
     def method(self) -> Method | Literal["train", "frozen"]:
         """What these flags say of an adapted kernel."""
         if self.name == "lora":
-            return LoRA(self.rank, self.alpha)
+            return LoRA(
+                self.rank,
+                self.alpha,
+                self.rslora,
+                self.b_lr_scale,
+                self.train_factors,
+                self.a_init,
+                self.dropout,
+            )
+        if self.name == "dora":
+            return DoRA(self.rank, self.alpha)
         if self.name == "mora":
-            return MoRA(self.rank, Share(self.group, self.pad), self.align)
+            return MoRA(self.rank, self._operator(), self.align, self.dropout)
         return "train" if self.name == "full" else "frozen"
+
+    def _operator(self) -> Operator:
+        if self.operator == "share":
+            return Share(self.group, self.pad, self.cycle)
+        blocks = {"decouple": Decouple, "rotate": Rotate}
+        return blocks[self.operator](self.pad, self.surplus) if self.operator in blocks else Truncate()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +170,21 @@ class Restart:
     Attributes:
       every: optimizer steps between restarts; 0 for none.
       warmup: optimizer steps of linear warm-up after a restart.
+      optimizer: the adapters' Adam state: "reset" zeroes moments and count; "magnitude" and "random" zero a
+        share of the entries of each moment, the smallest or any, and keep the count.
+      prune: that share, in (0, 1]; not used by "reset".
     """
 
     every: int = 0
     warmup: int = 50
+    optimizer: Literal["reset", "magnitude", "random"] = "reset"
+    prune: float = 0.9
 
     def __post_init__(self) -> None:
         _at_least("restart.every", self.every, 0)
         _at_least("restart.warmup", self.warmup, 0)
+        if not 0 < self.prune <= 1:
+            raise InputError(f"restart.prune must lie in (0, 1], not {self.prune}")
         if 0 < self.every <= self.warmup:
             raise InputError(f"restart.warmup {self.warmup} must be shorter than restart.every {self.every}")
 
@@ -294,8 +333,21 @@ class RunConfig:
                 f"schedule.warmup {self.schedule.warmup} is longer than restart.every {self.restart.every}"
             )
         adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
-        if not any(m.additive for m in adapted):
-            raise InputError("restart.every needs a method with an update to merge, such as mora or lora")
+        if not adapted or not all(m.additive for m in adapted):
+            raise InputError("restart.every needs methods with an update to merge: mora or lora")
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, a sentence each."""
+        operators = (
+            {c.operator for _, c in self.parameter_rules() if isinstance(c, MoRA)}
+            if self.restart.every
+            else ()
+        )
+        return [
+            f"operator {o.name} has one pattern only: restarts add no rank to the sum of updates"
+            for o in operators
+            if o.switched() == o
+        ]
 
     def parameter_rules(self) -> transform.Rules:
         """The rules for `mora_jax.assign`, from `rules` or from `method`."""

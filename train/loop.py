@@ -2,8 +2,9 @@
 
 import collections
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh.data)
     check(config, info, mesh)
     runs.check_free(config, resume)
+    warn(config.warnings())
     with runs.checkpoints(config) as saved:
         state, methods = start(config, saved, mesh)
         first, score = int(state.step), None
@@ -90,12 +92,17 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
 def start(config: RunConfig, saved: Checkpoints, mesh: Mesh) -> tuple[TrainState, Methods]:
     """The state to go on from: the newest good checkpoint's, or a fresh one."""
     step, damaged = saved.latest_good()
-    for what in damaged:
-        print(f"warning: {what}; going back to an older checkpoint", flush=True)
+    warn(f"{what}; going back to an older checkpoint" for what in damaged)
     if step is not None:
         return runs.restore(config, saved, step, mesh)
     methods = runs.assign_methods(config)
     return runs.fresh_state(config, methods, mesh), methods
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Tells what is not as it should be, a line each."""
+    for sentence in sentences:
+        print(f"mora: warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def on_devices(batches: Iterator[np.ndarray], mesh: Mesh) -> Iterator[jax.Array]:

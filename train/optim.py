@@ -1,14 +1,17 @@
 """Learning-rate schedules, AdamW by parameter group, and what a restart does to its state."""
 
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mora_jax import transform
-from train.config import Optimizer, RunConfig
+from train.config import Optimizer, Restart, RunConfig
+
+UNDECAYED = ("scale", "magnitude_D")
 
 
 def learning_rate(config: RunConfig, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -53,28 +56,62 @@ def _group(config: Optimizer, group: str) -> optax.GradientTransformation:
 
 
 def _decayed(params: Any) -> Any:
-    """Kernels and adapters are decayed; norms' scales, known by their name, are not."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) != "scale", params)
+    """Kernels and factors are decayed; norms' scales and DoRA's magnitudes, known by their names, are not."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) not in UNDECAYED, params
+    )
 
 
-def reset_adapters(opt_state: Any) -> tuple[Any, Float[Array, ""]]:
-    """Zeroes the Adam state (moments and count) of every group of adapters.
+def clear_adapters(opt_state: Any, how: Restart, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
+    """Zeroes the Adam state of every group of adapters, or a share of it, as `how` says.
+
+    "reset" zeroes moments and count; pruning zeroes `how.prune` of the non-zero entries of each moment of
+    each layer, the smallest or any (ReLoRA, arXiv:2307.05695), and keeps the count.
 
     Returns:
-      The new state, and the share of its non-zero entries that was really cleared.
+      The new state, and the share of the moments' non-zero entries that was really cleared.
     """
-    inner = opt_state.inner_states
-    fresh = {g: _zeroed(s) if transform.is_adapter_group(g) else s for g, s in inner.items()}
-    before = _non_zero({g: s for g, s in inner.items() if transform.is_adapter_group(g)})
-    after = _non_zero({g: s for g, s in fresh.items() if transform.is_adapter_group(g)})
-    return opt_state._replace(inner_states=fresh), 1 - after / jnp.maximum(before, 1)
+    adapters = {g: s for g, s in opt_state.inner_states.items() if transform.is_adapter_group(g)}
+
+    def clear(path: Any, state: Any) -> Any:
+        if not isinstance(state, optax.ScaleByAdamState):
+            return state
+        if how.optimizer == "reset":
+            return jax.tree.map(jnp.zeros_like, state)
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        mu_key, nu_key = jax.random.split(own_key)
+        return state._replace(mu=_pruned(state.mu, how, mu_key), nu=_pruned(state.nu, how, nu_key))
+
+    fresh = jax.tree_util.tree_map_with_path(clear, adapters, is_leaf=_is_adam)
+    before, after = (_non_zero(_moments(state)) for state in (adapters, fresh))
+    cleared = 1 - after / jnp.maximum(before, 1)
+    return opt_state._replace(inner_states=opt_state.inner_states | fresh), cleared
 
 
-def _zeroed(state: Any) -> Any:
-    def zero(node: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, node) if isinstance(node, optax.ScaleByAdamState) else node
+def _pruned(moments: Any, how: Restart, key: PRNGKeyArray) -> Any:
+    leaves, structure = jax.tree.flatten(moments)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [_pruned_stack(x, how, k) for x, k in zip(leaves, keys, strict=True)]
+    )
 
-    return jax.tree.map(zero, state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+
+def _pruned_stack(x: Array, how: Restart, key: PRNGKeyArray) -> Array:
+    """Of a kernel's array, or of each layer of a stack of them."""
+    if x.ndim > 2:
+        return jax.vmap(lambda x, k: _pruned_stack(x, how, k))(x, jax.random.split(key, x.shape[0]))
+    if how.optimizer == "random":
+        return jnp.where(jax.random.bernoulli(key, how.prune, x.shape), 0.0, x)
+    size = jnp.where(x == 0, jnp.nan, jnp.abs(x))  # padding, which is zero, counts for no share
+    return jnp.where(size > jnp.nanquantile(size, how.prune), x, 0.0)
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _moments(state: Any) -> list[Any]:
+    return [(s.mu, s.nu) for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
 
 
 def _non_zero(tree: Any) -> Array:

@@ -1,6 +1,7 @@
 """The state of a run and the pure functions that move it: one update, one restart, one evaluation batch."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def train_step(
       The next state and scalars: loss (nats a token), grad_norm (before clipping), learning_rate.
     """
     trainable, frozen = transform.partition(state.params, state.adapters, methods)
-    loss, gradients = _mean_gradient(config, methods, trainable, frozen, tokens_BT)
+    loss, gradients = _mean_gradient(config, methods, trainable, frozen, tokens_BT, state.step)
     grad_norm = optax.tree.norm(gradients)
     if config.optimizer.clip_norm:
         shrink = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))
@@ -78,16 +79,18 @@ def train_step(
 def restart_step(
     config: RunConfig, methods: Methods, state: TrainState
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """The restart before update `state.step`: merge, initialise anew, clear the adapters' optimizer state.
+    """The restart before update `state.step`: merge, initialise anew, clear the adapters' optimizer state
+    or a share of it.
 
     The methods that follow are `methods.after_restart()`.
 
     Returns:
       The new state and the share of the adapters' optimizer state that was really cleared.
     """
-    key = jax.random.fold_in(_key(config, "adapters"), state.step)
-    params, adapters, _ = transform.restart(key, state.params, state.adapters, methods)
-    opt_state, cleared = optim.reset_adapters(state.opt_state)
+    adapter_key = jax.random.fold_in(_key(config, "adapters"), state.step)
+    params, adapters, _ = transform.restart(adapter_key, state.params, state.adapters, methods)
+    pruning_key = jax.random.fold_in(_key(config, "pruning"), state.step)
+    opt_state, cleared = optim.clear_adapters(state.opt_state, config.restart, pruning_key)
     return TrainState(state.step, params, adapters, opt_state), cleared
 
 
@@ -100,36 +103,46 @@ def eval_step(
 
 
 def _loss(
-    model: Llama, methods: Methods, params: Any, adapters: Any, tokens_BT: Array, weights_B: Array
+    model: Llama,
+    methods: Methods,
+    params: Any,
+    adapters: Any,
+    tokens_BT: Array,
+    weights_B: Array,
+    rngs: Mapping[str, Array] | None = None,
 ) -> Any:
     variables = {"params": params, "adapter": transform.bind(adapters, methods)}
-    return model.apply(variables, tokens_BT, weights_B, method=Llama.loss)
+    return model.apply(variables, tokens_BT, weights_B, method=Llama.loss, rngs=rngs)
 
 
 def _mean_gradient(
-    config: RunConfig, methods: Methods, trainable: Any, frozen: Any, tokens_BT: Array
+    config: RunConfig, methods: Methods, trainable: Any, frozen: Any, tokens_BT: Array, step: Array
 ) -> tuple[Array, Any]:
     """The mean loss of the batch and its gradient for the trainable leaves, microbatch by microbatch."""
     model = Llama(config.model, config.compute)
+    key = jax.random.fold_in(_key(config, "dropout"), step)
+    drops = any(method.dropout for _, method in methods.adapted())
 
-    def mean_loss(trainable: Any, tokens_BT: Array) -> Array:
+    def mean_loss(trainable: Any, tokens_BT: Array, part: int | Array) -> Array:
         arrays = trees.combine(trainable, frozen)
         ones_B = jnp.ones(tokens_BT.shape[0])
-        total, count = _loss(model, methods, arrays["params"], arrays.get("adapters", {}), tokens_BT, ones_B)
+        rngs = {"dropout": jax.random.fold_in(key, part)} if drops else None
+        params, adapters = arrays["params"], arrays.get("adapters", {})
+        total, count = _loss(model, methods, params, adapters, tokens_BT, ones_B, rngs)
         return total / count
 
     if config.microbatches == 1:
-        return jax.value_and_grad(mean_loss)(trainable, tokens_BT)
+        return jax.value_and_grad(mean_loss)(trainable, tokens_BT, 0)
 
-    def accumulate(carry: Any, tokens_BT: Array) -> tuple[Any, None]:
+    def accumulate(carry: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
         # Every microbatch holds as many predictions, so the mean of means is the mean.
-        part = jax.value_and_grad(mean_loss)(trainable, tokens_BT)
+        part = jax.value_and_grad(mean_loss)(trainable, *inputs)
         return jax.tree.map(lambda a, b: a + b / config.microbatches, carry, part), None
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
     # Interleaved, so that each microbatch is spread over the devices as the batch is.
-    parts_BMT = tokens_BT.reshape(-1, config.microbatches, tokens_BT.shape[1])
-    return jax.lax.scan(accumulate, start, parts_BMT.swapaxes(0, 1))[0]
+    parts_MBT = tokens_BT.reshape(-1, config.microbatches, tokens_BT.shape[1]).swapaxes(0, 1)
+    return jax.lax.scan(accumulate, start, (parts_MBT, jnp.arange(config.microbatches)))[0]
 
 
 def _optimizer(
@@ -139,5 +152,5 @@ def _optimizer(
 
 
 def _key(config: RunConfig, purpose: str) -> Array:
-    streams = ("params", "adapters")
+    streams = ("params", "adapters", "pruning", "dropout")
     return jax.random.fold_in(jax.random.key(config.seed), streams.index(purpose))

@@ -7,23 +7,28 @@ from typing import Any
 
 from mora_jax.errors import InputError
 from mora_jax.methods.base import Adapter, Leaf, Method, Path, dense
+from mora_jax.methods.dora import DoRA
 from mora_jax.methods.lora import LoRA
 from mora_jax.methods.mora import MoRA
-from mora_jax.methods.operators import OPERATORS, Operator, Share
+from mora_jax.methods.operators import OPERATORS, Decouple, Operator, Rotate, Share, Truncate
 
-METHODS: tuple[type[Method], ...] = (MoRA, LoRA)
+METHODS: tuple[type[Method], ...] = (MoRA, LoRA, DoRA)
 
 __all__ = [
     "METHODS",
     "OPERATORS",
     "Adapter",
+    "Decouple",
+    "DoRA",
     "Leaf",
     "LoRA",
     "Method",
     "MoRA",
     "Operator",
     "Path",
+    "Rotate",
     "Share",
+    "Truncate",
     "dense",
     "from_json",
     "to_json",

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mora_jax.errors import InputError
+
 Arrays: TypeAlias = Mapping[str, Array]
 Path: TypeAlias = Literal["auto", "merged", "activation"]
 
@@ -37,6 +39,7 @@ class Method:
 
     name: ClassVar[str]
     additive: ClassVar[bool] = True  # whether `delta` exists
+    dropout: float = 0.0  # share of the adapter's inputs zeroed in training; a field where a method has it
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
         """The adapter's arrays (float32) for a kernel like w, such that `weight(arrays, w) == w`."""
@@ -48,6 +51,10 @@ class Method:
 
     def count(self, k: int, d: int) -> int:
         """The trainable parameters of a (k, d) kernel's adapter, without any padding of stored arrays."""
+        raise NotImplementedError
+
+    def rank_bound(self, k: int, d: int) -> int:
+        """The rank that the update of a (k, d) kernel can have, which it has for almost all arrays."""
         raise NotImplementedError
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
@@ -77,6 +84,7 @@ def dense(
     ws: Sequence[Float[Array, "K ?D"]],
     adapters: Sequence[Adapter | None],
     path: Path = "auto",
+    dropout_key: PRNGKeyArray | None = None,
 ) -> list[Float[Array, "*B ?D"]]:
     """Applies one or several kernels to one input, in one product, each with an adapter of its own or none.
 
@@ -90,26 +98,43 @@ def dense(
       ws: kernels (k, d_i), of the stored type.
       adapters: one entry a kernel.
       path: forces a path; "auto" takes the merged one for large batches over a float32 base.
+      dropout_key: given in training where a method has dropout, which takes the activation path.
 
     Returns:
       One output a kernel, in x's type.
     """
     # A method that is not additive has only its weight, differentiated as it stands.
-    ws = [
-        w if a is None or a.method.additive else a.method.weight(a.arrays, w)
-        for w, a in zip(ws, adapters, strict=True)
-    ]
+    ws = [_own_weight(w, a) for w, a in zip(ws, adapters, strict=True)]
     adapters = [a if a is not None and a.method.additive else None for a in adapters]
     if all(a is None for a in adapters):
         return _product(x, ws)
-    if _merges(x, ws, path):
+    drops = dropout_key is not None and any(a.method.dropout for a in adapters if a)
+    if not drops and _merges(x, ws, path):
         methods = tuple(a.method if a else None for a in adapters)
         return _merged(methods, x, tuple(ws), tuple(dict(a.arrays) if a else {} for a in adapters))
     ys = _product(x, ws)
-    return [
-        y + a.method.delta(a.arrays, x, w.shape[-1]) if a else y
-        for y, w, a in zip(ys, ws, adapters, strict=True)
-    ]
+    for i, adapter in enumerate(adapters):
+        if adapter:
+            z = _dropped(x, adapter.method.dropout, jax.random.fold_in(dropout_key, i)) if drops else x
+            ys[i] = ys[i] + adapter.method.delta(adapter.arrays, z, ws[i].shape[-1])
+    return ys
+
+
+def check_dropout(rate: float) -> None:
+    """Raises InputError unless the rate lies in [0, 1)."""
+    if not 0 <= rate < 1:
+        raise InputError(f"dropout lies in [0, 1), not {rate}")
+
+
+def _own_weight(w: Array, adapter: Adapter | None) -> Array:
+    if adapter is None or adapter.method.additive:
+        return w
+    return adapter.method.weight(adapter.arrays, w)
+
+
+def _dropped(x: Array, rate: float, key: PRNGKeyArray) -> Array:
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
 def _merges(x: Array, ws: Sequence[Array], path: Path) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Arrays, Leaf, Method
+from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout
 from mora_jax.methods.operators import Operator, Share
 
 
@@ -21,16 +21,19 @@ class MoRA(Method):
       operator: the compression and decompression.
       align: m is stored padded with zeros to a multiple of this. The padding has exactly zero gradient, so it
         stays zero; 128 keeps products fast and shardable. With 1, r_hat is the side of the stored m.
+      dropout: share of the adapter's inputs that are zeroed in training.
     """
 
     rank: int = 128
     operator: Operator = Share()  # noqa: RUF009 (frozen and hashable, so safe to share)
     align: int = 1
+    dropout: float = 0.0
     name: ClassVar[str] = "mora"
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.align < 1:
             raise InputError(f"MoRA's rank and align are at least 1, not {self.rank} and {self.align}")
+        check_dropout(self.dropout)
 
     def r_hat(self, k: int, d: int) -> int:
         """The side of M for a (k, d) kernel: floor(sqrt((k + d) rank)), at most min(k, d)."""
@@ -48,6 +51,9 @@ class MoRA(Method):
     def count(self, k: int, d: int) -> int:
         return self.r_hat(k, d) ** 2
 
+    def rank_bound(self, k: int, d: int) -> int:
+        return self.operator.rank_bound(self.r_hat(k, d), k, d)
+
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         r_hat = self._used(arrays, *w.shape)
         return w + self.operator.matrix(arrays["m_RR"][:r_hat, :r_hat].astype(w.dtype), *w.shape)
@@ -55,13 +61,13 @@ class MoRA(Method):
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
         m_RR = arrays["m_RR"]
         r_hat = self._used(arrays, x.shape[-1], d)
-        z = self.operator.compress(x, r_hat)
+        z = self.operator.compress(x, r_hat, d)
         z = jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, m_RR.shape[0] - r_hat)])
         y = (z @ m_RR.astype(x.dtype))[..., :r_hat]
         return self.operator.decompress(y, d)
 
     def after_restart(self) -> "MoRA":
-        """Sharing switches its group type, so that the next update spans other directions."""
+        """Sharing switches its group type, so that the next update spans other directions; others cannot."""
         return dataclasses.replace(self, operator=self.operator.switched())
 
     def _used(self, arrays: Arrays, k: int, d: int) -> int:

@@ -3,19 +3,23 @@
 All are linear, hold no parameters, and act on the last axis. Besides the two directions each gives `matrix`,
 the dense update that they make of M: `decompress(compress(x) @ m) == x @ matrix(m)`, in O(k d) work.
 
-Legend of shapes in names: K inputs (k in the paper), D outputs (d), R the side of M (r_hat).
+Legend of shapes in names: K inputs (k in the paper), D outputs (d), R the side of M (r_hat), N blocks of
+inputs, M blocks of outputs, P inputs with padding, J pairs of a block.
 """
 
 import dataclasses
 from typing import ClassVar, Literal, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from mora_jax.errors import InputError
 
 Group: TypeAlias = Literal[0, 1]
+Pad: TypeAlias = Literal["zero", "wrap"]
+Surplus: TypeAlias = Literal["fold", "drop"]
 
 
 class Operator:
@@ -24,21 +28,44 @@ class Operator:
     name: ClassVar[str]
     multiple: ClassVar[int] = 1  # r_hat is a multiple of this
 
-    def compress(self, x: Float[Array, "*B K"], r_hat: int) -> Float[Array, "*B R"]:
-        """f_comp: the inputs to M."""
+    def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*BN R"]:
+        """f_comp: what M is applied to, one vector of r_hat or several blocks of it."""
         raise NotImplementedError
 
-    def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
-        """f_decomp: M's outputs to the width d."""
+    def decompress(self, y: Float[Array, "*BN R"], d: int) -> Float[Array, "*B D"]:
+        """f_decomp: what M gives, back to the width d."""
         raise NotImplementedError
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """The update that M stands for, in the orientation of a kernel: (inputs, outputs)."""
         raise NotImplementedError
 
+    def rank_bound(self, r_hat: int, k: int, d: int) -> int:
+        """The rank of `matrix` for almost every M: the most that an update can have."""
+        return min(r_hat, k, d)
+
     def switched(self) -> "Operator":
         """The operator after a restart; the same where there is no other pattern."""
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncate(Operator):
+    """Truncation (Eq. 4): the first r_hat inputs make the first r_hat outputs, all others are left alone."""
+
+    name: ClassVar[str] = "truncate"
+
+    def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
+        """The first r_hat inputs."""
+        return _resized(x, r_hat, axis=x.ndim - 1)
+
+    def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
+        """Zeros behind the r_hat outputs."""
+        return _resized(y, d, axis=y.ndim - 1)
+
+    def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
+        """M in the upper left corner of zeros."""
+        return _resized(_resized(m_RR, k, axis=0), d, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +75,15 @@ class Share(Operator):
     Attributes:
       group: group type 0 is strided, g(j) = j mod r_hat; type 1 is contiguous, r_hat runs of neighbours whose
         lengths differ by at most one. A pair gives the types of input and output.
+      cycle: the group types that restarts go through: 2 is the paper's, 0 -> 1 -> 0; 4 is that of the
+        authors' code, all pairs: (0, 0) -> (1, 1) -> (1, 0) -> (0, 1) -> (0, 0).
       pad: where r_hat does not divide the number of inputs, "zero" leaves each input in exactly one group
         (Eq. 7); "wrap" appends the first inputs again, as the authors' code does. Only for strided inputs.
     """
 
     group: Group | tuple[Group, Group] = 0
-    pad: Literal["zero", "wrap"] = "zero"
+    pad: Pad = "zero"
+    cycle: Literal[2, 4] = 2
     name: ClassVar[str] = "share"
 
     def __post_init__(self) -> None:
@@ -63,8 +93,8 @@ class Share(Operator):
             isinstance(group, tuple) and len(group) == 2 and all(g in (0, 1) for g in group)
         ):
             raise InputError(f"share's group type is 0, 1 or a pair of them (input, output), not {group!r}")
-        if self.pad not in ("zero", "wrap"):
-            raise InputError(f"share's pad is 'zero' or 'wrap', not {self.pad!r}")
+        _check_choice("share", "pad", self.pad, ("zero", "wrap"))
+        _check_choice("share", "cycle", self.cycle, (2, 4))
 
     @property
     def groups(self) -> tuple[Group, Group]:
@@ -72,18 +102,16 @@ class Share(Operator):
         return self.group if isinstance(self.group, tuple) else (self.group, self.group)
 
     def switched(self) -> "Share":
-        """The same operator with the other group type: the pattern after a restart."""
+        """The same operator with the next group type of its cycle: the pattern after a restart."""
         g_in, g_out = self.groups
-        return dataclasses.replace(self, group=(1 - g_in, 1 - g_out) if g_in != g_out else 1 - g_in)
+        following = _CYCLE_OF_PAIRS[self.groups] if self.cycle == 4 else (1 - g_in, 1 - g_out)
+        return dataclasses.replace(self, group=following[0] if following[0] == following[1] else following)
 
-    def compress(self, x: Float[Array, "*B K"], r_hat: int) -> Float[Array, "*B R"]:
+    def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
         """Sums the inputs of each group."""
         if self.groups[0] == 1:
             return _contiguous_sums(x, r_hat)
-        surplus = -x.shape[-1] % r_hat
-        tail = x[..., :surplus] if self.pad == "wrap" else jnp.zeros((*x.shape[:-1], surplus), x.dtype)
-        x = jnp.concatenate([x, tail], axis=-1) if surplus else x
-        return x.reshape(*x.shape[:-1], -1, r_hat).sum(axis=-2)
+        return _blocks(x, r_hat, self.pad).sum(axis=-2)
 
     def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
         """Copies each group's value to all outputs of the group."""
@@ -93,13 +121,133 @@ class Share(Operator):
         """dW[j, i] = M[g_in(j), g_out(i)]: the paper's, transposed as kernels are (inputs, outputs)."""
         m_RD = _spread(m_RR, d, self.groups[1], axis=1)
         dw_KD = _spread(m_RD, k, self.groups[0], axis=0)
-        surplus = -k % m_RR.shape[0]
-        if self.pad == "wrap" and self.groups[0] == 0 and surplus:
-            dw_KD = dw_KD.at[:surplus].add(m_RD[m_RR.shape[0] - surplus :])
+        if self.pad == "wrap" and self.groups[0] == 0:
+            # Places k, k + 1, ... hold the first inputs once more.
+            r_hat, surplus = m_RR.shape[0], -k % m_RR.shape[0]
+            dw_KD = dw_KD.at[:surplus].add(m_RD[r_hat - surplus :])
         return dw_KD
 
 
-OPERATORS: tuple[type[Operator], ...] = (Share,)
+@dataclasses.dataclass(frozen=True)
+class Decouple(Operator):
+    """Decoupling (Eq. 8): the inputs are cut into blocks of r_hat, and M maps each to a block of the outputs.
+
+    Where there are more output blocks than input blocks, the outputs are tiled.
+
+    Attributes:
+      pad: how the last block is filled up, where r_hat does not divide the number of inputs: with "zero", or
+        by "wrap" with the first inputs again, as the authors' code does.
+      surplus: where there are more input blocks than output blocks, "fold" adds the surplus ones onto the
+        output blocks, so that every input counts; "drop" ignores them, as the authors' code does.
+    """
+
+    pad: Pad = "zero"
+    surplus: Surplus = "fold"
+    name: ClassVar[str] = "decouple"
+
+    def __post_init__(self) -> None:
+        _check_choice(self.name, "pad", self.pad, ("zero", "wrap"))
+        _check_choice(self.name, "surplus", self.surplus, ("fold", "drop"))
+
+    def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B N R"]:
+        """The blocks, turned; no more than there are output blocks, surplus ones added or dropped."""
+        x_BNR = self._turned(_blocks(x, r_hat, self.pad))
+        wanted = -(-d // r_hat)
+        if self.surplus == "drop" or x_BNR.shape[-2] <= wanted:
+            return x_BNR[..., :wanted, :]
+        x_BNR = _resized(x_BNR, -(-x_BNR.shape[-2] // wanted) * wanted, axis=x_BNR.ndim - 2)
+        return x_BNR.reshape(*x_BNR.shape[:-2], -1, wanted, r_hat).sum(axis=-3)
+
+    def decompress(self, y: Float[Array, "*B N R"], d: int) -> Float[Array, "*B D"]:
+        """The blocks one behind the other, again and again as far as d goes."""
+        y = y.reshape(*y.shape[:-2], -1)
+        return _spread(y, d, 0, axis=y.ndim - 1)
+
+    def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
+        """Block (i, o) is the turned M where input block i counts for output block o, and zero elsewhere."""
+        r_hat = m_RR.shape[0]
+        n_in, n_out = -(-k // r_hat), -(-d // r_hat)
+        i_N1, o_1M = np.arange(n_in)[:, None], np.arange(n_out)[None, :]
+        fold = self.surplus == "fold" and n_in > n_out
+        counts_NM = (i_N1 % n_out == o_1M) if fold else (o_1M % n_in == i_N1)
+        m_NRR = self._turned_back(jnp.broadcast_to(m_RR, (n_in, r_hat, r_hat)))
+        dw_NRMR = m_NRR[:, :, None, :] * jnp.asarray(counts_NM, m_RR.dtype)[:, None, :, None]
+        dw_PD = dw_NRMR.reshape(n_in * r_hat, n_out * r_hat)[:, :d]
+        dw_KD = dw_PD[:k]
+        return dw_KD.at[: n_in * r_hat - k].add(dw_PD[k:]) if self.pad == "wrap" else dw_KD
+
+    def rank_bound(self, r_hat: int, k: int, d: int) -> int:
+        """Blocks of rank r_hat side by side."""
+        return min(min(-(-k // r_hat), -(-d // r_hat)) * r_hat, k, d)
+
+    def _turned(self, x_BNR: Array) -> Array:
+        """What is done to each block before M; nothing here."""
+        return x_BNR
+
+    def _turned_back(self, m_NRR: Array) -> Array:
+        """The matrices whose product with a block is M's with the turned block."""
+        return m_NRR
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotate(Decouple):
+    """Rotation (Eq. 9-11): as decoupling, with block i (from 0) first turned by i theta_j.
+
+    The pairs are (j, j + r_hat / 2), theta_j = 10000^(-2 j / r_hat) with j from 0, as in rotary embeddings.
+    """
+
+    name: ClassVar[str] = "rotate"
+    multiple: ClassVar[int] = 2
+
+    def _turned(self, x_BNR: Array) -> Array:
+        cos_NJ, sin_NJ = (a.reshape((1,) * (x_BNR.ndim - 2) + a.shape) for a in _angles(*x_BNR.shape[-2:]))
+        x1, x2 = jnp.split(x_BNR.astype(jnp.float32), 2, axis=-1)
+        turned = [x1 * cos_NJ - x2 * sin_NJ, x2 * cos_NJ + x1 * sin_NJ]
+        return jnp.concatenate(turned, axis=-1).astype(x_BNR.dtype)
+
+    def _turned_back(self, m_NRR: Array) -> Array:
+        cos_NJ1, sin_NJ1 = (a[..., None] for a in _angles(*m_NRR.shape[:2]))
+        m1, m2 = jnp.split(m_NRR, 2, axis=1)
+        return jnp.concatenate([m1 * cos_NJ1 + m2 * sin_NJ1, m2 * cos_NJ1 - m1 * sin_NJ1], axis=1)
+
+
+OPERATORS: tuple[type[Operator], ...] = (Truncate, Share, Decouple, Rotate)
+
+_CYCLE_OF_PAIRS: dict[tuple[Group, Group], tuple[Group, Group]] = {
+    (0, 0): (1, 1),
+    (1, 1): (1, 0),
+    (1, 0): (0, 1),
+    (0, 1): (0, 0),
+}
+
+
+def _check_choice(operator: str, field: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{operator}'s {field} is {' or '.join(map(repr, choices))}, not {value!r}")
+
+
+def _angles(blocks: int, r_hat: int) -> tuple[Array, Array]:
+    """cos and sin of i theta_j, each (N, R/2), float32; constants of the compiled program."""
+    theta_J = 10_000.0 ** (-np.arange(0, r_hat, 2) / r_hat)
+    angles_NJ = np.arange(blocks)[:, None] * theta_J[None, :]
+    return jnp.asarray(np.cos(angles_NJ), jnp.float32), jnp.asarray(np.sin(angles_NJ), jnp.float32)
+
+
+def _resized(x: Array, width: int, axis: int) -> Array:
+    """Cut, or filled up with zeros, to `width` entries on `axis`."""
+    kept = lax.slice_in_dim(x, 0, min(width, x.shape[axis]), axis=axis)
+    missing = [(0, width - kept.shape[axis]) if a == axis else (0, 0) for a in range(x.ndim)]
+    return jnp.pad(kept, missing)
+
+
+def _blocks(x: Array, r_hat: int, pad: Pad) -> Array:
+    """The last axis cut into blocks of r_hat, (..., N, R), the last one filled up."""
+    surplus = -x.shape[-1] % r_hat
+    if pad == "wrap":
+        x = jnp.concatenate([x, x[..., :surplus]], axis=-1)
+    else:
+        x = _resized(x, x.shape[-1] + surplus, axis=x.ndim - 1)
+    return x.reshape(*x.shape[:-1], -1, r_hat)
 
 
 def _contiguous_sums(x: Array, r_hat: int) -> Array:
