@@ -12,7 +12,7 @@ FLOORS = (
     ("mora_jax.errors",),
     ("mora_jax.trees", "mora_jax.methods.operators", "mora_jax.sharding", "mora_jax.hf_tokenizer"),
     ("mora_jax.methods.base",),
-    ("mora_jax.methods.mora", "mora_jax.methods.lora"),
+    ("mora_jax.methods.mora", "mora_jax.methods.lora", "mora_jax.methods.dora"),
     ("mora_jax.methods",),
     ("mora_jax.transform", "mora_jax.loss"),
     ("mora_jax.llama", "mora_jax.spectrum"),

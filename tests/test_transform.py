@@ -28,9 +28,14 @@ def random_tree(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict:
 
 PARAMS = random_tree(
     0,
-    {"layers/q/kernel": (3, 16, 16), "layers/up/kernel": (3, 16, 24), "head/kernel": (16, 20), "norm/scale": (16,),
-     "embed/table": (20, 16)},
-)  # fmt: skip
+    {
+        "layers/q/kernel": (3, 16, 16),
+        "layers/up/kernel": (3, 16, 24),
+        "head/kernel": (16, 20),
+        "norm/scale": (16,),
+        "embed/table": (20, 16),
+    },
+)
 
 
 def randomised(adapters: dict, seed: int = 1) -> dict:
