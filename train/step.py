@@ -1,14 +1,13 @@
 """The state of a run and the pure functions that move it: one update, one restart, one evaluation batch."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mora_jax import transform, trees
 from mora_jax.llama import Compute, Llama
@@ -109,7 +108,7 @@ def _loss(
     adapters: Any,
     tokens_BT: Array,
     weights_B: Array,
-    rngs: Mapping[str, Array] | None = None,
+    rngs: dict[str, PRNGKeyArray] | None = None,
 ) -> Any:
     variables = {"params": params, "adapter": transform.bind(adapters, methods)}
     return model.apply(variables, tokens_BT, weights_B, method=Llama.loss, rngs=rngs)

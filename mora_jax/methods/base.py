@@ -108,14 +108,14 @@ def dense(
     adapters = [a if a is not None and a.method.additive else None for a in adapters]
     if all(a is None for a in adapters):
         return _product(x, ws)
-    drops = dropout_key is not None and any(a.method.dropout for a in adapters if a)
-    if not drops and _merges(x, ws, path):
+    key = dropout_key if any(a.method.dropout for a in adapters if a) else None
+    if key is None and _merges(x, ws, path):
         methods = tuple(a.method if a else None for a in adapters)
         return _merged(methods, x, tuple(ws), tuple(dict(a.arrays) if a else {} for a in adapters))
     ys = _product(x, ws)
     for i, adapter in enumerate(adapters):
         if adapter:
-            z = _dropped(x, adapter.method.dropout, jax.random.fold_in(dropout_key, i)) if drops else x
+            z = x if key is None else _dropped(x, adapter.method.dropout, jax.random.fold_in(key, i))
             ys[i] = ys[i] + adapter.method.delta(adapter.arrays, z, ws[i].shape[-1])
     return ys
 
