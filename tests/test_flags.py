@@ -10,6 +10,8 @@ from mora_jax.errors import InputError
 from train import flags
 from train.config import RunConfig
 
+LONG = "and not  anything else, " * 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
@@ -23,7 +25,7 @@ class Inner:
 
     def __post_init__(self) -> None:
         if self.width <= 0:
-            raise InputError(f"inner.width must be above 0, {'and not anything else, ' * 4}not {self.width}")
+            raise InputError(f"inner.width must be above 0, {LONG}not {self.width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,8 @@ def test_a_value_that_does_not_parse():
 
 
 def test_a_complaint_of_the_dataclass_comes_word_for_word():
-    """It is longer than a line of tyro's box, and ends with a minus sign that a frame could swallow."""
-    expected = "inner.width must be above 0, " + "and not anything else, " * 4 + "not -2.5"
+    """Also where it is longer than a line of tyro's box, which is folded at blanks and at minus signs."""
+    expected = f"inner.width must be above 0, {LONG}not -2.5"
     assert complaint("--name", "x", "--inner-part.width", "-2.5") == expected
 
 
