@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(free, tiny_run
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     loop.pretrain(free, resume=True)
-    assert "is damaged" in capsys.readouterr().out
+    assert "is damaged" in capsys.readouterr().err
     for ours, theirs in zip(arrays(free, folder, 22), arrays(free, tiny_run.folder, 22), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
