@@ -16,6 +16,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the tests' time is compilation, and none of it is about what XLA makes faster.
+jax.config.update("jax_disable_most_optimizations", True)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
