@@ -111,7 +111,7 @@ def test_flags_before_the_config_are_not_taken_for_defaults(refused, tiny_yaml):
         (["pretrain", "nowhere.yaml"], "nowhere.yaml: cannot read this config: No such file or directory"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["export", "nowhere", "out"], "nowhere holds no run"),
-        (["evaluate", "x", "--eval.batch-size", "0"], "eval.batch_size must be at least 1, not 0"),
+        (["evaluate", "x", "--batch-size", "0"], "eval.batch_size must be at least 1, not 0"),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml: cannot read this config"),
         (["train-tokenizer", "--source", "nowhere*", "--out", "t.model"], "nowhere* matches no file"),
     ],
@@ -246,7 +246,7 @@ def explained(cls: type) -> dict[str, str]:
 
 def test_evaluate_and_export_agree(mora, tiny_run, tmp_path):
     run, out, data = str(tiny_run.folder), str(tmp_path / "out"), tiny_run.config.data.directory
-    how = ["--dtype", "float32", "--eval.batch-size", "4", "--eval.max-batches", "3"]
+    how = ["--dtype", "float32", "--batch-size", "4", "--max-batches", "3"]
     status, table, _ = mora("evaluate", run, *how)
     assert status == 0
     assert f"{tiny_run.summary['validation_perplexity']:,.4g}" in table

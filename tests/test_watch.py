@@ -70,16 +70,25 @@ def test_the_rate_is_that_of_undisturbed_steps(lines, clock):
 
 def test_a_pause_counts_for_no_rate(lines, clock):
     w = Watch(lines, 100)
-    for step in range(6):
-        if step == 3:
+    for step in range(10):
+        if step == 5:
             w.drain()
             clock.now += 1000.0  # an evaluation
         clock.now += 2.0
         follow(w, step)
     w.drain()
-    assert [step for step, _ in lines] == list(range(6))
+    assert [step for step, _ in lines] == list(range(10))
     assert min(w.rates) > 100 / 3.0
-    assert "tokens_per_second" not in dict(lines)[3]
+    assert "tokens_per_second" not in dict(lines)[5]
+
+
+def test_steps_that_were_done_before_they_are_looked_at_count_for_no_rate(lines, clock):
+    w = Watch(lines, 100)
+    for step in range(5):
+        clock.now += 2.0
+        follow(w, step)
+    w.drain()  # reads steps 3 and 4 one right after the other
+    assert [("tokens_per_second" in values) for _, values in lines] == [False, True, True, False, False]
 
 
 def test_the_median_rate(lines, clock):

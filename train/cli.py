@@ -86,13 +86,15 @@ class Evaluate:
     Attributes:
       path: folder of a run, or Hugging Face folder.
       data: data set to evaluate on; empty for the run's own.
-      eval: how much to read.
+      batch_size: sequences a batch.
+      max_batches: batches to read; 0 for the whole split.
       dtype: type of products.
     """
 
     path: Folder
     data: str = ""
-    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
+    batch_size: int = 64
+    max_batches: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -121,7 +123,9 @@ class SurveyMethods:
     """
 
     rank: int = 128
-    model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    model: Annotated[LlamaConfig, tyro.conf.FlagConversionOff] = dataclasses.field(
+        default_factory=LlamaConfig
+    )
 
     def __post_init__(self) -> None:
         MoRA(self.rank)  # refuses a rank that is none
@@ -191,7 +195,8 @@ def evaluate(command: Evaluate) -> None:
     """Runs `mora evaluate`."""
     from train.scoring import score_path
 
-    score = score_path(command.path, command.data, command.eval, command.dtype)
+    how = Evaluation(batch_size=command.batch_size, max_batches=command.max_batches)
+    score = score_path(command.path, command.data, how, command.dtype)
     print_summary({"validation_loss": score.loss, "validation_perplexity": score.perplexity}, command.path)
 
 
@@ -238,12 +243,15 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one command; bad input prints one line and exits with status 2."""
+    """Runs one command; bad input prints one line and exits with status 2, Ctrl-C with 130."""
     try:
         run(sys.argv[1:] if args is None else list(args))
     except InputError as error:
         print(f"mora: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("mora: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run(args: list[str]) -> None:

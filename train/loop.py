@@ -28,6 +28,8 @@ from train.plot import plot_loss
 from train.step import TrainState, restart_step, train_step
 from train.watch import Watch
 
+SUMMARY = "summary.json"
+
 
 def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains from the first step, or with `resume` from the newest good checkpoint, to the last.
@@ -48,6 +50,8 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     with runs.checkpoints(config) as saved:
         state, methods = start(config, saved, mesh)
         first, score = int(state.step), None
+        if first == config.steps and (epath.Path(config.run_dir) / SUMMARY).exists():
+            return json.loads((epath.Path(config.run_dir) / SUMMARY).read_text())
         batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
         with Metrics(config.run_dir, config.steps, first, config.log.wandb) as metrics:
             runs.claim(config)  # only now, so that bad input leaves no half-made run behind
@@ -169,5 +173,5 @@ def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second:
         "tokens_per_second": tokens_per_second,
         "device": jax.devices()[0].device_kind,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary

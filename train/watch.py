@@ -39,8 +39,12 @@ class Watch:
             self._write_oldest()
 
     def drain(self) -> None:
-        """Waits for all steps that were dispatched; the time until the next one counts for no rate."""
+        """Waits for all steps that were dispatched.
+
+        Neither they nor the time until the next one count for a rate: they may be done before they are read.
+        """
         while self._pending:
+            self._last = None
             self._write_oldest()
         self._last = None
 
