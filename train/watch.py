@@ -24,6 +24,8 @@ class Watch:
         self._tokens_per_step = tokens_per_step
         self._pending: collections.deque[tuple[int, dict[str, jax.Array], float]] = collections.deque()
         self._last: float | None = None
+        self._started = time.perf_counter()
+        self._tokens = 0
         self.rates: list[float] = []
 
     def follow(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
@@ -35,6 +37,7 @@ class Watch:
           data_wait: seconds the host waited for the step's batch.
         """
         self._pending.append((step, scalars, data_wait))
+        self._tokens += self._tokens_per_step
         while len(self._pending) > IN_FLIGHT:
             self._write_oldest()
 
@@ -53,8 +56,10 @@ class Watch:
         self._metrics.write(step, values)
 
     def median_rate(self) -> float:
-        """Tokens a second of the median step; 0 if no step was timed."""
-        return statistics.median(self.rates) if self.rates else 0.0
+        """Tokens a second of the median undisturbed step; of all steps and what lay between, if none was."""
+        if self.rates:
+            return statistics.median(self.rates)
+        return self._tokens / max(time.perf_counter() - self._started, 1e-9)
 
     def _write_oldest(self) -> None:
         step, scalars, data_wait = self._pending.popleft()
