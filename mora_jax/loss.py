@@ -57,7 +57,7 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32))
     (total, dw_DV), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
-    return total, (dx_NCD.reshape(x_TD.shape), dw_DV.astype(w_DV.dtype))
+    return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV.astype(w_DV.dtype))
 
 
 def _backward(chunk: int, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
@@ -80,4 +80,5 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     tokens = arrays[0].shape[0]
     if tokens % chunk:
         raise InputError(f"the loss chunk of {chunk} tokens does not divide the {tokens} tokens of a batch")
-    return tuple(a.reshape(tokens // chunk, chunk, *a.shape[1:]) for a in arrays)
+    # Every chunk takes tokens from all over, so that each device has its share of each.
+    return tuple(a.reshape(chunk, tokens // chunk, *a.shape[1:]).swapaxes(0, 1) for a in arrays)

@@ -22,6 +22,8 @@ from mora_jax.methods.base import Adapter, Method
 Choice: TypeAlias = Method | Literal["train", "frozen"]
 Rules: TypeAlias = Sequence[tuple[str, Choice]]
 Tree: TypeAlias = dict[str, Any]
+# Flax's names of parameters that no layer multiplies its input with; stacked ones have two axes as well.
+NO_KERNELS = ("scale", "bias", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +75,12 @@ def assign(rules: Rules, params: Tree) -> Methods:
 
     Raises:
       InputError: a rule decides nothing, a parameter is covered by no rule, or a method is given to a
-        parameter that is no kernel (fewer than two axes).
+        parameter that is no kernel (fewer than two axes, or a scale, bias or embedding by its name).
     """
     flat = trees.flatten(params)
     choices = trees.first_match(rules, flat)
     for path, choice in choices.items():
-        if isinstance(choice, Method) and len(flat[path].shape) < 2:
+        if isinstance(choice, Method) and (len(flat[path].shape) < 2 or _last(path) in NO_KERNELS):
             raise InputError(
                 f"{choice.name} adapts kernels (..., in, out); {path!r} has shape {flat[path].shape}"
             )
@@ -177,6 +179,10 @@ def _adapters(adapters: Tree, methods: Methods) -> Iterator[tuple[str, Method, d
     flat = trees.flatten(adapters)
     for path, method in methods.adapted():
         yield path, method, {name: flat[f"{path}/{name}"] for name in method.leaves()}
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def test_what_a_checkpoint_says_of_itself(tiny_run):
         assert saved.steps() == [3, 6, 9, 12, 15, 18, 21, 22]
         meta = {step: saved.read_meta(step) for step in (3, 6, 9)}
     info = load_info(tiny_run.config.data.directory)
-    assert meta[6]["data"] == {"step": 6, "seed": 0, "tokenizer_sha256": info.tokenizer_sha256}
+    text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
+    assert meta[6]["data"] == {"step": 6, "seed": 0, **text}
     # The restart at update 6 comes after the saving at 6.
     assert [meta[step]["restarts"] for step in (3, 6, 9)] == [1, 2, 4]
     kernel = "layers/mlp/up_proj/kernel"

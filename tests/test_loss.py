@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.loss import cross_entropy
 
@@ -52,3 +53,15 @@ def test_bfloat16_states_give_a_loss_in_float32(inputs):
 def test_a_chunk_that_does_not_divide_is_refused(inputs):
     with pytest.raises(InputError, match="chunk of 7 tokens does not divide the 24"):
         cross_entropy(*inputs, 7)
+
+
+def test_devices_share_every_chunk(inputs):
+    """A batch divided over devices stays so: no device gathers the states of the others."""
+    mesh = sharding.make_mesh(4)
+    x_TD, w_DV, targets_T, weights_T = inputs
+    args = jax.device_put((x_TD, targets_T, weights_T), sharding.batch(mesh))
+    gradient = jax.grad(lambda x, t, g, w: cross_entropy(x, w, t, g, 12), argnums=(0, 3))
+    text = jax.jit(gradient).lower(*args, jax.device_put(w_DV, sharding.replicated(mesh))).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text

@@ -199,6 +199,15 @@ def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
         ({"name": "mora", "operator": {"name": "rotate", "surplus": "keep"}}, "rotate's surplus is"),
         ({"name": "mora", "operator": {"name": "share", "cycle": 3}}, "share's cycle is"),
         (["mora"], "mapping with a name"),
+        ({"name": "mora", "rank": "eight"}, "mora's rank is of type int, not 'eight'"),
+        ({"name": "mora", "rank": None}, "mora's rank is of type int, not None"),
+        ({"name": "mora", "rank": 8.5}, "mora's rank is of type int"),
+        ({"name": "mora", "rank": True}, "mora's rank is of type int"),
+        ({"name": "lora", "alpha": "much"}, "lora's alpha is a number"),
+        ({"name": "lora", "alpha": float("nan")}, "alpha is finite"),
+        ({"name": "dora", "alpha": float("inf")}, "alpha is finite"),
+        ({"name": "lora", "rslora": "yes"}, "rslora is of type bool"),
+        ({"name": "mora", "operator": {"name": "share", "group": True}}, "group type is"),
     ],
 )
 def test_bad_json_is_refused_with_the_nearest_name(data, message):
@@ -293,6 +302,15 @@ def test_stacked_kernels_merge_as_they_apply(method, dtype):
         adapter = Adapter(jax.tree.map(lambda a, i=i: a[i], arrays), method)
         (y,) = dense(x, [w_LKD[i]], [adapter], "merged")
         assert relative_error(y, x.astype("float32") @ merged_LKD[i]) < (1e-5 if dtype == "float32" else 1e-2)
+
+
+def test_numbers_that_yaml_reads_as_strings_are_numbers():
+    assert method_table.from_json({"name": "lora", "alpha": "1e2", "dropout": 0}) == LoRA(alpha=100.0)
+
+
+def test_a_kernel_too_thin_for_the_operator_is_refused():
+    with pytest.raises(InputError, match="too thin"):
+        MoRA(4, Rotate()).r_hat(1, 20)
 
 
 def relative_error(got: jax.Array, expected: jax.Array) -> float:

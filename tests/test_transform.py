@@ -64,6 +64,13 @@ def test_assign_names_a_kernel_that_is_none():
         transform.assign([("norm/scale", MoRA(4)), (".*", "frozen")], PARAMS)
 
 
+@pytest.mark.parametrize("path", ["layers/norm/scale", "embed/embedding"])
+def test_stacked_norms_and_embeddings_are_no_kernels(path):
+    params = trees.unflatten({path: jnp.ones((3, 16))})
+    with pytest.raises(InputError, match=f"adapts kernels.*'{path}'"):
+        transform.assign([(".*", MoRA(4))], params)
+
+
 def test_adapters_hold_arrays_and_nothing_else(adapters):
     assert sorted(trees.flatten(adapters)) == [
         "head/kernel/m_RR",

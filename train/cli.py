@@ -249,6 +249,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"mora: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        print(f"mora: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("mora: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

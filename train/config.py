@@ -122,7 +122,8 @@ class Optimizer:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled decay of kernels and of adapters, per unit of learning rate.
+      weight_decay: decoupled decay of all trained arrays but the scales of norms and DoRA's magnitudes, per
+        unit of learning rate.
       clip_norm: largest global norm of the gradient; 0 does not clip.
     """
 

@@ -30,7 +30,7 @@ def export(
     info = load_info(runs.read_config(run_dir).data.directory)
     tokenizer = epath.Path(info.tokenizer).read_bytes()
     with hf.whole_folder(out) as folder:
-        params, model = runs.load_model(run_dir)
+        params, model = runs.load_model(run_dir, info)
         hf.save_hf(folder, params, model, dtype, hf_tokenizer.special_ids(tokenizer))
         hf_tokenizer.save_tokenizer(folder, tokenizer)
     return params, model

@@ -48,7 +48,7 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     runs.check_free(config, resume)
     warn(config.warnings())
     with runs.checkpoints(config) as saved:
-        state, methods = start(config, saved, mesh)
+        state, methods = start(config, saved, info, mesh)
         first, score = int(state.step), None
         if first == config.steps and (epath.Path(config.run_dir) / SUMMARY).exists():
             return json.loads((epath.Path(config.run_dir) / SUMMARY).read_text())
@@ -93,11 +93,12 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
         raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
 
 
-def start(config: RunConfig, saved: Checkpoints, mesh: Mesh) -> tuple[TrainState, Methods]:
+def start(config: RunConfig, saved: Checkpoints, info: DataInfo, mesh: Mesh) -> tuple[TrainState, Methods]:
     """The state to go on from: the newest good checkpoint's, or a fresh one."""
     step, damaged = saved.latest_good()
     warn(f"{what}; going back to an older checkpoint" for what in damaged)
     if step is not None:
+        runs.check_text(saved, step, info, resume=True)
         return runs.restore(config, saved, step, mesh)
     methods = runs.assign_methods(config)
     return runs.fresh_state(config, methods, mesh), methods
@@ -155,7 +156,12 @@ def checkpoint_meta(config: RunConfig, methods: Methods, info: DataInfo, step: i
         "config": run_config.to_plain(config),
         "methods": methods.to_json(),
         "restarts": config.restarts_before(step),
-        "data": {"step": step, "seed": config.seed, "tokenizer_sha256": info.tokenizer_sha256},
+        "data": {
+            "step": step,
+            "seed": config.seed,
+            "tokenizer_sha256": info.tokenizer_sha256,
+            "rows": info.rows["train"],
+        },
     }
 
 

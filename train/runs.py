@@ -17,9 +17,11 @@ from train import config as run_config
 from train import flags
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
+from train.data.read import DataInfo
 from train.step import TrainState, init_params, init_state
 
 CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
 # What a resumed run may have otherwise: none of it changes what is computed.
 OPERATIONAL = ("run_dir", "eval", "checkpoint", "log")
 
@@ -38,6 +40,10 @@ def check_free(config: RunConfig, resume: bool) -> None:
                 f"{folder} holds a run already; add --resume to go on, or choose another --run-dir"
             )
         _check_same(read_config(config.run_dir), config)
+    elif (folder / CHECKPOINTS).exists():
+        raise InputError(
+            f"{folder} holds checkpoints of no known run (its {CONFIG} is gone); choose another --run-dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,7 +67,7 @@ def read_config(run_dir: str) -> RunConfig:
 
 def checkpoints(config: RunConfig) -> Checkpoints:
     """The run's checkpoints."""
-    return Checkpoints(str(epath.Path(config.run_dir) / "checkpoints"), config.checkpoint.keep or None)
+    return Checkpoints(str(epath.Path(config.run_dir) / CHECKPOINTS), config.checkpoint.keep or None)
 
 
 def assign_methods(config: RunConfig) -> Methods:
@@ -101,6 +107,17 @@ def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tup
     return saved.restore(step, abstract_state(config, methods, mesh)), methods
 
 
+def check_text(saved: Checkpoints, step: int, info: DataInfo, resume: bool = False) -> None:
+    """Raises InputError unless a data set has a checkpoint's tokenizer, and to resume also its rows."""
+    seen = saved.read_meta(step)["data"]
+    if seen["tokenizer_sha256"] != info.tokenizer_sha256:
+        raise InputError(f"{info.directory} was made with another tokenizer than the run's data set")
+    if resume and seen["rows"] != info.rows["train"]:
+        raise InputError(
+            f"{info.directory} has {info.rows['train']} training rows, not the run's {seen['rows']}"
+        )
+
+
 def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the state, without computing it."""
     shapes = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
@@ -108,12 +125,18 @@ def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
 
 
-def load_model(path: str) -> tuple[Any, LlamaConfig]:
-    """The merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder."""
+def load_model(path: str, info: DataInfo | None = None) -> tuple[Any, LlamaConfig]:
+    """The merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder.
+
+    Raises:
+      InputError: if there is neither, or the run saw another tokenizer than that of `info`.
+    """
     if (epath.Path(path) / CONFIG).exists():
         config = read_config(path)
         with checkpoints(config) as saved:
             step = newest(saved, path)
+            if info:
+                check_text(saved, step, info)
             state, methods = restore(config, saved, step, sharding.make_mesh(1))
         return transform.merge(state.params, state.adapters, methods), config.model
     params, model = hf.load_hf(path)

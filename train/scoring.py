@@ -26,7 +26,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
         except InputError as error:
             raise InputError(f"{error}; for a Hugging Face folder, --data must name a data set") from error
     info = load_info(data)
-    params, model = runs.load_model(path)
+    params, model = runs.load_model(path, info)
     mesh = sharding.make_mesh(-1 if how.batch_size % jax.device_count() == 0 else 1)
     params = jax.device_put(params, sharding.replicated(mesh))
     return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)

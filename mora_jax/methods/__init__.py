@@ -1,9 +1,10 @@
 """The methods. A new one is one file here and one entry in METHODS."""
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from mora_jax.errors import InputError
 from mora_jax.methods.base import Adapter, Leaf, Method, Path, dense
@@ -54,7 +55,7 @@ def from_json(data: Mapping[str, Any]) -> Method:
 def _build(classes: tuple[type, ...], kind: str, data: Mapping[str, Any]) -> Any:
     by_name = {c.name: c for c in classes}
     if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-        raise InputError(f"a {kind} is a mapping with a name ({', '.join(by_name)}), not {data!r}")
+        raise InputError(f"{kind}: give a mapping with a name ({', '.join(by_name)}), not {data!r}")
     if data["name"] not in by_name:
         raise InputError(f"no {kind} is named {data['name']!r}{_nearest(data['name'], by_name)}")
     chosen = by_name[data["name"]]
@@ -65,7 +66,20 @@ def _build(classes: tuple[type, ...], kind: str, data: Mapping[str, Any]) -> Any
             raise InputError(f"{kind} {chosen.name} has no field {key!r}{_nearest(key, known)}")
     if "operator" in fields:
         fields["operator"] = _build(OPERATORS, "operator", fields["operator"])
-    return chosen(**fields)
+    hints = get_type_hints(chosen)
+    return chosen(**{k: _typed(f"{chosen.name}'s {k}", v, hints[k]) for k, v in fields.items()})
+
+
+def _typed(what: str, value: Any, kind: Any) -> Any:
+    """The value as a field of this type; YAML reads 1e-3 as a string. Fields of choices check themselves."""
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind in (int, float, bool) and type(value) is not kind:
+        raise InputError(
+            f"{what} is {'a number' if kind is float else f'of type {kind.__name__}'}, not {value!r}"
+        )
+    return value
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -5,6 +5,7 @@ Legend of shapes in names: K inputs, D outputs of a kernel; leading axes of x ar
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -97,17 +98,20 @@ def dense(
       x: the input, in the type to compute in.
       ws: kernels (k, d_i), of the stored type.
       adapters: one entry a kernel.
-      path: forces a path; "auto" takes the merged one for large batches over a float32 base.
+      path: forces a path where there is a choice; "auto" takes the merged one for large batches over a
+        float32 base.
       dropout_key: given in training where a method has dropout, which takes the activation path.
 
     Returns:
       One output a kernel, in x's type.
     """
-    # A method that is not additive has only its weight, differentiated as it stands.
-    ws = [_own_weight(w, a) for w, a in zip(ws, adapters, strict=True)]
-    adapters = [a if a is not None and a.method.additive else None for a in adapters]
     if all(a is None for a in adapters):
         return _product(x, ws)
+    if not any(a.method.additive for a in adapters if a):
+        return _by_weights(x, ws, adapters)
+    # Beside additive ones, a method that is not has its weight differentiated as it stands.
+    ws = [_own_weight(w, a) for w, a in zip(ws, adapters, strict=True)]
+    adapters = [a if a is not None and a.method.additive else None for a in adapters]
     key = dropout_key if any(a.method.dropout for a in adapters if a) else None
     if key is None and _merges(x, ws, path):
         methods = tuple(a.method if a else None for a in adapters)
@@ -124,6 +128,18 @@ def check_dropout(rate: float) -> None:
     """Raises InputError unless the rate lies in [0, 1)."""
     if not 0 <= rate < 1:
         raise InputError(f"dropout lies in [0, 1), not {rate}")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises InputError unless alpha is finite."""
+    if not math.isfinite(alpha):
+        raise InputError(f"alpha is finite, not {alpha}")
+
+
+@jax.checkpoint
+def _by_weights(x: Array, ws: Sequence[Array], adapters: Sequence[Adapter | None]) -> list[Array]:
+    """x times the effective kernels, which the backward pass makes again rather than keeps."""
+    return _product(x, [_own_weight(w, a) for w, a in zip(ws, adapters, strict=True)])
 
 
 def _own_weight(w: Array, adapter: Adapter | None) -> Array:

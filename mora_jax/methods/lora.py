@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout
+from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha, check_dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class LoRA(Method):
         if self.a_init not in ("uniform", "orthogonal", "normal"):
             raise InputError(f"LoRA's a_init is 'uniform', 'orthogonal' or 'normal', not {self.a_init!r}")
         check_dropout(self.dropout)
+        check_alpha(self.alpha)
 
     @property
     def scale(self) -> float:

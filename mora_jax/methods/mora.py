@@ -38,7 +38,10 @@ class MoRA(Method):
     def r_hat(self, k: int, d: int) -> int:
         """The side of M for a (k, d) kernel: floor(sqrt((k + d) rank)), at most min(k, d)."""
         side = min(math.isqrt((k + d) * self.rank), k, d)
-        return side - side % self.operator.multiple
+        side -= side % self.operator.multiple
+        if not side:
+            raise InputError(f"a kernel of {k}x{d} is too thin for operator {self.operator.name}")
+        return side
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
         """m is zero, so no key is needed."""

@@ -89,7 +89,7 @@ class Share(Operator):
     def __post_init__(self) -> None:
         group = tuple(self.group) if isinstance(self.group, list | tuple) else self.group
         object.__setattr__(self, "group", group)
-        if group not in (0, 1) and not (
+        if (group not in (0, 1) or isinstance(group, bool)) and not (
             isinstance(group, tuple) and len(group) == 2 and all(g in (0, 1) for g in group)
         ):
             raise InputError(f"share's group type is 0, 1 or a pair of them (input, output), not {group!r}")
@@ -120,12 +120,9 @@ class Share(Operator):
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """dW[j, i] = M[g_in(j), g_out(i)]: the paper's, transposed as kernels are (inputs, outputs)."""
         m_RD = _spread(m_RR, d, self.groups[1], axis=1)
-        dw_KD = _spread(m_RD, k, self.groups[0], axis=0)
-        if self.pad == "wrap" and self.groups[0] == 0:
-            # Places k, k + 1, ... hold the first inputs once more.
-            r_hat, surplus = m_RR.shape[0], -k % m_RR.shape[0]
-            dw_KD = dw_KD.at[:surplus].add(m_RD[r_hat - surplus :])
-        return dw_KD
+        if self.pad == "zero" or self.groups[0] == 1:
+            return _spread(m_RD, k, self.groups[0], axis=0)
+        return _wrapped_rows(_spread(m_RD, k + -k % m_RR.shape[0], 0, axis=0), k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +170,7 @@ class Decouple(Operator):
         m_NRR = self._turned_back(jnp.broadcast_to(m_RR, (n_in, r_hat, r_hat)))
         dw_NRMR = m_NRR[:, :, None, :] * jnp.asarray(counts_NM, m_RR.dtype)[:, None, :, None]
         dw_PD = dw_NRMR.reshape(n_in * r_hat, n_out * r_hat)[:, :d]
-        dw_KD = dw_PD[:k]
-        return dw_KD.at[: n_in * r_hat - k].add(dw_PD[k:]) if self.pad == "wrap" else dw_KD
+        return _wrapped_rows(dw_PD, k) if self.pad == "wrap" else dw_PD[:k]
 
     def rank_bound(self, r_hat: int, k: int, d: int) -> int:
         """Blocks of rank r_hat side by side."""
@@ -243,11 +239,15 @@ def _resized(x: Array, width: int, axis: int) -> Array:
 def _blocks(x: Array, r_hat: int, pad: Pad) -> Array:
     """The last axis cut into blocks of r_hat, (..., N, R), the last one filled up."""
     surplus = -x.shape[-1] % r_hat
-    if pad == "wrap":
-        x = jnp.concatenate([x, x[..., :surplus]], axis=-1)
-    else:
-        x = _resized(x, x.shape[-1] + surplus, axis=x.ndim - 1)
+    width, axis = x.shape[-1] + surplus, x.ndim - 1
+    x = _spread(x, width, 0, axis) if pad == "wrap" else _resized(x, width, axis)
     return x.reshape(*x.shape[:-1], -1, r_hat)
+
+
+def _wrapped_rows(dw_PD: Array, k: int) -> Array:
+    """The rows behind the first k added to those whose inputs they hold once more."""
+    rounds = -(-dw_PD.shape[0] // k)
+    return _resized(dw_PD, rounds * k, axis=0).reshape(rounds, k, -1).sum(axis=0)
 
 
 def _contiguous_sums(x: Array, r_hat: int) -> Array:
