@@ -146,11 +146,11 @@ def test_the_length_of_positions_may_grow_at_a_warm_start(tiny_run):
     runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
 
 
-def test_a_run_does_not_take_another_data_set_for_its_own(tiny_run):
+def test_a_run_does_not_take_another_data_set_for_its_own(tiny_run, copy):
     info = load_info(tiny_run.config.data.directory)
     other_tokenizer = dataclasses.replace(info, tokenizer_sha256="0" * 64)
     more_text = dataclasses.replace(info, rows=info.rows | {"train": info.rows["train"] + 1})
-    with runs.checkpoints(tiny_run.config) as saved:
+    with runs.checkpoints(here(tiny_run, copy)) as saved:
         runs.check_text(saved, 22, info, resume=True)
         runs.check_text(saved, 22, more_text)
         with pytest.raises(InputError, match="another tokenizer"):
@@ -158,7 +158,7 @@ def test_a_run_does_not_take_another_data_set_for_its_own(tiny_run):
         with pytest.raises(InputError, match="training rows, not the run's"):
             runs.check_text(saved, 22, more_text, resume=True)
     with pytest.raises(InputError, match="another tokenizer"):
-        runs.load_model(tiny_run.config.run_dir, other_tokenizer)
+        runs.load_model(str(copy), other_tokenizer)
 
 
 def test_checkpoints_of_no_known_run_are_not_gone_on_from(tiny_run, tmp_path):
