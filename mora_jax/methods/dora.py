@@ -22,6 +22,8 @@ class DoRA(Method):
     The length is a constant for the gradient (section 4.3). Not additive: the effective kernel is formed and
     differentiated as it stands, so it is not restarted either.
 
+    Arrays: a_KR (k, rank), b_RD (rank, d) and magnitude_D (d,), float32.
+
     Attributes:
       rank: the width of the bottleneck.
       alpha: scale = alpha / rank.
@@ -42,9 +44,11 @@ class DoRA(Method):
         return self._direction().init(key, w) | {"magnitude_D": _lengths(w.astype(jnp.float32))}
 
     def leaves(self) -> dict[str, Leaf]:
+        """Factors and magnitudes."""
         return self._direction().leaves() | {"magnitude_D": Leaf()}
 
     def count(self, k: int, d: int) -> int:
+        """rank (k + d) + d."""
         return self._direction().count(k, d) + d
 
     def rank_bound(self, k: int, d: int) -> int:

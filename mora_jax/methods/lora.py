@@ -19,6 +19,8 @@ from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha, check_dropo
 class LoRA(Method):
     """y = x @ w + scale (x @ a) @ b, with a random and b zero at the start.
 
+    Arrays: a_KR (k, rank) and b_RD (rank, d), float32.
+
     Attributes:
       rank: the width r of the bottleneck.
       alpha: scale = alpha / rank.
@@ -57,6 +59,7 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
+        """a_KR (k, rank) as `a_init` says, b_RD (rank, d) zero."""
         k, d = w.shape
         bound = 1 / math.sqrt(k)
         draw = {
@@ -67,18 +70,23 @@ class LoRA(Method):
         return {"a_KR": draw(key, (k, self.rank)), "b_RD": jnp.zeros((self.rank, d), jnp.float32)}
 
     def leaves(self) -> dict[str, Leaf]:
+        """Both factors, or b alone; b at its own rate."""
         return {"a_KR": Leaf(self.train == "ab"), "b_RD": Leaf(lr_scale=self.b_lr_scale)}
 
     def count(self, k: int, d: int) -> int:
+        """rank (k + d), or rank d where a is frozen."""
         return self.rank * (k + d if self.train == "ab" else d)
 
     def rank_bound(self, k: int, d: int) -> int:
+        """rank, at most min(k, d)."""
         return min(self.rank, k, d)
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
+        """w + scale a @ b, (k, d) in w's type."""
         return w + low_rank_product(arrays, self.scale).astype(w.dtype)
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
+        """scale (x @ a) @ b: (..., k) -> (..., d)."""
         z = x @ arrays["a_KR"].astype(x.dtype)
         return (z * self.scale) @ arrays["b_RD"].astype(x.dtype)
 

@@ -16,6 +16,8 @@ from mora_jax.methods.operators import Operator, Share
 class MoRA(Method):
     """y = x @ w + f_decomp(f_comp(x) @ m) with m square (Eq. 3), as many parameters as LoRA of the same rank.
 
+    Arrays: m_RR (side, side), float32, with side = r_hat or the next multiple of `align`.
+
     Attributes:
       rank: the LoRA rank whose count of trainable parameters is matched.
       operator: the compression and decompression.
@@ -49,19 +51,24 @@ class MoRA(Method):
         return {"m_RR": jnp.zeros((side, side), jnp.float32)}
 
     def leaves(self) -> dict[str, Leaf]:
+        """m is trained."""
         return {"m_RR": Leaf()}
 
     def count(self, k: int, d: int) -> int:
+        """r_hat^2, never more than LoRA's rank (k + d)."""
         return self.r_hat(k, d) ** 2
 
     def rank_bound(self, k: int, d: int) -> int:
+        """What the operator makes of a full-rank m."""
         return self.operator.rank_bound(self.r_hat(k, d), k, d)
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
+        """w + the operator's matrix of m, (k, d) in w's type."""
         r_hat = self._used(arrays, *w.shape)
         return w + self.operator.matrix(arrays["m_RR"][:r_hat, :r_hat].astype(w.dtype), *w.shape)
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
+        """f_decomp(f_comp(x) @ m), Eq. 3: (..., k) -> (..., d)."""
         m_RR = arrays["m_RR"]
         r_hat = self._used(arrays, x.shape[-1], d)
         z = self.operator.compress(x, r_hat, d)
