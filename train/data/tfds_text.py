@@ -72,16 +72,12 @@ def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     name = source.removeprefix(PREFIX)
     if (epath.Path(name) / "dataset_info.json").exists():
         return tfds.builder_from_directory(name)
-    if data_dir is None:
-        raise InputError(
-            f"{source}: {name} is not a prepared TFDS directory; give tfds_data_dir to look for it there"
-        )
     try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError, AssertionError) as error:
         raise InputError(f"{source} is not known to TFDS: {str(error).splitlines()[0]}") from error
     if not builder.info.splits:
-        raise InputError(f"{source} is not prepared in {data_dir}; prepare it there first")
+        raise InputError(f"{source} is not prepared in {builder.data_dir}; prepare it there first")
     return builder
 
 
