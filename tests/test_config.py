@@ -13,40 +13,50 @@ from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, Method, MoRA
 from train import config as c
 from train import flags, runs
+from train import sections as s
 from train.config import RunConfig
 from train.step import init_params
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PAPER = [path for path in CONFIGS if path.stem.startswith(("250m", "1_3b"))]
 PARAMETERS = {"250m": 247.5e6, "1_3b": 1339.5e6}
-RESTARTED = {"schedule": c.Schedule("jagged-cosine", 10), "restart": c.Restart(100, 10)}
+RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(100, 10)}
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: c.Data(sequence_length=1), r"data\.sequence_length must be at least 2, not 1"),
-        (lambda: c.MethodFlags("lora", rank=0), "rank"),
-        (lambda: c.MethodFlags("mora", align=0), "align"),
-        (lambda: c.MethodFlags("mora", group=2), "group"),  # type: ignore[arg-type]
-        (lambda: c.Optimizer(learning_rate=0.0), r"optimizer\.learning_rate must be above 0, not 0"),
-        (lambda: c.Optimizer(learning_rate=math.inf), r"optimizer\.learning_rate must be above 0, not inf"),
-        (lambda: c.Optimizer(b1=1.0), r"optimizer\.b1 must lie in \[0, 1\), not 1\.0"),
-        (lambda: c.Optimizer(b2=-0.1), r"optimizer\.b2 must lie in \[0, 1\), not -0\.1"),
-        (lambda: c.Optimizer(eps=0.0), r"optimizer\.eps must be above 0"),
-        (lambda: c.Optimizer(weight_decay=-1.0), r"optimizer\.weight_decay must be at least 0, not -1\.0"),
-        (lambda: c.Optimizer(clip_norm=math.nan), r"optimizer\.clip_norm must be at least 0, not nan"),
-        (lambda: c.Schedule(warmup=-1), r"schedule\.warmup must be at least 0"),
-        (lambda: c.Schedule(min_ratio=1.5), r"schedule\.min_ratio must lie in \[0, 1\], not 1\.5"),
-        (lambda: c.Restart(every=-1), r"restart\.every must be at least 0"),
-        (lambda: c.Restart(every=5, warmup=-1), r"restart\.warmup must be at least 0"),
-        (lambda: c.Restart(every=5, warmup=5), r"restart\.warmup 5 must be shorter than restart\.every 5"),
-        (lambda: c.Evaluation(every=-1), r"eval\.every must be at least 0"),
-        (lambda: c.Evaluation(batch_size=0), r"eval\.batch_size must be at least 1"),
-        (lambda: c.Evaluation(max_batches=-1), r"eval\.max_batches must be at least 0"),
-        (lambda: c.Checkpoint(every=-1), r"checkpoint\.every must be at least 0"),
-        (lambda: c.Checkpoint(keep=-1), r"checkpoint\.keep must be at least 0"),
-        (lambda: c.Mesh(data=0), r"mesh\.data must be at least 1, not 0"),
+        (lambda: s.Data(sequence_length=1), r"data\.sequence_length must be at least 2, not 1"),
+        (lambda: s.MethodFlags("lora", rank=0), "rank"),
+        (lambda: s.MethodFlags("mora", align=0), "align"),
+        (lambda: s.MethodFlags("mora", group=2), "group"),  # type: ignore[arg-type]
+        (lambda: s.Optimizer(learning_rate=0.0), r"optimizer\.learning_rate must be above 0, not 0"),
+        (
+            lambda: s.Optimizer(learning_rate=math.inf),
+            r"optimizer\.learning_rate must be above 0, not inf",
+        ),
+        (lambda: s.Optimizer(b1=1.0), r"optimizer\.b1 must lie in \[0, 1\), not 1\.0"),
+        (lambda: s.Optimizer(b2=-0.1), r"optimizer\.b2 must lie in \[0, 1\), not -0\.1"),
+        (lambda: s.Optimizer(eps=0.0), r"optimizer\.eps must be above 0"),
+        (
+            lambda: s.Optimizer(weight_decay=-1.0),
+            r"optimizer\.weight_decay must be at least 0, not -1\.0",
+        ),
+        (lambda: s.Optimizer(clip_norm=math.nan), r"optimizer\.clip_norm must be at least 0, not nan"),
+        (lambda: s.Schedule(warmup=-1), r"schedule\.warmup must be at least 0"),
+        (lambda: s.Schedule(min_ratio=1.5), r"schedule\.min_ratio must lie in \[0, 1\], not 1\.5"),
+        (lambda: s.Restart(every=-1), r"restart\.every must be at least 0"),
+        (lambda: s.Restart(every=5, warmup=-1), r"restart\.warmup must be at least 0"),
+        (
+            lambda: s.Restart(every=5, warmup=5),
+            r"restart\.warmup 5 must be shorter than restart\.every 5",
+        ),
+        (lambda: s.Evaluation(every=-1), r"eval\.every must be at least 0"),
+        (lambda: s.Evaluation(batch_size=0), r"eval\.batch_size must be at least 1"),
+        (lambda: s.Evaluation(max_batches=-1), r"eval\.max_batches must be at least 0"),
+        (lambda: s.Checkpoint(every=-1), r"checkpoint\.every must be at least 0"),
+        (lambda: s.Checkpoint(keep=-1), r"checkpoint\.keep must be at least 0"),
+        (lambda: s.Mesh(data=0), r"mesh\.data must be at least 1, not 0"),
         (lambda: RunConfig(seed=-1), "seed must lie in"),
         (lambda: RunConfig(seed=2**32), "seed must lie in"),
         (lambda: RunConfig(steps=0), "steps must be at least 1"),
@@ -54,16 +64,19 @@ RESTARTED = {"schedule": c.Schedule("jagged-cosine", 10), "restart": c.Restart(1
         (lambda: RunConfig(microbatches=0), "microbatches must be at least 1"),
         (lambda: RunConfig(batch_size=6, microbatches=4), "batch_size 6 does not divide into 4 microbatches"),
         (lambda: RunConfig(steps=10), r"schedule\.warmup 1000 is longer than the run of 10 steps"),
-        (lambda: RunConfig(data=c.Data(sequence_length=4096)), "longer than model.max_position_embeddings"),
-        (lambda: RunConfig(schedule=c.Schedule("jagged-cosine")), "jagged-cosine needs restart"),
         (
-            lambda: RunConfig(schedule=c.Schedule("jagged-cosine", 60), restart=c.Restart(50, 10)),
+            lambda: RunConfig(data=s.Data(sequence_length=4096)),
+            "longer than model.max_position_embeddings",
+        ),
+        (lambda: RunConfig(schedule=s.Schedule("jagged-cosine")), "jagged-cosine needs restart"),
+        (
+            lambda: RunConfig(schedule=s.Schedule("jagged-cosine", 60), restart=s.Restart(50, 10)),
             r"schedule\.warmup 60 is longer than restart\.every 50",
         ),
-        (lambda: RunConfig(method=c.MethodFlags("full"), **RESTARTED), r"restart\.every needs"),
-        (lambda: RunConfig(method=c.MethodFlags("frozen"), **RESTARTED), r"restart\.every needs"),
+        (lambda: RunConfig(method=s.MethodFlags("full"), **RESTARTED), r"restart\.every needs"),
+        (lambda: RunConfig(method=s.MethodFlags("frozen"), **RESTARTED), r"restart\.every needs"),
         (
-            lambda: RunConfig(rules=((".*", "train"),), method=c.MethodFlags("lora")),
+            lambda: RunConfig(rules=((".*", "train"),), method=s.MethodFlags("lora")),
             r"either rules or method\.\*",
         ),
     ],
@@ -77,9 +90,9 @@ def test_a_config_is_the_same_after_yaml(tmp_path):
     config = RunConfig(
         run_dir="some where",
         seed=7,
-        optimizer=c.Optimizer(learning_rate=3e-4, eps=1e-9),
-        log=c.Log(wandb="project"),
-        mesh=c.Mesh(2),
+        optimizer=s.Optimizer(learning_rate=3e-4, eps=1e-9),
+        log=s.Log(wandb="project"),
+        mesh=s.Mesh(2),
         **RESTARTED,
     )
     assert flags.read_config(written(config, tmp_path)) == config
@@ -112,7 +125,7 @@ def test_what_are_no_rules(plain):
 
 
 def test_restarts():
-    config = RunConfig(steps=30, schedule=c.Schedule("linear", 5), restart=c.Restart(10, 2))
+    config = RunConfig(steps=30, schedule=s.Schedule("linear", 5), restart=s.Restart(10, 2))
     assert [step for step in range(40) if config.restarts_at(step)] == [10, 20]
     # Counted by the updates done: the restart at 10 is part of update 10.
     assert [config.restarts_before(step) for step in (0, 1, 10, 11, 20, 21, 30)] == [0, 0, 0, 1, 1, 2, 2]
@@ -172,6 +185,6 @@ def test_mora_trains_no_more_than_lora(size):
 
 
 def test_a_name_gives_its_method():
-    for name in typing.get_type_hints(c.MethodFlags)["name"].__args__:
-        method = c.MethodFlags(name).method()
+    for name in typing.get_type_hints(s.MethodFlags)["name"].__args__:
+        method = s.MethodFlags(name).method()
         assert method == ("train" if name == "full" else "frozen") or method.name == name

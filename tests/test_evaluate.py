@@ -12,9 +12,9 @@ from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train import runs
-from train.config import Evaluation
 from train.data.read import load_info
 from train.evaluate import Score, check_divides, check_vocabulary, evaluate
+from train.sections import Evaluation
 
 
 @pytest.fixture(scope="module")

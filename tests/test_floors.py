@@ -18,7 +18,7 @@ FLOORS = (
     ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
-    ("train.progress",),
+    ("train.progress", "train.sections"),
     ("train.data", "train.config", "train.checkpoint", "train.metrics", "train.plot"),
     ("train.flags", "train.optim", "train.watch"),
     ("train.step",),

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from train import optim
-from train.config import Optimizer, Restart, RunConfig, Schedule
+from train.config import RunConfig
+from train.sections import Optimizer, Restart, Schedule
 
 
 def multipliers(config: RunConfig) -> np.ndarray:

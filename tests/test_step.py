@@ -10,7 +10,8 @@ import pytest
 from mora_jax import transform, trees
 from mora_jax.llama import Compute, Llama, LlamaConfig
 from train import runs
-from train.config import Data, MethodFlags, Optimizer, Restart, RunConfig, Schedule
+from train.config import RunConfig
+from train.sections import Data, MethodFlags, Optimizer, Restart, Schedule
 from train.step import eval_step, init_params, init_state, restart_step, train_step
 
 CONFIG = RunConfig(

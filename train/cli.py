@@ -13,7 +13,8 @@ from mora_jax.errors import InputError
 from mora_jax.llama import LlamaConfig
 from mora_jax.methods import MoRA
 from train import flags
-from train.config import Evaluation, RunConfig
+from train.config import RunConfig
+from train.sections import Evaluation
 
 Config = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
 Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]

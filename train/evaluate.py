@@ -11,9 +11,9 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
 from mora_jax.transform import Methods
-from train.config import Evaluation
 from train.data.read import DataInfo, eval_batches
 from train.progress import progress
+from train.sections import Evaluation
 from train.step import eval_step
 
 

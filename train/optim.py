@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mora_jax import transform
-from train.config import Optimizer, Restart, RunConfig
+from train.config import RunConfig
+from train.sections import Optimizer, Restart
 
 UNDECAYED = ("scale", "magnitude_D")
 

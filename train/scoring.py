@@ -9,9 +9,9 @@ from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train import runs
-from train.config import Evaluation
 from train.data.read import load_info
 from train.evaluate import Score, evaluate
+from train.sections import Evaluation
 
 
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:

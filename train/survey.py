@@ -10,7 +10,7 @@ from rich.table import Table
 from mora_jax import trees
 from mora_jax.llama import Compute, Llama, LlamaConfig
 from mora_jax.methods import METHODS, OPERATORS, Method, MoRA
-from train.config import LINEARS
+from train.sections import LINEARS
 
 Shape = tuple[int, ...]
 
