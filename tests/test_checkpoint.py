@@ -1,6 +1,5 @@
 import errno
 import itertools
-import json
 import os
 import random
 import shutil
@@ -16,13 +15,12 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax.errors import InputError
-from train import checkpoint
-from train.checkpoint import MANIFEST, Checkpoints
+from train import manifest
+from train.checkpoint import Checkpoints, SaveError
+from train.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,6 +164,26 @@ def test_keeps_the_newest(tmp_path: Path):
         Checkpoints(str(tmp_path), keep=0)
 
 
+def test_keeps_every_so_many_for_good(tmp_path: Path):
+    with Checkpoints(str(tmp_path), keep=2, keep_every=10) as saved:
+        for step in (5, 10, 15, 20, 25, 30, 35):
+            saved.save(step, {"w": jnp.arange(step)}, {})
+    assert saved.steps() == [10, 20, 30, 35]
+    assert [saved.damage(step) for step in saved.steps()] == [[]] * 4
+
+
+def test_what_was_found_damaged_goes_when_the_run_has_passed_it(directory: Path):
+    """It counts for none of those to keep, for it is of no use."""
+    with Checkpoints(str(directory), keep=2, keep_every=2) as saved:
+        flip_a_bit(directory / "2" / "state" / "_METADATA", random.Random(0))
+        assert saved.latest_good()[0] == 1
+        saved.save(1, a_state(1), {})
+        saved.wait()
+        assert saved.steps() == [1, 2]
+        saved.save(3, a_state(3), {})
+    assert saved.steps() == [1, 3]
+
+
 def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path: Path):
     with Checkpoints(str(tmp_path), keep=1) as saved:
         saved.save(5, a_state(5), {})
@@ -272,10 +290,11 @@ def test_a_failed_save_is_told_and_leaves_the_one_before(directory: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saved = Checkpoints(str(directory), keep=1)
-    monkeypatch.setattr(checkpoint, "_write_manifest", full_disk)
+    monkeypatch.setattr(manifest, "seal", full_disk)
     saved.save(3, a_state(3), {})
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match="could not be saved: No space left") as caught:
         saved.wait()
+    assert caught.value.filename == str(directory / "3")
     assert saved.steps() == [1, 2]
     monkeypatch.undo()
     saved.save(3, a_state(3), {})
@@ -285,7 +304,7 @@ def test_a_failed_save_is_told_and_leaves_the_one_before(directory: Path, monkey
 
 DIES = """
 import os, signal, jax, jax.numpy as jnp
-from train import checkpoint
+from train import checkpoint, manifest
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 saved = checkpoint.Checkpoints({directory!r}, keep=1)
 saved.save(1, {{"w": jnp.arange(5)}}, {{}})
@@ -300,7 +319,7 @@ saved.save(2, {{"w": jax.random.normal(jax.random.key(0), (4096, 2048))}}, {{}})
     ("before", "after"),
     [
         ("", "while len(os.listdir({directory!r})) < 2: pass\ndie()"),
-        ("checkpoint._write_manifest = die", "saved.wait()"),
+        ("manifest.seal = die", "saved.wait()"),
     ],
     ids=["while writing", "before the manifest"],
 )
@@ -317,28 +336,3 @@ def test_a_save_that_was_killed_is_ignored_and_removed(tmp_path: Path, before: s
         np.testing.assert_array_equal(saved.restore(1, target)["w"], np.arange(5))
         saved.save(3, {"w": jnp.arange(6)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-)
-manifests = st.fixed_dictionaries(
-    {}, optional=dict.fromkeys(("step", "meta", "arrays", "files", "other"), json_values)
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=50) | manifests.map(lambda m: checkpoint._render(m).encode()))
-def test_no_manifest_crashes_its_reader(content: bytes):
-    parsed = checkpoint._parse_manifest(content)
-    assert parsed is None or parsed.keys() == {"step", "meta", "arrays", "files"}
-
-
-def test_a_manifest_of_endless_nesting_or_size_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch):
-    (directory / "2" / MANIFEST).write_text("[" * 100_000)
-    assert_refused(directory, MANIFEST)
-    monkeypatch.setattr(checkpoint, "_MANIFEST_LIMIT", 100)
-    (directory / "2" / MANIFEST).write_text(json.dumps({"step": "2" * 100}))
-    with Checkpoints(str(directory)) as saved, pytest.raises(InputError, match="more than 100 bytes"):
-        saved.read_meta(2)

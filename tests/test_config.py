@@ -56,6 +56,12 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         (lambda: s.Evaluation(max_batches=-1), r"eval\.max_batches must be at least 0"),
         (lambda: s.Checkpoint(every=-1), r"checkpoint\.every must be at least 0"),
         (lambda: s.Checkpoint(keep=-1), r"checkpoint\.keep must be at least 0"),
+        (lambda: s.Checkpoint(keep_every=-1), r"checkpoint\.keep_every must be at least 0"),
+        (
+            lambda: s.Checkpoint(every=10, keep_every=15),
+            "keep_every 15 must be a multiple of checkpoint.every 10",
+        ),
+        (lambda: s.Checkpoint(every=0, keep_every=15), "keep_every 15 must be a multiple"),
         (lambda: s.Mesh(data=0), r"mesh\.data must be at least 1, not 0"),
         (lambda: RunConfig(seed=-1), "seed must lie in"),
         (lambda: RunConfig(seed=2**32), "seed must lie in"),

@@ -6,8 +6,10 @@ without a manifest is a save that did not finish, and is never loaded.
 """
 
 import concurrent.futures
-import hashlib
+import contextlib
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,40 +21,44 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mora_jax.errors import InputError
+from train import manifest
+from train.manifest import MANIFEST, Advance, Json
+from train.progress import progress
 
-MANIFEST = "manifest.json"
-# A manifest is read whole; a larger file is not one of ours.
-_MANIFEST_LIMIT = 1 << 26
-_CHUNK = 1 << 22
-_HASHERS = 4
 # In the name of the folder that orbax writes to before it moves it into place.
 _UNFINISHED = "orbax-checkpoint-tmp"
+_LARGEST_STEP = 2**31 - 1
 
-Json = dict[str, Any]
+
+class SaveError(OSError):
+    """A checkpoint that could not be saved, by a full disk for instance; those before it are untouched."""
 
 
 class Checkpoints:
     """The checkpoints of one run; leaving the context waits for the save under way.
 
-    Every process calls every method. Nothing is written or removed before the first `save`, so that a run's
-    checkpoints can be read while it trains.
+    Every process calls every method. Nothing is written or removed before the first `save` or
+    `remove_unfinished`, so that a run's checkpoints can be read while it trains.
 
     Orbax's own manager of checkpoints is not used: it would count what is not yet sealed as complete, and
     remove older ones for it.
     """
 
-    def __init__(self, directory: str, keep: int | None = None) -> None:
+    def __init__(self, directory: str, keep: int | None = None, keep_every: int = 0) -> None:
         """Args:
         directory: the folder of the checkpoints, any etils.epath path; made by the first save.
         keep: how many of the newest are kept; None for all.
+        keep_every: those of steps that this divides are kept too; 0 for none.
         """
         if keep is not None and keep < 1:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
         # Orbax asks for absolute paths.
         self._directory = epath.Path(directory if "://" in directory else Path(directory).absolute())
         self._keep = keep
+        self._keep_every = keep_every
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._damaged: set[int] = set()  # what `latest_good` passed over
 
     def save(self, step: int, state: Any, meta: Json) -> None:
         """Saves in the background, after the save before is done; never skips.
@@ -67,10 +73,10 @@ class Checkpoints:
 
         Raises:
           ValueError: if `meta` holds NaN or infinity.
-          Exception: what made the save before fail.
+          SaveError: if the save before failed.
         """
         self.wait()
-        folder = self._folder(step)
+        folder = self.folder(step)
         sealed = {
             "step": step,
             "meta": json.loads(json.dumps(meta, allow_nan=False)),
@@ -78,41 +84,57 @@ class Checkpoints:
         }
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
-            (folder / MANIFEST).unlink(missing_ok=True)
+            _remove(folder)
+            self.remove_unfinished()
         response = ocp.save_async(folder, state, overwrite=True)
         self._pending = self._thread.submit(self._finish, response, sealed)
 
+    def folder(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step lies, or would."""
+        return self._directory / str(step)
+
+    def folders(self) -> list[int]:
+        """The steps of all folders in place, oldest first, whether or not their save was finished."""
+        if not self._directory.exists():
+            return []
+        names = (path.name for path in self._directory.iterdir())
+        numbers = (int(n) for n in names if n.isascii() and n.isdigit() and len(n) <= 10 and str(int(n)) == n)
+        return sorted(n for n in numbers if n <= _LARGEST_STEP)
+
     def steps(self) -> list[int]:
         """The steps whose save was finished, oldest first."""
-        return [step for step in self._folders() if (self._folder(step) / MANIFEST).exists()]
+        return [step for step in self.folders() if manifest.is_sealed(self.folder(step))]
 
-    def damage(self, step: int) -> list[str]:
-        """What of a checkpoint is not as it was saved, a line for each file; empty where it is good."""
-        folder = self._folder(step)
-        try:
-            want = _read_manifest(folder, step)["files"]
-        except InputError as error:
-            return [str(error)]
-        have = _fingerprints(folder)
-        names = sorted(want.keys() | have.keys())
-        return [
-            f"{folder / n} {_differs(want.get(n), have.get(n))}" for n in names if want.get(n) != have.get(n)
-        ]
+    def damage(self, step: int, advance: Advance | None = None) -> list[str]:
+        """What of a checkpoint is not as it was saved, a line for each file; empty where it is good.
+
+        Args:
+          step: the checkpoint.
+          advance: told of every so many bytes that were read; None for a progress bar here.
+        """
+        folder = self.folder(step)
+        if advance is not None:
+            return manifest.damage(folder, step, advance)
+        total = sum(size or 0 for size in manifest.sizes(folder).values()) / 1e6
+        with progress(f"verifying checkpoint {step}", total, "MB") as megabytes:
+            return manifest.damage(folder, step, lambda n: megabytes(n / 1e6))
 
     def latest_good(self) -> tuple[int | None, list[str]]:
         """The newest step that is wholly as it was saved, None if there is none.
+
+        Newer ones, which are damaged, stay where they are until a newer one than they is saved.
 
         Returns:
           The step, and a line for each thing that is wrong with newer ones (on process 0, which alone looks).
         """
         good, problems = -1, []
-        for step in reversed(self._folders()) if jax.process_index() == 0 else ():
+        for step in reversed(self.folders()) if jax.process_index() == 0 else ():
             found = self.damage(step)
             problems += found
             if not found:
                 good = step
                 break
+            self._damaged.add(step)
         good = _from_first_process(good)
         return (None if good < 0 else good), problems
 
@@ -122,7 +144,7 @@ class Checkpoints:
         Raises:
           InputError: if there is no such checkpoint, its save did not finish, or its manifest is damaged.
         """
-        return _read_manifest(self._folder(step), step)["meta"]
+        return manifest.read(self.folder(step), step)["meta"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The saved arrays, bit for bit, with the shardings asked for.
@@ -139,15 +161,35 @@ class Checkpoints:
             raise InputError(
                 f"checkpoint {step} cannot be restored: {_some(problems) or 'process 0 says why'}"
             )
-        folder = self._folder(step)
-        _check_layout(folder, _read_manifest(folder, step)["arrays"], _layout(abstract_state))
+        folder = self.folder(step)
+        _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
         return ocp.load(folder, abstract_state)
 
+    def remove_unfinished(self) -> None:
+        """Removes what saves that were killed or failed left behind. No other process may be saving."""
+        if jax.process_index() or not self._directory.exists():
+            return
+        self.wait()
+        for path in list(self._directory.iterdir()):
+            if _UNFINISHED in path.name:
+                _remove(path)
+        for step in set(self.folders()).difference(self.steps()):
+            _remove(self.folder(step))
+
+    def poll(self) -> None:
+        """Raises SaveError if the save under way has failed by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
-        """Waits for the save under way. Raises what made it fail."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Waits for the save under way. Raises SaveError if it failed."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:
+            if self._pending.done():  # not so where a signal ended the waiting
+                self._pending = None
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the thread."""
@@ -164,37 +206,47 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _folder(self, step: int) -> epath.Path:
-        return self._directory / str(step)
-
-    def _folders(self) -> list[int]:
-        """The steps of all folders in place, oldest first, whether or not they are sealed."""
-        if not self._directory.exists():
-            return []
-        names = (path.name for path in self._directory.iterdir())
-        return sorted(int(n) for n in names if n.isascii() and n.isdigit() and str(int(n)) == n)
-
     def _finish(self, response: ocp.AsyncResponse[None], sealed: Json) -> None:
-        response.result()
+        step = sealed["step"]
+        with _told(self.folder(step), "could not be saved"):
+            response.result()
+            if jax.process_index() == 0:
+                manifest.seal(self.folder(step), sealed)
         if jax.process_index() == 0:
-            folder = self._folder(sealed["step"])
-            _write_manifest(folder, sealed | {"files": _fingerprints(folder)})
-            self._remove_old(sealed["step"])
+            self._damaged.discard(step)
+            with _told(self.folder(step), "was saved, but older ones could not be removed"):
+                self._remove_old(step)
 
     def _remove_old(self, saved: int) -> None:
-        """Removes what is older than the newest `keep` up to the saved one; never what is newer."""
-        complete = [step for step in self.steps() if step <= saved]
-        oldest = complete[0 if self._keep is None else -self._keep :][0]
-        for step in [s for s in self._folders() if s < oldest]:
-            # Without its manifest a half removed checkpoint is an unfinished one.
-            (self._folder(step) / MANIFEST).unlink(missing_ok=True)
-            self._folder(step).rmtree()
+        """Removes what is not to be kept of what is not newer than the saved one."""
+        complete = [step for step in self.steps() if step <= saved and step not in self._damaged]
+        kept = set(complete[0 if self._keep is None else -self._keep :])
+        kept |= {step for step in complete if self._keep_every and step % self._keep_every == 0}
+        for step in self.folders():
+            if step <= saved and step not in kept:
+                _remove(self.folder(step))
+                self._damaged.discard(step)
 
-    def _remove_unfinished(self) -> None:
-        """Removes what saves that were killed left behind. No other save is under way."""
-        for path in list(self._directory.iterdir()):
-            if _UNFINISHED in path.name:
-                path.rmtree()
+
+@contextlib.contextmanager
+def _told(folder: epath.Path, what: str) -> Iterator[None]:
+    """Turns whatever orbax and the disk may raise into one clear SaveError."""
+    try:
+        yield
+    except Exception as error:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        number = (isinstance(error, OSError) and error.errno) or errno.EIO
+        raise SaveError(number, f"{what}: {reason or type(error).__name__}", str(folder)) from error
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a folder, or what lies in the place of one; a link is removed, not what it leads to."""
+    if manifest.is_link(path) or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        # Without its manifest a half removed checkpoint is an unfinished one.
+        (path / MANIFEST).unlink(missing_ok=True)
+        path.rmtree(missing_ok=True)
 
 
 def _layout(tree: Any) -> dict[str, str]:
@@ -215,79 +267,6 @@ def _check_layout(folder: epath.Path, saved: dict[str, str], wanted: dict[str, s
     ]
     if problems:
         raise InputError(f"{folder} holds another state than the config's: {_some(problems)}")
-
-
-def _fingerprints(folder: epath.Path) -> dict[str, Json]:
-    """Relative path of every file but the manifest -> its size in bytes and its hash."""
-    files = [root / name for root, _, names in folder.walk() for name in names]
-    files = sorted(path for path in files if path != folder / MANIFEST)
-    with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
-        found = pool.map(_fingerprint, files)
-        return {path.relative_to(folder).as_posix(): f for path, f in zip(files, found, strict=True)}
-
-
-def _fingerprint(path: epath.Path) -> Json:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _differs(want: Any, have: Json | None) -> str:
-    if have is None:
-        return "is missing"
-    if want is None:
-        return "does not belong to the checkpoint; remove it"
-    if want["bytes"] != have["bytes"]:
-        return f"is damaged: it has {have['bytes']} bytes and was saved with {want['bytes']}"
-    return "is damaged: its content is not what was saved"
-
-
-def _render(manifest: Json) -> str:
-    """The one text that a manifest can have, its own hash included: any change of it is seen."""
-    body = json.dumps(manifest, sort_keys=True, allow_nan=False)
-    seal = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps(manifest | {"sha256": seal}, sort_keys=True, indent=1) + "\n"
-
-
-def _write_manifest(folder: epath.Path, manifest: Json) -> None:
-    unsealed = folder / f"{MANIFEST}.part"
-    unsealed.write_text(_render(manifest))
-    unsealed.replace(folder / MANIFEST)
-
-
-def _read_manifest(folder: epath.Path, step: int) -> Json:
-    """Raises InputError unless it is, to the letter, what was written for this step."""
-    path = folder / MANIFEST
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist")
-    if not path.exists():
-        raise InputError(f"{path} is missing: the save did not finish, or the file was removed")
-    if path.stat().length > _MANIFEST_LIMIT:
-        raise InputError(f"{path} is damaged: it has more than {_MANIFEST_LIMIT} bytes")
-    manifest = _parse_manifest(path.read_bytes())
-    if manifest is None:
-        raise InputError(f"{path} is damaged: its content is not what was saved")
-    if manifest["step"] != step:
-        raise InputError(f"{folder} is damaged: it holds the checkpoint of step {manifest['step']}")
-    return manifest
-
-
-def _parse_manifest(content: bytes) -> Json | None:
-    """None unless it is well formed and its own hash is right."""
-    try:
-        manifest = json.loads(content)
-        del manifest["sha256"]
-        intact = _render(manifest).encode() == content
-        files = manifest["files"].values()
-        well_formed = all(type(f["bytes"]) is int and type(f["sha256"]) is str for f in files)
-        well_formed &= manifest.keys() == {"step", "meta", "arrays", "files"}
-        well_formed &= all(type(a) is str for a in manifest["arrays"].values())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    return manifest if intact and well_formed else None
 
 
 def _from_first_process(value: int) -> int:

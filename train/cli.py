@@ -115,6 +115,19 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class ListCheckpoints:
+    """A run's checkpoints, each verified against its manifest; exits with status 1 if one is damaged.
+
+    Attributes:
+      run_dir: folder of the run, which may be training.
+      no_verify: only list them; reading every file takes a while where they are large.
+    """
+
+    run_dir: Folder
+    no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
 class SurveyMethods:
     """A table of methods and operators for a model: trainable parameters, r_hat, attainable rank.
 
@@ -209,6 +222,14 @@ def export(command: Export) -> None:
     print(f"written: {command.out}")
 
 
+def list_checkpoints(command: ListCheckpoints) -> None:
+    """Runs `mora checkpoints`."""
+    from train.inventory import print_inventory
+
+    if not print_inventory(command.run_dir, not command.no_verify):
+        raise SystemExit(1)
+
+
 def survey_methods(command: SurveyMethods) -> None:
     """Runs `mora methods`."""
     from train.survey import print_survey
@@ -236,6 +257,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train-tokenizer": (TrainTokenizer, train_tokenizer),
     "pretrain": (Pretrain, pretrain),
     "evaluate": (Evaluate, evaluate),
+    "checkpoints": (ListCheckpoints, list_checkpoints),
     "export": (Export, export),
     "methods": (SurveyMethods, survey_methods),
     "bench data": (BenchData, bench_data),

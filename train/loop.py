@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
-from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train import config as run_config
 from train import runs
@@ -138,14 +137,9 @@ def evaluation_note(score: Score) -> dict[str, Any]:
 
 def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float) -> dict[str, Any]:
     """What is logged of the restart before update `step`; `methods` are those after it."""
-    groups = {
-        str(m.operator.group)
-        for _, m in methods.adapted()
-        if isinstance(m, MoRA) and isinstance(m.operator, Share)
-    }
     return {
         "restart": config.restarts_before(step + 1),
-        "group_type": ", ".join(sorted(groups)),
+        "group_type": runs.group_type(methods),
         "optimizer_cleared": cleared,
     }
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mora_jax import hf, sharding, transform
 from mora_jax.errors import InputError
 from mora_jax.llama import LlamaConfig
+from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train import config as run_config
 from train import flags
@@ -67,7 +68,8 @@ def read_config(run_dir: str) -> RunConfig:
 
 def checkpoints(config: RunConfig) -> Checkpoints:
     """The run's checkpoints."""
-    return Checkpoints(str(epath.Path(config.run_dir) / CHECKPOINTS), config.checkpoint.keep or None)
+    folder, rule = epath.Path(config.run_dir) / CHECKPOINTS, config.checkpoint
+    return Checkpoints(str(folder), rule.keep or None, rule.keep_every)
 
 
 def assign_methods(config: RunConfig) -> Methods:
@@ -81,6 +83,16 @@ def methods_at(config: RunConfig, step: int) -> Methods:
     for _ in range(config.restarts_before(step)):
         methods = methods.after_restart()
     return methods
+
+
+def group_type(methods: Methods) -> str:
+    """The group types of MoRA's share, such as `0`; several are joined by commas, none is empty."""
+    groups = {
+        str(m.operator.group)
+        for _, m in methods.adapted()
+        if isinstance(m, MoRA) and isinstance(m.operator, Share)
+    }
+    return ", ".join(sorted(groups))
 
 
 def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh) -> TrainState:

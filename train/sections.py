@@ -211,14 +211,22 @@ class Checkpoint:
     Attributes:
       every: optimizer steps between checkpoints; 0 for the end only.
       keep: newest checkpoints to keep; 0 for all.
+      keep_every: steps between checkpoints that are kept for good, a multiple of every; 0 for none.
     """
 
     every: int = 1000
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 0)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise InputError(
+                f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every "
+                f"{self.every}: no other steps are saved"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
