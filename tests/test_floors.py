@@ -30,8 +30,10 @@ FLOORS = (
         "train.export",
         "train.describe",
         "train.loop",
-        "train.bench",
     ),
+    ("train.bench.cases", "train.bench.hlo"),
+    ("train.bench.program", "train.bench.options"),
+    ("train.bench",),
     ("train.demo",),
     ("train.cli",),
 )

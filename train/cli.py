@@ -13,6 +13,8 @@ from mora_jax.errors import InputError
 from mora_jax.llama import LlamaConfig
 from mora_jax.methods import MoRA
 from train import flags
+from train.bench import options
+from train.bench.options import BenchProfile
 from train.config import RunConfig
 from train.sections import Evaluation
 
@@ -244,6 +246,20 @@ def bench_data(command: BenchData) -> None:
     bench(command.source, command.tokenizer, command.sequence_length, command.batch_size, command.out)
 
 
+def bench_profile(command: BenchProfile) -> None:
+    """Runs `mora bench profile`."""
+    from train.bench.cases import Case
+    from train.bench.profile import bench
+
+    bench(
+        Case(command.run, command.base_dtype),
+        command.method,
+        command.profiled_steps,
+        command.top,
+        command.out,
+    )
+
+
 def demo(command: Demo) -> None:
     """Runs `mora demo`."""
     from train.demo import demo as run
@@ -261,6 +277,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (Export, export),
     "methods": (SurveyMethods, survey_methods),
     "bench data": (BenchData, bench_data),
+    "bench profile": (BenchProfile, bench_profile),
     "demo": (Demo, demo),
 }
 
@@ -293,6 +310,8 @@ def run(args: list[str]) -> None:
     command, function = COMMANDS[name]
     if command is Pretrain and not {"-h", "--help"} & set(rest[:1]):
         return function(read_pretrain(rest))
+    if command is BenchProfile:
+        return function(options.read(command, rest, f"mora {name}"))
     return function(flags.parse(command, rest, f"mora {name}"))
 
 
