@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(free, tiny_run, monkeypatch, upd
         with pytest.raises(Interrupted):
             loop.pretrain(free)
     assert max(int(path.name) for path in (folder / "checkpoints").iterdir()) == saved
-    summary = loop.pretrain(free, resume=True)
+    summary = loop.pretrain(free)
     expected = arrays(free, tiny_run.folder, 22)
     for ours, theirs in zip(arrays(free, folder, 22), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -131,7 +131,11 @@ def test_what_a_checkpoint_says_of_itself(tiny_run):
         meta = {step: saved.read_meta(step) for step in (3, 6, 9)}
     info = load_info(tiny_run.config.data.directory)
     text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
+    rows = meta[6]["data"].pop("next_rows")
     assert meta[6]["data"] == {"step": 6, "seed": 0, **text}
+    assert len(rows) == 4
+    assert rows != meta[3]["data"]["next_rows"]
+    assert meta[6]["random"].keys() == {"params", "adapters", "pruning", "dropout"}
     # The restart at update 6 comes after the saving at 6.
     assert [meta[step]["restarts"] for step in (3, 6, 9)] == [1, 2, 4]
     kernel = "layers/mlp/up_proj/kernel"
@@ -146,7 +150,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(free, tiny_run
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    loop.pretrain(free, resume=True)
+    loop.pretrain(free)
     assert "is damaged" in capsys.readouterr().err
     for ours, theirs in zip(arrays(free, folder, 22), arrays(free, tiny_run.folder, 22), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -32,7 +32,7 @@ def test_a_folder_is_claimed_once(tiny_run, tmp_path):
     runs.check_free(config, resume=False)  # nothing was written yet
     runs.claim(config)
     assert runs.read_config(config.run_dir) == config
-    with pytest.raises(InputError, match="holds a run already; add --resume"):
+    with pytest.raises(InputError, match="holds a run already; leave out --no-resume"):
         runs.check_free(config, resume=False)
     runs.check_free(config, resume=True)
 
@@ -85,6 +85,35 @@ def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
         saved.save(6, state, meta | {"methods": methods.after_restart().to_json()})
         saved.wait()
         with pytest.raises(InputError, match="methods saved at step 6 are not those"):
+            runs.restore(config, saved, 6, mesh)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("restarts", 3),
+        ("data.step", 7),
+        ("data.seed", 1),
+        ("data.next_rows", [0, 1, 2, 3]),
+        ("random.dropout", [0, 0]),
+        ("step", 5),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_its_step_implies_is_refused(tiny_run, tmp_path, key, value):
+    config, mesh = here(tiny_run, tmp_path), sharding.make_mesh(1)
+    with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
+        state, _ = runs.restore(config, original, 6, mesh)
+        meta = original.read_meta(6)
+    section, _, name = key.rpartition(".")
+    if key == "step":
+        state = state.replace(step=state.step - 1)
+    else:
+        (meta[section] if section else meta)[name] = value
+    with runs.checkpoints(config) as saved:
+        saved.save(6, state, meta)
+        saved.wait()
+        expected = "holds the state of 5 updates" if key == "step" else rf"saved with {key}"
+        with pytest.raises(InputError, match=expected):
             runs.restore(config, saved, 6, mesh)
 
 

@@ -68,17 +68,17 @@ class TrainTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Pretrains a model as a config file says; every scalar of it is also a flag.
+    """Pretrains a model as a config file says, or goes on with it; every scalar of it is also a flag.
 
     Attributes:
       config: YAML file, such as configs/demo.yaml.
-      resume: go on from the newest good checkpoint in the run's folder, if there is one.
+      resume: go on with the run that the folder holds, if it holds one; with --no-resume it is refused.
       dry_run: show shapes, trainable and frozen parameters, tokens and steps, and stop.
     """
 
     config: Config
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    resume: bool = True
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
 
 

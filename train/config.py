@@ -15,6 +15,7 @@ from mora_jax.llama import Compute, LlamaConfig
 from mora_jax.methods import Method, MoRA
 from train.sections import (
     Checkpoint,
+    Compilation,
     Data,
     Evaluation,
     Log,
@@ -49,6 +50,7 @@ class RunConfig:
       restart: ReMoRA's and ReLoRA's restarts.
       eval: perplexity on the validation split.
       checkpoint: what is kept.
+      compilation: how programs are compiled.
       log: who is told.
       mesh: how the devices are laid out.
       rules: (regex of paths, method | "train" | "frozen"), first match wins; YAML and Python only, instead
@@ -70,6 +72,7 @@ class RunConfig:
     restart: Restart = dataclasses.field(default_factory=Restart)
     eval: Evaluation = dataclasses.field(default_factory=Evaluation)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    compilation: Compilation = dataclasses.field(default_factory=Compilation)
     log: Log = dataclasses.field(default_factory=Log)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()

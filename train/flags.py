@@ -29,6 +29,7 @@ def parse(command: type[C], args: Sequence[str], program: str, default: Any = ty
       SystemExit: after printing, for --help.
     """
     known = {f"--{name.replace('_', '-')}" for name in scalar_fields(command)}
+    known |= {f"--no-{name}" for name in scalar_fields(command) if getattr(command, name, None) is True}
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")
         if re.match(r"--[a-z]", flag) and flag not in known | {"--help"}:

@@ -16,8 +16,7 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
 from mora_jax.transform import Methods
-from train import config as run_config
-from train import runs
+from train import backend, runs
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
@@ -30,10 +29,14 @@ from train.watch import Watch
 SUMMARY = "summary.json"
 
 
-def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
-    """Trains from the first step, or with `resume` from the newest good checkpoint, to the last.
+def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
+    """Trains from the newest good checkpoint in the run's folder, or from the first step, to the last.
 
     Writes metrics.jsonl, tensorboard/, checkpoints/, loss.png and summary.json into the run's folder.
+
+    Args:
+      config: what to train.
+      resume: whether to go on with a run that the folder holds already; else it is refused.
 
     Returns:
       The summary: validation_loss, validation_perplexity, restarts, tokens_per_second and more.
@@ -46,7 +49,7 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     check(config, info, mesh)
     runs.check_free(config, resume)
     warn(config.warnings())
-    with runs.checkpoints(config) as saved:
+    with backend.compiled_programs(config), runs.checkpoints(config) as saved:
         state, methods = start(config, saved, info, mesh)
         first, score = int(state.step), None
         if first == config.steps and (epath.Path(config.run_dir) / SUMMARY).exists():
@@ -72,7 +75,7 @@ def pretrain(config: RunConfig, resume: bool = False) -> dict[str, Any]:
                     watch.note(step, evaluation_note(score))
                 if due(config.checkpoint.every, step, config):
                     watch.drain()
-                    saved.save(step + 1, state, checkpoint_meta(config, methods, info, step + 1))
+                    saved.save(step + 1, state, runs.meta(config, methods, info, step + 1))
             watch.drain()
         score = score or score_of(config, methods, state, info, mesh)  # nothing was left to do
     return conclude(config, info, score, watch.median_rate())
@@ -98,6 +101,7 @@ def start(config: RunConfig, saved: Checkpoints, info: DataInfo, mesh: Mesh) -> 
     warn(f"{what}; going back to an older checkpoint" for what in damaged)
     if step is not None:
         runs.check_text(saved, step, info, resume=True)
+        tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
         return runs.restore(config, saved, step, mesh)
     methods = runs.assign_methods(config)
     return runs.fresh_state(config, methods, mesh), methods
@@ -106,7 +110,13 @@ def start(config: RunConfig, saved: Checkpoints, info: DataInfo, mesh: Mesh) -> 
 def warn(sentences: Iterable[str]) -> None:
     """Tells what is not as it should be, a line each."""
     for sentence in sentences:
-        print(f"mora: warning: {sentence}", file=sys.stderr, flush=True)
+        tell(f"warning: {sentence}")
+
+
+def tell(sentence: str) -> None:
+    """Says something on stderr, once for all processes."""
+    if jax.process_index() == 0:
+        print(f"mora: {sentence}", file=sys.stderr, flush=True)
 
 
 def on_devices(batches: Iterator[np.ndarray], mesh: Mesh) -> Iterator[jax.Array]:
@@ -141,21 +151,6 @@ def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float)
         "restart": config.restarts_before(step + 1),
         "group_type": runs.group_type(methods),
         "optimizer_cleared": cleared,
-    }
-
-
-def checkpoint_meta(config: RunConfig, methods: Methods, info: DataInfo, step: int) -> dict[str, Any]:
-    """What is saved beside the arrays: all that gives them meaning."""
-    return {
-        "config": run_config.to_plain(config),
-        "methods": methods.to_json(),
-        "restarts": config.restarts_before(step),
-        "data": {
-            "step": step,
-            "seed": config.seed,
-            "tokenizer_sha256": info.tokenizer_sha256,
-            "rows": info.rows["train"],
-        },
     }
 
 

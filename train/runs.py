@@ -18,27 +18,27 @@ from train import config as run_config
 from train import flags
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.data.read import DataInfo
-from train.step import TrainState, init_params, init_state
+from train.data.read import DataInfo, first_rows
+from train.step import TrainState, init_params, init_state, random_state
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 # What a resumed run may have otherwise: none of it changes what is computed.
-OPERATIONAL = ("run_dir", "eval", "checkpoint", "log")
+OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log")
 
 
 def check_free(config: RunConfig, resume: bool) -> None:
     """Makes the run's folder, if it is not there; `claim` makes it a run.
 
     Raises:
-      InputError: if the folder holds a run and `resume` is not asked for, holds another config, or cannot be
+      InputError: if the folder holds a run of another config, or any run and `resume` is off, or cannot be
         made.
     """
     folder = epath.Path(config.run_dir)
     if (folder / CONFIG).exists():
         if not resume:
             raise InputError(
-                f"{folder} holds a run already; add --resume to go on, or choose another --run-dir"
+                f"{folder} holds a run already; leave out --no-resume to go on, or choose another --run-dir"
             )
         _check_same(read_config(config.run_dir), config)
     elif (folder / CHECKPOINTS).exists():
@@ -105,18 +105,34 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh) -> TrainState:
     return jax.jit(lambda p: init_state(config, methods, p), out_shardings=place)(params)
 
 
+def meta(config: RunConfig, methods: Methods, info: DataInfo, step: int) -> dict[str, Any]:
+    """What is saved beside the arrays of `step` updates: all that gives them meaning."""
+    text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
+    implied = _implied(config, step, info.rows["train"])
+    return implied | {
+        "config": run_config.to_plain(config),
+        "methods": methods.to_json(),
+        "data": implied["data"] | text,
+    }
+
+
 def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:
     """The state and methods of one checkpoint.
 
     Raises:
-      InputError: if its methods are not those that the config gives for its step, or it is damaged.
+      InputError: if its methods, restarts, data position or random state are not those that the config gives
+        for its step, or it is damaged.
     """
-    methods = methods_at(config, step)
-    if Methods.from_json(saved.read_meta(step)["methods"]) != methods:
+    methods, found = methods_at(config, step), saved.read_meta(step)
+    if Methods.from_json(found["methods"]) != methods:
         raise InputError(
             f"{config.run_dir}: the methods saved at step {step} are not those the config gives for it"
         )
-    return saved.restore(step, abstract_state(config, methods, mesh)), methods
+    _check_implied(config, step, found)
+    state = saved.restore(step, abstract_state(config, methods, mesh))
+    if int(state.step) != step:
+        raise InputError(f"{config.run_dir}: checkpoint {step} holds the state of {int(state.step)} updates")
+    return state, methods
 
 
 def check_text(saved: Checkpoints, step: int, info: DataInfo, resume: bool = False) -> None:
@@ -161,6 +177,30 @@ def newest(saved: Checkpoints, path: str) -> int:
     if step is None:
         raise InputError(f"{path} holds no complete checkpoint")
     return step
+
+
+def _implied(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
+    """What the number of updates done alone says of a run, as JSON holds it."""
+    return {
+        "restarts": config.restarts_before(step),
+        "data": {
+            "step": step,
+            "seed": config.seed,
+            "next_rows": first_rows(rows, config.batch_size, config.seed, step),
+        },
+        "random": random_state(config, step),
+    }
+
+
+def _check_implied(config: RunConfig, step: int, found: dict[str, Any]) -> None:
+    implied = dict(flags.flatten(_implied(config, step, found["data"]["rows"])))
+    saved = dict(flags.flatten(found))
+    for name, value in implied.items():
+        if name not in saved or saved[name] != value:
+            raise InputError(
+                f"{config.run_dir}: checkpoint {step} was saved with {name} {saved.get(name)}, and going on "
+                f"from there would take {value}; go on with the versions of jax and grain that it began with"
+            )
 
 
 def _check_architecture(found: LlamaConfig, config: RunConfig) -> None:

@@ -230,6 +230,23 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compilation:
+    """How programs are compiled.
+
+    Attributes:
+      cache: folder of compiled programs, which spares a restart the compiler; "auto" for jax_cache beside
+        the run's folder, or what JAX_COMPILATION_CACHE_DIR names; "off" for none. Who can write to it can
+        run code.
+    """
+
+    cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            raise InputError("compilation.cache must be a folder, auto or off, not empty")
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     """Who is told. JSON lines and TensorBoard are always written.
 

@@ -17,6 +17,9 @@ from train.config import RunConfig
 
 Metrics = dict[str, Array]
 
+# What random numbers are drawn for; each has a key of its own.
+STREAMS = ("params", "adapters", "pruning", "dropout")
+
 
 @struct.dataclass
 class TrainState:
@@ -150,6 +153,11 @@ def _optimizer(
     return optim.adamw(config.optimizer, transform.labels(params, adapters, methods))
 
 
+def random_state(config: RunConfig, step: int) -> dict[str, list[int]]:
+    """The state that each stream of random numbers has at a step, as plain numbers."""
+    keys = {stream: jax.random.fold_in(_key(config, stream), step) for stream in STREAMS}
+    return {stream: jax.random.key_data(key).tolist() for stream, key in keys.items()}
+
+
 def _key(config: RunConfig, purpose: str) -> Array:
-    streams = ("params", "adapters", "pruning", "dropout")
-    return jax.random.fold_in(jax.random.key(config.seed), streams.index(purpose))
+    return jax.random.fold_in(jax.random.key(config.seed), STREAMS.index(purpose))

@@ -89,13 +89,20 @@ def train_batches(
             f"{info.directory} has {info.rows['train']} training rows, fewer than one batch of {batch_size}; "
             "use a smaller batch_size or prepare more text"
         )
-    order = grain.MapDataset.range(info.rows["train"]).seed(seed).shuffle().repeat()
+    order = _order(info.rows["train"], seed)
 
     def rows_of(step: int) -> list:
         here = range(step * batch_size + process_index, (step + 1) * batch_size, process_count)
         return [order[position] for position in here]
 
     return _read(info, "train", grain.MapDataset.range(start_step, sys.maxsize).map(rows_of))
+
+
+def first_rows(rows: int, batch_size: int, seed: int, step: int, count: int = 4) -> list[int]:
+    """The numbers of the first training rows of a step's global batch: by them an order is known again."""
+    order = _order(rows, seed)
+    here = range(step * batch_size, step * batch_size + min(count, batch_size))
+    return np.asarray([order[position] for position in here]).tolist()
 
 
 def eval_batches(
@@ -132,6 +139,11 @@ def unigram_perplexity(info: DataInfo) -> float:
         train_V, validation_V = counts["train"], counts["validation"]
     log_p_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
     return float(np.exp(-(validation_V * log_p_V).sum() / validation_V.sum()))
+
+
+def _order(rows: int, seed: int) -> grain.MapDataset:
+    """Numbers of rows without end, every epoch in another order."""
+    return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
 
 
 def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.ndarray]:

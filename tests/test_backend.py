@@ -1,0 +1,93 @@
+"""Where compiled programs are kept, and that a kill in mid-write does no lasting harm."""
+
+import dataclasses
+import importlib
+import os
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mora_jax.errors import InputError
+from train import backend
+from train.config import RunConfig
+from train.sections import Compilation
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> RunConfig:
+    monkeypatch.setattr(backend, "_WORTH_KEEPING", 0.0)
+    return RunConfig(run_dir=str(tmp_path / "runs/a"))
+
+
+def programs(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*-cache")}
+
+
+def compile_something(config: RunConfig, number: int) -> None:
+    with backend.compiled_programs(config):
+        jax.jit(lambda x: jnp.sin(x) * number)(jnp.ones(3)).block_until_ready()
+
+
+def test_programs_lie_beside_the_run_and_options_come_back(config, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    compile_something(config, 1)
+    kept = programs(tmp_path / "runs/jax_cache")
+    assert kept
+    assert jax.config.jax_compilation_cache_dir == before
+    jax.jit(lambda x: jnp.cos(x) * 2)(jnp.ones(3))
+    assert programs(tmp_path / "runs/jax_cache") == kept
+
+
+@pytest.mark.parametrize("cache", ["off", "elsewhere"])
+def test_the_cache_may_be_moved_or_turned_off(config, tmp_path, cache):
+    where = cache if cache == "off" else str(tmp_path / cache)
+    compile_something(dataclasses.replace(config, compilation=Compilation(where)), 3)
+    assert not (tmp_path / "runs").exists()
+    assert bool(programs(tmp_path / cache)) == (cache != "off")
+
+
+def test_a_folder_named_in_the_environment_is_taken(config, tmp_path, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "named"))
+    try:
+        assert str(backend.cache_folder(config)) == str(tmp_path / "named")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(InputError, match=r"compilation\.cache must be"):
+        Compilation("")
+
+
+def compressors() -> list:
+    return ["zlib", pytest.param("zstandard", marks=pytest.mark.skipif(
+        not importlib.util.find_spec("zstandard"), reason="needs zstandard"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("compressor", compressors())
+def test_a_program_that_a_kill_cut_off_is_removed_and_whole_ones_stay(config, tmp_path, compressor):
+    folder = tmp_path / "runs/jax_cache"
+    folder.mkdir(parents=True)
+    compress = zlib.compress if compressor == "zlib" else importlib.import_module(compressor).compress
+    program = compress(os.urandom(1 << 16))
+    (folder / "whole-cache").write_bytes(program)
+    for name, size in (("a", 0), ("b", 1), ("c", len(program) // 2), ("d", len(program) - 1)):
+        (folder / f"cut_{name}-cache").write_bytes(program[:size])
+    compile_something(config, 4)
+    assert not any(name.startswith("cut") for name in programs(folder))
+    assert "whole-cache" in programs(folder)
+
+
+def test_programs_looked_at_before_are_not_read_again(config, tmp_path):
+    compile_something(config, 5)
+    folder = tmp_path / "runs/jax_cache"
+    old = folder / "old-cache"
+    old.write_bytes(b"cut off")
+    long_ago = time.time() - 3600
+    os.utime(old, (long_ago, long_ago))
+    compile_something(config, 5)
+    assert old.exists()
