@@ -1,8 +1,11 @@
 """A whole tiny run: what it writes, restarts, and going on exactly where it stopped."""
 
+import contextlib
 import dataclasses
 import json
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import pytest
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from train import flags, loop, runs
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, SaveError
 from train.data.read import load_info
 from train.metrics import read_metrics
 from train.step import train_step
@@ -185,3 +188,32 @@ def test_bad_input_leaves_no_run_behind(tiny_yaml, tmp_path, message, changes):
 def test_what_is_due_after_which_update(tiny_run, every, updates):
     config = dataclasses.replace(tiny_run.config, steps=8)
     assert [step for step in range(8) if loop.due(every, step, config)] == updates
+
+
+@contextlib.contextmanager
+def files_up_to(limit: int) -> Iterator[None]:
+    """No file may be longer than `limit` bytes: stands for a disk that is full for checkpoints alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_whose_checkpoint_cannot_be_saved_stops_and_goes_on(free, tiny_run, monkeypatch):
+    folder = Path(free.run_dir)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            loop.pretrain(free)
+    with files_up_to(100_000), pytest.raises(SaveError, match="could not be saved: File too large"):
+        loop.pretrain(free, resume=True)
+    assert max(line["step"] for line in lines(folder)) < 21  # it did not train to the end
+    with Checkpoints(str(folder / "checkpoints")) as saved:
+        assert saved.latest_good() == (3, [])
+    summary = loop.pretrain(free, resume=True)
+    assert summary["validation_loss"] == tiny_run.summary["validation_loss"]
+    assert without_times(folder) == without_times(tiny_run.folder)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {path.name for path in (tiny_run.folder / "checkpoints").iterdir()}

@@ -9,6 +9,9 @@ import concurrent.futures
 import contextlib
 import errno
 import json
+import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -231,12 +234,28 @@ class Checkpoints:
 @contextlib.contextmanager
 def _told(folder: epath.Path, what: str) -> Iterator[None]:
     """Turns whatever orbax and the disk may raise into one clear SaveError."""
+    logger, untold = logging.getLogger("absl"), _without_traceback
+    logger.addFilter(untold)  # orbax logs pages of what is raised here
     try:
         yield
     except Exception as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-        number = (isinstance(error, OSError) and error.errno) or errno.EIO
-        raise SaveError(number, f"{what}: {reason or type(error).__name__}", str(folder)) from error
+        number, reason = _reason(error)
+        raise SaveError(number, f"{what}: {reason}", str(folder)) from error
+    finally:
+        logger.removeFilter(untold)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
+
+
+def _reason(error: Exception) -> tuple[int, str]:
+    """The operating system's number and words for what went wrong; TensorStore has the number in its text."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+    if number:
+        return number, os.strerror(number)
+    return errno.EIO, " ".join(str(error).split()) or type(error).__name__
 
 
 def _remove(path: epath.Path) -> None:

@@ -57,6 +57,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
         batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
         with Metrics(config.run_dir, config.steps, first, config.log.wandb) as metrics:
             runs.claim(config)  # only now, so that bad input leaves no half-made run behind
+            saved.remove_unfinished()
             watch = Watch(metrics, config.tokens_per_step())
             for step in range(first, config.steps):
                 if config.restarts_at(step):
@@ -69,6 +70,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
                 data_wait = time.perf_counter() - asked
                 state, scalars = train_step(config, methods, state, tokens_BT)
                 watch.follow(step, scalars, data_wait)
+                saved.poll()
                 if due(config.eval.every, step, config):
                     watch.drain()
                     score = score_of(config, methods, state, info, mesh)
