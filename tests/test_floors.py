@@ -20,7 +20,7 @@ FLOORS = (
     ("mora_jax",),
     ("train.progress", "train.sections"),
     ("train.data", "train.config", "train.manifest", "train.metrics", "train.plot"),
-    ("train.flags", "train.optim", "train.watch", "train.checkpoint", "train.backend"),
+    ("train.flags", "train.optim", "train.watch", "train.checkpoint", "train.backend", "train.guard"),
     ("train.step",),
     ("train.runs", "train.evaluate"),
     (

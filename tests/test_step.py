@@ -11,7 +11,7 @@ from mora_jax import transform, trees
 from mora_jax.llama import Compute, Llama, LlamaConfig
 from train import runs
 from train.config import RunConfig
-from train.sections import Data, MethodFlags, Optimizer, Restart, Schedule
+from train.sections import BadSteps, Data, MethodFlags, Optimizer, Restart, Schedule
 from train.step import eval_step, init_params, init_state, restart_step, train_step
 
 CONFIG = RunConfig(
@@ -174,3 +174,46 @@ def test_dropout_differs_from_step_to_step_and_spares_evaluation():
         state, metrics = train_step(still, methods, state, tokens(7))
         seen.append(float(metrics["loss"]))
     assert len(set(seen)) == 3
+
+
+def poisoned(state, path: tuple[str, ...]):
+    """The state with one NaN in one parameter, as numpy arrays."""
+    params = jax.tree.map(np.array, state.params)
+    leaf = params
+    for key in path:
+        leaf = leaf[key]
+    leaf.flat[0] = np.nan
+    return jax.tree.map(np.asarray, state.replace(params=params))
+
+
+@pytest.mark.parametrize("name", ["mora", "lora+", "full"])
+def test_a_bad_step_changes_nothing_but_the_counts(name):
+    config = with_method(name)
+    methods, state, _ = trained(config, 2)
+    before = poisoned(state, ("norm", "scale"))
+    after, metrics = train_step(config, methods, jax.tree.map(jnp.asarray, before), tokens(2))
+    assert np.isnan(float(metrics["loss"]))
+    assert (int(metrics["skipped_steps"]), int(metrics["bad_in_a_row"]), int(after.step)) == (1, 1, 3)
+    for part in ("params", "adapters", "opt_state"):
+        old, new = (jax.tree.leaves(getattr(s, part)) for s in (before, after))
+        assert len(old) == len(new)
+        for a, b in zip(old, new, strict=True):
+            np.testing.assert_array_equal(a, b)
+    counts = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.dtype == jnp.int32]
+    assert counts
+    assert {int(count) for count in counts} == {2}
+
+
+def test_a_spike_is_skipped_and_training_goes_on():
+    config = dataclasses.replace(CONFIG, bad_steps=BadSteps(window=2, factor=1.5))
+    methods, state, _ = trained(config, 2)
+    state = state.replace(guard=state.guard.replace(norms_W=state.guard.norms_W / 100))
+    before = jax.tree.map(np.asarray, state.adapters)
+    state, metrics = train_step(config, methods, state, tokens(2))
+    assert int(metrics["skipped_steps"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, before, state.adapters)
+    state, _ = restart_step(config, methods, state)
+    state, metrics = train_step(config, methods.after_restart(), state, tokens(3))
+    assert (int(metrics["skipped_steps"]), int(metrics["bad_in_a_row"])) == (1, 0)
+    state, metrics = train_step(config, methods.after_restart(), state, tokens(4))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))

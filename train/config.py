@@ -14,6 +14,7 @@ from mora_jax.errors import InputError
 from mora_jax.llama import Compute, LlamaConfig
 from mora_jax.methods import Method, MoRA
 from train.sections import (
+    BadSteps,
     Checkpoint,
     Compilation,
     Data,
@@ -48,6 +49,7 @@ class RunConfig:
       optimizer: AdamW.
       schedule: how the learning rate goes.
       restart: ReMoRA's and ReLoRA's restarts.
+      bad_steps: which updates are skipped.
       eval: perplexity on the validation split.
       checkpoint: what is kept.
       compilation: how programs are compiled.
@@ -70,6 +72,7 @@ class RunConfig:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     restart: Restart = dataclasses.field(default_factory=Restart)
+    bad_steps: BadSteps = dataclasses.field(default_factory=BadSteps)
     eval: Evaluation = dataclasses.field(default_factory=Evaluation)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     compilation: Compilation = dataclasses.field(default_factory=Compilation)

@@ -1,6 +1,7 @@
 """Pretraining, read from top to bottom."""
 
 import collections
+import dataclasses
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
 from mora_jax.transform import Methods
-from train import backend, runs
+from train import backend, guard, runs
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
@@ -104,7 +105,8 @@ def start(config: RunConfig, saved: Checkpoints, info: DataInfo, mesh: Mesh) -> 
     if step is not None:
         runs.check_text(saved, step, info, resume=True)
         tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
-        return runs.restore(config, saved, step, mesh)
+        state, methods = runs.restore(config, saved, step, mesh)
+        return dataclasses.replace(state, guard=guard.try_again(config.bad_steps, state.guard)), methods
     methods = runs.assign_methods(config)
     return runs.fresh_state(config, methods, mesh), methods
 

@@ -159,6 +159,27 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class BadSteps:
+    """Which updates are skipped: those of a loss or gradient that is not finite, or a spike.
+
+    Attributes:
+      window: good steps before, whose median is what is normal; no spike is seen before there are as many
+        (gradients: since the last restart). 0 looks for no spikes.
+      factor: a spike is a perplexity or a gradient norm above this many times the median.
+      patience: bad steps in a row that stop the run.
+    """
+
+    window: int = 100
+    factor: float = 10.0
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("bad_steps.window", self.window, 0)
+        above("bad_steps.factor", self.factor, 1)
+        at_least("bad_steps.patience", self.patience, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Restart:
     """Merge, re-initialise, switch the group type: ReMoRA and ReLoRA.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from mora_jax import transform, trees
 from mora_jax.llama import Compute, Llama
 from mora_jax.transform import Methods
-from train import optim
+from train import guard, optim
 from train.config import RunConfig
 
 Metrics = dict[str, Array]
@@ -30,12 +30,14 @@ class TrainState:
       params: the model's parameters, float32.
       adapters: the adapters' arrays, float32.
       opt_state: optimizer state of the trainable leaves alone.
+      guard: what bad steps are known by.
     """
 
     step: Int[Array, ""]
     params: Any
     adapters: Any
     opt_state: Any
+    guard: guard.Guard
 
 
 def init_params(config: RunConfig) -> Any:
@@ -50,17 +52,18 @@ def init_state(config: RunConfig, methods: Methods, params: Any) -> TrainState:
     adapters = transform.attach(_key(config, "adapters"), params, methods)
     trainable, _ = transform.partition(params, adapters, methods)
     opt_state = _optimizer(config, methods, params, adapters).init(trainable)
-    return TrainState(jnp.zeros((), jnp.int32), params, adapters, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, adapters, opt_state, guard.init(config.bad_steps))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(
     config: RunConfig, methods: Methods, state: TrainState, tokens_BT: Int[Array, "B T"]
 ) -> tuple[TrainState, Metrics]:
-    """One update. The state is donated.
+    """One update, or none where the step is bad. The state is donated.
 
     Returns:
-      The next state and scalars: loss (nats a token), grad_norm (before clipping), learning_rate.
+      The next state and scalars: loss (nats a token), grad_norm (before clipping), learning_rate,
+      skipped_steps (of the whole run) and bad_in_a_row.
     """
     trainable, frozen = transform.partition(state.params, state.adapters, methods)
     loss, gradients = _mean_gradient(config, methods, trainable, frozen, tokens_BT, state.step)
@@ -71,10 +74,13 @@ def train_step(
     optimizer = _optimizer(config, methods, state.params, state.adapters)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
     rate = optim.learning_rate(config, state.step)
-    trainable = jax.tree.map(lambda p, u: p - rate * u, trainable, updates)
-    arrays = trees.combine(trainable, frozen)
-    state = TrainState(state.step + 1, arrays["params"], arrays.get("adapters", {}), opt_state)
-    return state, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+    bad, seen = guard.judge(config.bad_steps, state.guard, loss, grad_norm)
+    updated = jax.tree.map(lambda p, u: p - rate * u, trainable, updates)
+    arrays = trees.combine(guard.unless(bad, updated, trainable), frozen)
+    opt_state = guard.unless(bad, opt_state, state.opt_state)
+    state = TrainState(state.step + 1, arrays["params"], arrays.get("adapters", {}), opt_state, seen)
+    scalars = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+    return state, scalars | {"skipped_steps": seen.skipped, "bad_in_a_row": seen.in_a_row}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -93,7 +99,8 @@ def restart_step(
     params, adapters, _ = transform.restart(adapter_key, state.params, state.adapters, methods)
     pruning_key = jax.random.fold_in(_key(config, "pruning"), state.step)
     opt_state, cleared = optim.clear_adapters(state.opt_state, config.restart, pruning_key)
-    return TrainState(state.step, params, adapters, opt_state), cleared
+    seen = guard.after_restart(config.bad_steps, state.guard)
+    return TrainState(state.step, params, adapters, opt_state, seen), cleared
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
