@@ -30,6 +30,7 @@ FLOORS = (
         "train.export",
         "train.describe",
         "train.loop",
+        "train.plan",
     ),
     ("train.bench.cases", "train.bench.hlo"),
     ("train.bench.program", "train.bench.options"),

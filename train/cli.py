@@ -83,6 +83,30 @@ class Pretrain:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config needs of each TPU or GPU, found by compiling its training step here, without any of them.
+
+    Every scalar of the config is also a flag. Exits with status 1 where it does not fit.
+
+    Attributes:
+      config: YAML file, such as configs/1_3b_remora.yaml.
+      topology: slice of TPUs to compile for with the TPU compiler, such as v5e:16x16; empty for none.
+      devices: GPUs to plan for instead, simulated by as many CPU devices; 0 for none.
+      memory: GiB of one such GPU.
+      every_program: compile the restart and the evaluation too, not only the training step.
+      out: JSON file for all figures, in bytes; empty for none.
+    """
+
+    config: Config
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    topology: str = ""
+    devices: int = 0
+    memory: float = 80.0
+    every_program: tyro.conf.FlagCreatePairsOff[bool] = False
+    out: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Validation perplexity of a run or of an exported model.
 
@@ -207,6 +231,17 @@ def pretrain(command: Pretrain) -> None:
     return print_summary(run(command.run, command.resume), command.run.run_dir)
 
 
+def plan(command: Plan) -> None:
+    """Runs `mora plan`."""
+    from train.plan.report import plan as make
+    from train.plan.report import show
+
+    made = make(command.run, command.topology, command.devices, command.memory, command.every_program)
+    show(made, command.config, command.out)
+    if made.fits() is False:
+        raise SystemExit(1)
+
+
 def evaluate(command: Evaluate) -> None:
     """Runs `mora evaluate`."""
     from train.scoring import score_path
@@ -272,6 +307,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prepare-data": (PrepareData, prepare_data),
     "train-tokenizer": (TrainTokenizer, train_tokenizer),
     "pretrain": (Pretrain, pretrain),
+    "plan": (Plan, plan),
     "evaluate": (Evaluate, evaluate),
     "checkpoints": (ListCheckpoints, list_checkpoints),
     "export": (Export, export),
@@ -308,24 +344,24 @@ def run(args: list[str]) -> None:
             f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)"
         )
     command, function = COMMANDS[name]
-    if command is Pretrain and not {"-h", "--help"} & set(rest[:1]):
-        return function(read_pretrain(rest))
+    if command in (Pretrain, Plan) and not {"-h", "--help"} & set(rest[:1]):
+        return function(read_with_config(command, name, rest))
     if command is BenchProfile:
         return function(options.read(command, rest, f"mora {name}"))
     return function(flags.parse(command, rest, f"mora {name}"))
 
 
-def read_pretrain(args: list[str]) -> Pretrain:
-    """`mora pretrain CONFIG ...`: the file's values as flags ahead of the user's.
+def read_with_config(command: type, name: str, args: list[str]) -> Any:
+    """`mora NAME CONFIG ...`: the file's values as flags ahead of the user's.
 
     Raises:
       InputError: naming what is wrong, also where the file does not come first.
     """
     if not args or args[0].startswith("-"):
-        raise InputError("mora pretrain needs a config file first: mora pretrain CONFIG [flags]")
+        raise InputError(f"mora {name} needs a config file first: mora {name} CONFIG [flags]")
     words, rules = flags.words_of_yaml(args[0])
-    default = Pretrain(args[0], RunConfig(rules=rules))
-    return flags.parse(Pretrain, [args[0], *words, *args[1:]], "mora pretrain", default)
+    default = command(args[0], RunConfig(rules=rules))
+    return flags.parse(command, [args[0], *words, *args[1:]], f"mora {name}", default)
 
 
 def print_commands() -> None:

@@ -1,0 +1,165 @@
+"""Plans: the state's bytes, the formula, the command line, and one compilation by the TPU compiler."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from train import cli, flags, runs
+from train.plan import targets
+from train.plan.formula import expected
+from train.plan.plan import held, make_plan
+from train.plan.report import plan
+
+
+@pytest.fixture
+def config(tiny_yaml):
+    return flags.read_config(str(tiny_yaml))
+
+
+@pytest.fixture
+def abstract(config):
+    """The state of a config, by the sizes of a mesh."""
+
+    def state(**sizes: int):
+        mesh = sharding.make_mesh(**sizes)
+        methods = runs.assign_methods(config)
+        return runs.abstract_state(config, methods, mesh), methods, mesh
+
+    return state
+
+
+# Sizes
+
+
+def test_the_state_that_one_device_holds(abstract):
+    state, _, _ = abstract(data=2)
+    found = held(state)
+    assert found.parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    assert found.adapters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters)) > 0
+    assert found.adapter_optimizer == 2 * found.adapters + 4  # two moments and a count
+    assert found.total() == sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((state.params, state.adapters, state.opt_state))
+    )
+
+
+def test_gradients_are_summed_over_data(abstract, config):
+    """By hand: embedding, head, norms and adapters are trained, and each is whole on both devices."""
+    state, methods, mesh = abstract(data=2)
+    (line,) = expected(config, methods, state, mesh)
+    d, v, layers = 32, 384, 2
+    trained = 2 * v * d + d + layers * 2 * d
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
+    assert (line.kind, line.axes) == ("all-reduce", "data")
+    assert (line.base, line.adapters) == (trained * 4, adapters * 4)  # 2 (n - 1) / n is 1
+    twice = dataclasses.replace(config, microbatches=2)
+    assert expected(twice, methods, state, mesh)[0].base == 2 * line.base
+
+
+# The command
+
+
+def test_simulated_devices(capsys, tiny_yaml, tmp_path):
+    out = tmp_path / "plan.json"
+    cli.main(["plan", str(tiny_yaml), "--devices", "2", "--mesh.data", "2", "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert "2 simulated devices" in shown
+    assert "the CPU compiler's" in shown
+    assert shown.rstrip().endswith("It fits.")
+    figures = json.loads(out.read_text())
+    assert figures["fits"] is True
+    assert figures["mesh"]["data"] == 2
+    assert figures["sequences"] == 2
+    (train,) = figures["programs"]
+    assert train["peak"] >= sum(figures["held"].values())
+    assert {c["axes"] for c in train["collectives"]} == {"data"}
+
+
+def test_every_program(config):
+    names = [program.name for program in plan(config, "", 2, 80.0, every_program=True).programs]
+    assert names == ["train_step", "restart_step", "eval_step"]
+
+
+def test_what_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(tiny_yaml), "--devices", "1", "--memory", "0.0001"])
+    assert stop.value.code == 1
+    assert "It does not fit." in capsys.readouterr().out
+
+
+def test_unknown_memory_leaves_it_open(config):
+    assert make_plan(config, targets.simulated(1, 0.0)).fits() is None
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "needs one of --topology, such as v5e:16x16, and --devices"),
+        (["--devices", "2", "--topology", "v5e:2x2"], "needs one of"),
+        (["--devices", "-1"], "--devices must be at least 1, not -1"),
+        (["--devices", "400"], "JAX has started with 4 CPU devices; 400 are asked for"),
+        (["--devices", "2", "--mesh.data", "4"], "mesh.data"),
+        (
+            ["--devices", "3", "--mesh.data", "3"],
+            "batch_size / microbatches 4 does not divide among 3 devices",
+        ),
+        (["--topology", "v9:2x2"], "--topology v9:2x2 is not known; known are v5e:1x1 2x2"),
+        (["--topology", "v5p:2x2"], "--topology v5p:2x2 is not known"),
+        (["--topology", "v5e:2x2", "--compute.attention", "cudnn"], "cudnn needs"),
+        (["--topologie", "v5e:2x2"], "did you mean --topology?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(capsys, tiny_yaml, args, expected):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(tiny_yaml), *args])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert expected in line
+
+
+def test_the_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'mora_jax\[tpu\]'"):
+        targets.topology("v5e:2x2")
+
+
+# By the TPU compiler
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: the extra `tpu`"
+)
+
+
+def planned_for_tpus(*words: str, folder: Path) -> dict:
+    """The figures of `mora plan`, in a process of its own: libtpu is not loaded here, and it optimises."""
+    out = folder / "plan.json"
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
+    }
+    command = [sys.executable, "-m", "train.cli", "plan", *words, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "by the TPU compiler (libtpu " in done.stdout
+    return json.loads(out.read_text())
+
+
+@needs_libtpu
+def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path):
+    figures = planned_for_tpus(str(tiny_yaml), "--topology", "v5e:2x2", "--mesh.data", "4", folder=tmp_path)
+    assert (figures["devices"], figures["fits"]) == (4, True)
+    (train,) = figures["programs"]
+    assert train["peak"] > sum(figures["held"].values())
+    assert train["flops"] > 0
+    sent = sum(c["sent"] for c in train["collectives"])
+    assert sent == pytest.approx(sum(e["base"] + e["adapters"] for e in figures["expected"]), rel=0.02)

@@ -1,0 +1,123 @@
+"""The devices that are planned for: those of a TPU topology, or simulated ones. None of them need be here."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+
+from mora_jax.errors import InputError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU that the compiler knows.
+
+    Attributes:
+      dimensions: of its torus.
+      memory: GiB a device, after cloud.google.com/tpu/docs.
+      usable: GiB that the compiler lets one program use, as it says when a program is too large.
+      topologies: those that are offered, the largest last.
+    """
+
+    dimensions: int
+    memory: int
+    usable: float
+    topologies: tuple[str, ...]
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+CHIPS = {
+    "v5e": Chip(2, 16, 15.75, _FLAT),
+    "v5p": Chip(3, 95, 95.74, _CUBES),
+    "v6e": Chip(2, 32, 31.25, _FLAT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a step is compiled for.
+
+    Attributes:
+      name: as the user asked for it.
+      compiler: whose figures they are.
+      devices: to make a mesh of.
+      memory: bytes that a program may use on one of them; 0 where that is not known.
+    """
+
+    name: str
+    compiler: str
+    devices: list[Any]
+    memory: int
+
+
+def topology(name: str) -> Target:
+    """The devices of a TPU topology such as "v5e:16x16", known to the TPU compiler without any TPU.
+
+    Raises:
+      InputError: if the compiler (libtpu) is not installed, or does not know the topology.
+    """
+    chip, _, shape = name.partition(":")
+    if (
+        chip not in CHIPS
+        or not re.fullmatch(r"\d+(x\d+)*", shape)
+        or shape.count("x") + 1 != CHIPS[chip].dimensions
+    ):
+        raise InputError(_unknown(name))
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("--topology needs the TPU compiler: pip install 'mora_jax[tpu]' (Linux x86-64)")
+    from importlib.metadata import version
+
+    from jax.experimental import topologies
+
+    _prepare_libtpu()
+    single = {"chips_per_host_bounds": [1, 1, 1]} if set(shape.split("x")) == {"1"} else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **single)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"{_unknown(name)} ({str(error).splitlines()[0]})") from error
+    compiler = f"TPU compiler (libtpu {version('libtpu')})"
+    return Target(name, compiler, list(found.devices), round(CHIPS[chip].usable * GIB))
+
+
+def simulated(count: int, memory: float) -> Target:
+    """CPU devices in the place of others, each of `memory` GiB; 0 where that is not known.
+
+    Raises:
+      InputError: if fewer than one are asked for, or JAX has started with fewer.
+    """
+    if count < 1:
+        raise InputError(f"--devices must be at least 1, not {count}")
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", count)
+    here = jax.devices("cpu")
+    if len(here) < count:
+        raise InputError(f"JAX has started with {len(here)} CPU devices; {count} are asked for")
+    return Target(f"{count} simulated devices", "CPU compiler", here[:count], round(memory * GIB))
+
+
+def use_no_accelerator() -> None:
+    """Keeps JAX from starting an accelerator that is here: no plan needs one, and TPUs serve one process."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _prepare_libtpu() -> None:
+    """Keeps libtpu from looking for a TPU machine, complaining that it is none, and locking others out."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _unknown(name: str) -> str:
+    known = "; ".join(f"{chip}:{' '.join(c.topologies)}" for chip, c in CHIPS.items())
+    return f"--topology {name} is not known; known are {known}"
