@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
+import os
 import resource
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +18,14 @@ import pytest
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from train import flags, loop, runs
+from train import exits, flags, loop, runs
 from train.checkpoint import Checkpoints, SaveError
+from train.data.builder import prepare
 from train.data.read import load_info
 from train.metrics import read_metrics
+from train.sections import BadSteps, Restart, Schedule
 from train.step import train_step
+from train.watch import IN_FLIGHT
 
 TIMES = ("data_wait", "tokens_per_second")  # differ from run to run
 
@@ -187,7 +194,7 @@ def test_bad_input_leaves_no_run_behind(tiny_yaml, tmp_path, message, changes):
 )
 def test_what_is_due_after_which_update(tiny_run, every, updates):
     config = dataclasses.replace(tiny_run.config, steps=8)
-    assert [step for step in range(8) if loop.due(every, step, config)] == updates
+    assert [step - 1 for step in range(9) if loop.due(every, step, config)] == updates
 
 
 @contextlib.contextmanager
@@ -217,3 +224,139 @@ def test_a_run_whose_checkpoint_cannot_be_saved_stops_and_goes_on(free, tiny_run
     assert without_times(folder) == without_times(tiny_run.folder)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {path.name for path in (tiny_run.folder / "checkpoints").iterdir()}
+
+
+def signalled_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
+    """Sends SIGTERM to this program as the batch of an update is asked for."""
+    real, asked = loop.next_batch, iter(range(update + 1))
+
+    def next_batch(*args):
+        if next(asked, None) == update:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # for the thread that hears it
+        return real(*args)
+
+    monkeypatch.setattr(loop, "next_batch", next_batch)
+
+
+def equal_runs(config, folder: Path, other: Path) -> None:
+    for ours, theirs in zip(arrays(config, folder, 22), arrays(config, other, 22), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert without_times(folder) == without_times(other)
+
+
+@pytest.mark.parametrize("update", [0, 7])
+def test_a_signal_saves_the_update_it_comes_in_and_the_same_command_goes_on(
+    free, tiny_run, monkeypatch, update
+):
+    folder = Path(free.run_dir)
+    with monkeypatch.context() as patch:
+        signalled_at(patch, update)
+        with pytest.raises(exits.Preempted, match=f"stopped after {update + 1} of 22 updates"):
+            loop.pretrain(free)
+    assert [line["step"] for line in lines(folder) if "loss" in line] == list(range(update + 1))
+    with Checkpoints(str(folder / "checkpoints")) as saved:
+        assert saved.latest_good() == (update + 1, [])
+    loop.pretrain(free)
+    equal_runs(free, folder, tiny_run.folder)
+
+
+def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkeypatch):
+    """At the first one and at the last one; twice each, so that a run also goes on without an update."""
+    folder, real = Path(free.run_dir), loop.evaluate
+
+    def evaluate(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        return real(*args)
+
+    for done, evaluations in ((11, 0), (11, 0), (22, 1), (22, 1)):
+        with monkeypatch.context() as patch:
+            evaluated = sum("validation_loss" in line for line in lines(folder)) if folder.exists() else 0
+            later = iter([real] if done == 22 and evaluated == 0 else [])
+            patch.setattr(loop, "evaluate", lambda *args, later=later: next(later, evaluate)(*args))
+            with pytest.raises(exits.Preempted, match=f"stopped after {done} of 22"):
+                loop.pretrain(free)
+        assert sum("validation_loss" in line for line in lines(folder)) == evaluations
+    loop.pretrain(free)
+    equal_runs(free, folder, tiny_run.folder)
+
+
+def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
+    """A learning rate that is far too high, for real; the next start tries again, and stops again."""
+    config = dataclasses.replace(
+        free,
+        optimizer=dataclasses.replace(free.optimizer, learning_rate=300.0),
+        restart=Restart(),
+        schedule=Schedule("cosine", warmup=2),
+        bad_steps=BadSteps(window=2, factor=3.0, patience=4),
+    )
+    folder = Path(config.run_dir)
+    for _ in range(2):
+        with pytest.raises(exits.Diverged, match=r"4 bad steps in a row \(update \d+: .* skipped so far"):
+            loop.pretrain(config)
+        streaks = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line]
+        assert 4 <= streaks[-1] <= 4 + IN_FLIGHT  # noticed late by the steps in flight
+        with Checkpoints(str(folder / "checkpoints")) as saved:
+            assert saved.latest_good() == (len(streaks), [])
+    starts = [step for step, streak in enumerate(streaks) if streak == 1]
+    assert len(starts) == 2
+    saves = [step for step in (3, 6, 9, 12, 15, 18, 21) if starts[0] <= step < starts[1]]
+    kept = [arrays(config, folder, step) for step in (*saves, len(streaks))]
+    assert len(kept) >= 2
+    for leaf, last in zip(kept[0], kept[-1], strict=True):
+        assert np.isfinite(leaf).all() or leaf.ndim == 1
+        assert leaf.ndim < 2 or np.array_equal(leaf, last)  # nothing moved
+
+
+@pytest.fixture(scope="module")
+def large_data(tiny_text, tmp_path_factory) -> Path:
+    """Rows that do not fit into what a reader holds in memory."""
+    folder = tmp_path_factory.mktemp("large")
+    words = np.random.default_rng(0).choice(["abab", "cd", "ghi", "fed", "jaja"], (1500, 200))
+    lines = "".join(json.dumps({"text": " ".join(text)}) + "\n" for text in words)
+    (folder / "c4.json.gz").write_bytes(gzip.compress(lines.encode()))
+    source, validation = str(folder / "c4.json.gz"), str(tiny_text / "c4-validation.*")
+    prepare(source, validation, str(tiny_text / "t.model"), 32, str(folder / "data"), workers=1)
+    return folder / "data"
+
+
+def cut(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 3)
+
+
+def blank(shard: Path) -> None:
+    size = shard.stat().st_size
+    with shard.open("r+b") as file:
+        file.seek(size // 3)
+        file.write(bytes(size // 3))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [(cut, r"the train rows take \d+ bytes, not"), (blank, "cannot be read: Corrupted"), (Path.unlink, "")],
+    ids=["cut off", "overwritten", "removed"],
+)
+def test_a_shard_that_is_harmed_in_mid_run(free, large_data, tmp_path, monkeypatch, harm, message):
+    """The run stops and says so. One that is removed is open and still read; the next start misses it."""
+    data = Path(shutil.copytree(large_data, tmp_path / "data"))
+    config = dataclasses.replace(free, data=dataclasses.replace(free.data, directory=str(data)))
+    real, asked = loop.next_batch, iter(range(22))
+
+    def next_batch(*args):
+        if next(asked) == 4:
+            harm(next(data.glob("*-train.array_record-*")))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "next_batch", next_batch)
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            loop.pretrain(config)
+    with Checkpoints(str(Path(config.run_dir) / "checkpoints")) as saved:
+        step, damaged = saved.latest_good()
+    assert (step == 22, damaged) == (not message, [])
+    assert step is not None
+    assert step >= 3
+    if harm is not blank:
+        with pytest.raises(InputError, match=r"the train rows take \d+ bytes, not"):
+            loop.pretrain(config)

@@ -34,8 +34,9 @@ def clock(monkeypatch):
     return Clock
 
 
-def follow(watch: Watch, step: int) -> None:
-    watch.follow(step, {"loss": jnp.float32(step / 2), "learning_rate": jnp.float32(0.25)}, 0.125 * step)
+def follow(watch: Watch, step: int, bad: int = 0) -> None:
+    scalars = {"loss": step / 2, "grad_norm": 0.5, "skipped_steps": 2 * bad, "bad_in_a_row": bad}
+    watch.follow(step, {name: jnp.float32(value) for name, value in scalars.items()}, 0.125 * step)
 
 
 def test_steps_are_told_of_late_and_in_order(lines, clock):
@@ -51,7 +52,8 @@ def test_what_a_line_holds(lines, clock):
     w = Watch(lines, 100)
     follow(w, 3)
     w.drain()
-    expected = {"loss": 1.5, "learning_rate": 0.25, "data_wait": 0.375, "tokens": 400}
+    expected = {"loss": 1.5, "grad_norm": 0.5, "skipped_steps": 0, "bad_in_a_row": 0}
+    expected |= {"data_wait": 0.375, "tokens": 400}
     assert lines == [(3, expected)]
     assert all(type(value) in (int, float) for value in lines[0][1].values())
 
@@ -104,3 +106,13 @@ def test_a_note_is_a_line_of_its_own(lines, clock):
     w = Watch(lines, 100)
     w.note(7, {"restart": 1})
     assert lines == [(7, {"restart": 1})]
+
+
+def test_the_last_bad_step_is_told_of(lines, clock):
+    w = Watch(lines, 100)
+    for step, bad in enumerate([0, 1, 2, 0, 0]):
+        follow(w, step, bad)
+        assert w.bad_in_a_row == (0, 0, 0, 1, 2)[step]  # late, as all that is read of a step
+    assert w.last_bad == "update 2: loss 1, gradient norm 0.5; 4 skipped so far"
+    w.drain()
+    assert w.bad_in_a_row == 0

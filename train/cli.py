@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from mora_jax.errors import InputError
 from mora_jax.llama import LlamaConfig
 from mora_jax.methods import MoRA
-from train import flags
+from train import exits, flags
 from train.bench import options
 from train.bench.options import BenchProfile
 from train.config import RunConfig
@@ -319,18 +319,22 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one command; bad input prints one line and exits with status 2, Ctrl-C with 130."""
+    """Runs one command. What ends it early is one line on stderr and a status of `train.exits`."""
     try:
         run(sys.argv[1:] if args is None else list(args))
     except InputError as error:
-        print(f"mora: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(str(error), exits.BAD_INPUT)
+    except exits.Stopped as stopped:
+        _end(str(stopped), stopped.status)
     except OSError as error:
-        print(f"mora: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"{error.filename or 'input or output'}: {error.strerror or error}", exits.DISK)
     except KeyboardInterrupt:
-        print("mora: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end("interrupted", exits.INTERRUPTED)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(f"mora: {line}", file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 def run(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,12 +36,27 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
+class Abandoned(Exception):
+    """An evaluation was stopped before its end."""
+
+
 def evaluate(
-    model: Llama, methods: Methods, params: Any, adapters: Any, info: DataInfo, how: Evaluation, mesh: Mesh
+    model: Llama,
+    methods: Methods,
+    params: Any,
+    adapters: Any,
+    info: DataInfo,
+    how: Evaluation,
+    mesh: Mesh,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Score:
     """The mean loss over the validation split, or over its first `how.max_batches` batches.
 
+    Args:
+      stopping: asked before each batch; whether to give up.
+
     Raises:
+      Abandoned: if `stopping` says so.
       InputError: if the data set's vocabulary is larger than the model's, a batch does not divide among the
         devices, or the split is empty.
     """
@@ -51,6 +67,8 @@ def evaluate(
     rows = info.rows["validation"]
     with progress("evaluating", min(rows, how.max_batches * how.batch_size or rows), "rows") as advance:
         for tokens_BT, weights_B in batches:
+            if stopping():
+                raise Abandoned
             on_device = jax.device_put((tokens_BT, weights_B), sharding.batch(mesh))
             loss, predictions = eval_step(model, methods, params, adapters, *on_device)
             total, count = total + float(loss), count + float(predictions)

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -17,13 +19,15 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
 from mora_jax.transform import Methods
-from train import backend, guard, runs
+from train import backend, guard, lock, runs
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
-from train.evaluate import Score, check_divides, check_vocabulary, evaluate
+from train.evaluate import Abandoned, Score, check_divides, check_vocabulary, evaluate
+from train.exits import Diverged, Preempted, Stopped
 from train.metrics import Metrics
 from train.plot import plot_loss
+from train.preempt import Stop
 from train.step import TrainState, restart_step, train_step
 from train.watch import Watch
 
@@ -44,44 +48,58 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
 
     Raises:
       InputError: for a config, data set or folder that cannot be trained with.
+      Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
     info = load_info(config.data.directory)
     mesh = sharding.make_mesh(config.mesh.data)
     check(config, info, mesh)
     runs.check_free(config, resume)
     warn(config.warnings())
-    with backend.compiled_programs(config), runs.checkpoints(config) as saved:
-        state, methods = start(config, saved, info, mesh)
-        first, score = int(state.step), None
-        if first == config.steps and (epath.Path(config.run_dir) / SUMMARY).exists():
-            return json.loads((epath.Path(config.run_dir) / SUMMARY).read_text())
+    with (
+        lock.alone(config.run_dir),
+        backend.compiled_programs(config),
+        runs.checkpoints(config) as saved,
+        Stop(mesh) as stop,
+    ):
+        state, methods, score = start(config, saved, info, mesh)
+        first, folder = int(state.step), epath.Path(config.run_dir)
+        if first == config.steps and (folder / SUMMARY).exists():
+            return json.loads((folder / SUMMARY).read_text())
         batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
-        with Metrics(config.run_dir, config.steps, first, config.log.wandb) as metrics:
+        metrics = Metrics(config.run_dir, config.steps, first, config.log.wandb, evaluated=score is not None)
+        with metrics:
             runs.claim(config)  # only now, so that bad input leaves no half-made run behind
             saved.remove_unfinished()
             watch = Watch(metrics, config.tokens_per_step())
-            for step in range(first, config.steps):
+            for step in itertools.count(first):  # so many updates are done
+                if due(config.eval.every, step, config) and score is None:
+                    watch.drain()
+                    score = score_of(config, methods, state, info, mesh, stop)
+                    if score:
+                        watch.note(step - 1, evaluation_note(score))
+                ending = early_end(config, watch, stop, step)
+                if step > first and (ending or due(config.checkpoint.every, step, config)):
+                    watch.drain()
+                    saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
+                if ending:
+                    raise ending
+                if step == config.steps:
+                    break
                 if config.restarts_at(step):
                     watch.drain()
                     state, cleared = restart_step(config, methods, state)
                     methods = methods.after_restart()
                     watch.note(step, restart_note(config, methods, step, float(cleared)))
                 asked = time.perf_counter()
-                tokens_BT = next(batches)
+                tokens_BT = next_batch(batches, info)
                 data_wait = time.perf_counter() - asked
                 state, scalars = train_step(config, methods, state, tokens_BT)
                 watch.follow(step, scalars, data_wait)
                 saved.poll()
-                if due(config.eval.every, step, config):
-                    watch.drain()
-                    score = score_of(config, methods, state, info, mesh)
-                    watch.note(step, evaluation_note(score))
-                if due(config.checkpoint.every, step, config):
-                    watch.drain()
-                    saved.save(step + 1, state, runs.meta(config, methods, info, step + 1))
-            watch.drain()
-        score = score or score_of(config, methods, state, info, mesh)  # nothing was left to do
-    return conclude(config, info, score, watch.median_rate())
+                score = None  # of the state before
+        assert score is not None
+        saved.wait()  # a run with a summary is one whose last checkpoint is there
+        return conclude(config, info, score, watch.median_rate())
 
 
 def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
@@ -98,17 +116,45 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
         raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
 
 
-def start(config: RunConfig, saved: Checkpoints, info: DataInfo, mesh: Mesh) -> tuple[TrainState, Methods]:
-    """The state to go on from: the newest good checkpoint's, or a fresh one."""
+def start(
+    config: RunConfig, saved: Checkpoints, info: DataInfo, mesh: Mesh
+) -> tuple[TrainState, Methods, Score | None]:
+    """The state to go on from, the newest good checkpoint's or a fresh one, and its score if there is one."""
     step, damaged = saved.latest_good()
     warn(f"{what}; going back to an older checkpoint" for what in damaged)
-    if step is not None:
-        runs.check_text(saved, step, info, resume=True)
-        tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
-        state, methods = runs.restore(config, saved, step, mesh)
-        return dataclasses.replace(state, guard=guard.try_again(config.bad_steps, state.guard)), methods
-    methods = runs.assign_methods(config)
-    return runs.fresh_state(config, methods, mesh), methods
+    if step is None:
+        methods = runs.assign_methods(config)
+        return runs.fresh_state(config, methods, mesh), methods, None
+    runs.check_text(saved, step, info, resume=True)
+    tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
+    state, methods = runs.restore(config, saved, step, mesh)
+    found = saved.read_meta(step)["evaluation"]
+    seen = guard.try_again(config.bad_steps, state.guard)
+    return dataclasses.replace(state, guard=seen), methods, Score(**found) if found else None
+
+
+def early_end(config: RunConfig, watch: Watch, stop: Stop, step: int) -> Stopped | None:
+    """Why the run ends after `step` updates, if it does so before it is finished."""
+    if watch.bad_in_a_row >= config.bad_steps.patience:
+        return Diverged(
+            f"{config.run_dir}: {config.bad_steps.patience} bad steps in a row ({watch.last_bad}); stopped "
+            f"with a checkpoint after {step} updates. The same command tries the batches that follow; "
+            f"another learning rate needs a new run: --init-from {config.run_dir} --run-dir ..."
+        )
+    if stop.asked():
+        return Preempted(
+            f"{config.run_dir}: stopped after {step} of {config.steps} updates; the same command goes on"
+        )
+    return None
+
+
+def next_batch(batches: Iterator[jax.Array], info: DataInfo) -> jax.Array:
+    """The next batch. Raises InputError where the data set is no longer what it was."""
+    try:
+        return next(batches)
+    except Exception as error:  # whatever the readers of the files raise
+        load_info(info.directory)  # says it better, where a file is cut off or gone
+        raise InputError(f"{info.directory} cannot be read: {error}; copy or prepare it again") from error
 
 
 def warn(sentences: Iterable[str]) -> None:
@@ -133,15 +179,24 @@ def on_devices(batches: Iterator[np.ndarray], mesh: Mesh) -> Iterator[jax.Array]
 
 
 def due(every: int, step: int, config: RunConfig) -> bool:
-    """Whether what happens every so many updates happens after update `step`; the last one always counts."""
-    done = step + 1
-    return done == config.steps or (every > 0 and done % every == 0)
+    """Whether what happens every so many updates happens after `step` of them; the last one always counts."""
+    return step == config.steps or (step > 0 and every > 0 and step % every == 0)
 
 
-def score_of(config: RunConfig, methods: Methods, state: TrainState, info: DataInfo, mesh: Mesh) -> Score:
-    """The validation score of a state."""
+def score_of(
+    config: RunConfig, methods: Methods, state: TrainState, info: DataInfo, mesh: Mesh, stop: Stop
+) -> Score | None:
+    """The validation score of a state; None if the run was asked to stop meanwhile."""
     model = Llama(config.model, config.compute)
-    return evaluate(model, methods, state.params, state.adapters, info, config.eval, mesh)
+    try:
+        return evaluate(model, methods, state.params, state.adapters, info, config.eval, mesh, stop.asked)
+    except Abandoned:
+        return None
+
+
+def to_plain(score: Score | None) -> dict[str, Any] | None:
+    """A score as JSON holds it; one that is not finite is found again when it is needed."""
+    return dataclasses.asdict(score) if score and math.isfinite(score.loss) else None
 
 
 def evaluation_note(score: Score) -> dict[str, Any]:
@@ -172,5 +227,7 @@ def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second:
         "tokens_per_second": tokens_per_second,
         "device": jax.devices()[0].device_kind,
     }
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    part = folder / f"{SUMMARY}.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n")
+    part.replace(folder / SUMMARY)
     return summary

@@ -8,19 +8,24 @@ not finite are the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` tur
 import contextlib
 import json
 import math
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar
 
 from mora_jax.errors import InputError
 from train.progress import Bar
 
 LINES = "metrics.jsonl"
+# Seconds between two times that TensorBoard's events are brought to the disk.
+EVENTS_EVERY = 30.0
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Values = Mapping[str, float | int | str]
@@ -31,10 +36,18 @@ class Metrics:
     """Takes a run's metrics to all places they go to; a context manager.
 
     A run that goes on from step `start` forgets what was written of later ones: no update is told of twice.
+    What cannot be written, as on a full disk, is an OSError that names the file: a run does not train on
+    without telling what it does.
     """
 
     def __init__(
-        self, run_dir: str, total: int, start: int = 0, wandb: str = "", writes: bool | None = None
+        self,
+        run_dir: str,
+        total: int,
+        start: int = 0,
+        wandb: str = "",
+        writes: bool | None = None,
+        evaluated: bool = True,
     ) -> None:
         """Args:
           run_dir: the run's folder, on a disk.
@@ -42,6 +55,7 @@ class Metrics:
           start: updates done before.
           wandb: project in Weights & Biases; empty for none.
           writes: whether this process writes and shows anything; None for process 0 alone.
+          evaluated: whether the evaluation just before `start` counts; else it is forgotten and told again.
 
         Raises:
           InputError: if Weights & Biases is asked for and not installed, or metrics.jsonl cannot be read.
@@ -52,7 +66,7 @@ class Metrics:
             folder = Path(run_dir)
             folder.mkdir(parents=True, exist_ok=True)
             with self._closing:
-                self._sinks.append(_json_lines(self._closing, folder / LINES, start))
+                self._sinks.append(_json_lines(self._closing, folder / LINES, start, evaluated))
                 self._sinks.append(_tensorboard(self._closing, folder / "tensorboard", start))
                 if wandb:
                     self._sinks.append(_wandb(self._closing, folder, wandb))
@@ -117,39 +131,71 @@ def _legal(value: float | int | str) -> float | int | str:
     return value
 
 
-def _json_lines(closing: contextlib.ExitStack, path: Path, start: int) -> Sink:
-    if path.exists():
-        _forget(path, start)
-    file = closing.enter_context(path.open("a", encoding="utf-8"))
+def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
+    with _named(path):
+        if path.exists():
+            _forget(path, start, evaluated)
+        file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail once more at the end
 
     def write(step: int, values: Values) -> None:
-        file.write(_render(step, values))
-        file.flush()
+        line = _render(step, values).encode()
+        with _named(path):
+            while line:
+                line = line[file.write(line) :]
 
     return write
 
 
-def _forget(path: Path, start: int) -> None:
-    """Drops the lines of updates from `start` on and a last one cut off; a kill leaves the old or the new."""
-    kept = [line for line in read_metrics(str(path)) if line["step"] < start]
+def _forget(path: Path, start: int, evaluated: bool) -> None:
+    """Drops what will be told again, and a last line cut off; a kill leaves the old or the new."""
+    kept = [line for line in read_metrics(str(path)) if _stays(line, start, evaluated)]
     part = path.with_suffix(".part")
     part.write_text("".join(_render(line.pop("step"), line) for line in kept), encoding="utf-8")
     part.replace(path)
 
 
+def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:
+    told_again = not evaluated and line["step"] == start - 1 and "validation_loss" in line
+    return line["step"] < start and not told_again
+
+
 def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
-    # Files are named by the second they are made in and overwrite one another: the suffix keeps them apart.
-    # purge_step hides, in TensorBoard, the events of an earlier process that are told again.
-    suffix = f".{len(list(folder.glob('*')))}"
-    writer = SummaryWriter(str(folder), purge_step=start, flush_secs=10, filename_suffix=suffix)
-    closing.callback(writer.close)
+    # Events are written here and not in tensorboardX's thread, which would die of a full disk unheard, and
+    # then block the run. Its files are named by the second they are made in: the suffix keeps them apart.
+    with _named(folder):
+        folder.mkdir(exist_ok=True)
+        events = EventsWriter(str(folder / "events"), f".{len(list(folder.glob('*')))}")
+    flushed = time.monotonic()
+
+    def close() -> None:
+        with _named(folder):
+            events.close()
 
     def write(step: int, values: Values) -> None:
-        for name, value in _numbers(values).items():
-            if math.isfinite(value):  # others cannot be drawn, and tensorboardX complains on stderr
-                writer.add_scalar(name, value, step)
+        nonlocal flushed
+        finite = {name: value for name, value in _numbers(values).items() if math.isfinite(value)}
+        event = Event(step=step, wall_time=time.time())
+        for name, value in finite.items():  # others cannot be drawn
+            event.summary.value.extend(scalar(name, value).value)
+        with _named(folder):
+            events.write_event(event)
+            if time.monotonic() - flushed > EVENTS_EVERY:
+                events.flush()
+                flushed = time.monotonic()
 
+    closing.callback(close)
+    # Hides, in TensorBoard, the events of an earlier process that are told again.
+    events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
     return write
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the file that an OSError is about; the system does not, where it was open already."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:

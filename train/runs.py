@@ -105,14 +105,20 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh) -> TrainState:
     return jax.jit(lambda p: init_state(config, methods, p), out_shardings=place)(params)
 
 
-def meta(config: RunConfig, methods: Methods, info: DataInfo, step: int) -> dict[str, Any]:
-    """What is saved beside the arrays of `step` updates: all that gives them meaning."""
+def meta(
+    config: RunConfig, methods: Methods, info: DataInfo, step: int, evaluation: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What is saved beside the arrays of `step` updates: all that gives them meaning.
+
+    `evaluation` is what was found of this very state, where it was evaluated.
+    """
     text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
     implied = _implied(config, step, info.rows["train"])
     return implied | {
         "config": run_config.to_plain(config),
         "methods": methods.to_json(),
         "data": implied["data"] | text,
+        "evaluation": evaluation,
     }
 
 

@@ -17,6 +17,8 @@ class Watch:
 
     Attributes:
       rates: tokens a second of each step in whose time nothing but training happened.
+      bad_in_a_row: of the newest step whose metrics were read.
+      last_bad: what is known of the newest bad step, in words; empty if there was none.
     """
 
     def __init__(self, metrics: Metrics, tokens_per_step: int) -> None:
@@ -27,6 +29,10 @@ class Watch:
         self._started = time.perf_counter()
         self._tokens = 0
         self.rates: list[float] = []
+        self.bad_in_a_row = 0
+        self.last_bad = ""
+        self.bad_in_a_row = 0
+        self.last_bad = ""
 
     def follow(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
         """Takes a dispatched step's metrics, and writes those of the steps before that are done.
@@ -71,3 +77,10 @@ class Watch:
         self._last = now
         values |= {"data_wait": data_wait, "tokens": (step + 1) * self._tokens_per_step}
         self._metrics.write(step, values)
+        self._look(step, values)
+
+    def _look(self, step: int, values: dict[str, float]) -> None:
+        self.bad_in_a_row = int(values["bad_in_a_row"])
+        if self.bad_in_a_row:
+            found = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+            self.last_bad = f"update {step}: {found}; {values['skipped_steps']:.0f} skipped so far"

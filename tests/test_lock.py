@@ -1,0 +1,62 @@
+"""One run at a time in a folder, whatever became of the one before."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mora_jax.errors import InputError
+from train import lock
+
+HOLD = """
+import sys, time
+from train import lock
+with lock.alone(sys.argv[1]):
+    print("held", flush=True)
+    if len(sys.argv) > 2:  # a child that outlives this program
+        import os
+        if os.fork() == 0:
+            time.sleep(float(sys.argv[2]))
+            os._exit(0)
+    time.sleep(60)
+"""
+
+
+def holder(folder, *more: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLD, str(folder), *more], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def enter(folder) -> None:
+    with lock.alone(str(folder)):
+        pass
+
+
+@pytest.mark.parametrize("child", [(), ("20",)], ids=["alone", "with a child that goes on"])
+def test_a_folder_is_held_until_the_program_is_killed(tmp_path, child):
+    with holder(tmp_path, *child) as process:
+        with pytest.raises(InputError, match=rf"is in use by process {process.pid} on "):
+            enter(tmp_path)
+        time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+    with lock.alone(str(tmp_path)):
+        assert f"process {os.getpid()}" in (tmp_path / lock.LOCK).read_text()
+    enter(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / lock.LOCK).mkdir()
+    with pytest.raises(InputError, match="cannot be written to: Is a directory"):
+        enter(tmp_path)
+
+
+def test_a_bucket_has_no_lock():
+    with lock.alone("gs://nowhere/run"):
+        pass

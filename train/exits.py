@@ -1,0 +1,32 @@
+"""How a program ends: the statuses that a supervisor reads, and the errors that carry them.
+
+0 is finished and 1 a bug, as everywhere; after a second signal it is 128 and the signal's
+number, as a shell says.
+"""
+
+from typing import ClassVar
+
+BAD_INPUT = 2  # the same command will fail again
+DIVERGED = 3  # as it is, the run leads nowhere: somebody must look at it
+DISK = 74  # input or output failed, such as a full disk: the same command goes on once that is mended
+PREEMPTED = 75  # stopped by SIGTERM or SIGINT: the same command goes on, nothing is lost
+SIGNALLED = 128
+INTERRUPTED = SIGNALLED + 2  # by Ctrl-C, outside of training
+
+
+class Stopped(Exception):
+    """A run has stopped before its end, with a checkpoint; one line says why."""
+
+    status: ClassVar[int]
+
+
+class Preempted(Stopped):
+    """Somebody asked for it, by SIGTERM or SIGINT."""
+
+    status = PREEMPTED
+
+
+class Diverged(Stopped):
+    """Too many bad steps in a row."""
+
+    status = DIVERGED
