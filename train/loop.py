@@ -152,7 +152,7 @@ def next_batch(batches: Iterator[jax.Array], info: DataInfo) -> jax.Array:
     """The next batch. Raises InputError where the data set is no longer what it was."""
     try:
         return next(batches)
-    except Exception as error:  # whatever the readers of the files raise
+    except (ValueError, RuntimeError, OSError) as error:  # what array_record and TFDS raise
         load_info(info.directory)  # says it better, where a file is cut off or gone
         raise InputError(f"{info.directory} cannot be read: {error}; copy or prepare it again") from error
 
