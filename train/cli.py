@@ -14,7 +14,7 @@ from mora_jax.llama import LlamaConfig
 from mora_jax.methods import MoRA
 from train import exits, flags
 from train.bench import options
-from train.bench.options import BenchProfile
+from train.bench.options import BenchData, BenchProfile, BenchReport, BenchStep
 from train.config import RunConfig
 from train.sections import Evaluation
 
@@ -172,25 +172,6 @@ class SurveyMethods:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchData:
-    """Tokens a second prepared and read.
-
-    Attributes:
-      source: C4-format shards to measure on.
-      tokenizer: SentencePiece model file.
-      sequence_length: tokens of a row.
-      batch_size: rows of a batch that is read.
-      out: JSON file for the figures; empty for none.
-    """
-
-    source: str
-    tokenizer: str
-    sequence_length: int = 512
-    batch_size: int = 128
-    out: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Demo:
     """The whole path on text of this Python installation: gather, tokenize, prepare, pretrain, export.
 
@@ -283,16 +264,24 @@ def bench_data(command: BenchData) -> None:
 
 def bench_profile(command: BenchProfile) -> None:
     """Runs `mora bench profile`."""
-    from train.bench.cases import Case
     from train.bench.profile import bench
 
-    bench(
-        Case(command.run, command.base_dtype),
-        command.method,
-        command.profiled_steps,
-        command.top,
-        command.out,
-    )
+    case = options.case_of(command)
+    bench(case, command.method, command.profiled_steps, command.top, command.out)
+
+
+def bench_step(command: BenchStep) -> None:
+    """Runs `mora bench step`."""
+    from train.bench.step import bench
+
+    bench(options.case_of(command), command)
+
+
+def bench_report(command: BenchReport) -> None:
+    """Runs `mora bench report`."""
+    from train.bench.report import refresh
+
+    print(f"{command.page}: {refresh(command.page)} tables written")
 
 
 def demo(command: Demo) -> None:
@@ -313,7 +302,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (Export, export),
     "methods": (SurveyMethods, survey_methods),
     "bench data": (BenchData, bench_data),
+    "bench step": (BenchStep, bench_step),
     "bench profile": (BenchProfile, bench_profile),
+    "bench report": (BenchReport, bench_report),
     "demo": (Demo, demo),
 }
 
@@ -350,7 +341,7 @@ def run(args: list[str]) -> None:
     command, function = COMMANDS[name]
     if command in (Pretrain, Plan) and not {"-h", "--help"} & set(rest[:1]):
         return function(read_with_config(command, name, rest))
-    if command is BenchProfile:
+    if command in (BenchProfile, BenchStep):
         return function(options.read(command, rest, f"mora {name}"))
     return function(flags.parse(command, rest, f"mora {name}"))
 

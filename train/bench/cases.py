@@ -21,11 +21,14 @@ class Case:
     """A model, a batch, and what is compared on them.
 
     Attributes:
+      name: of the case.
       config: model, batch, sequence length, how it is computed, what is trained beside the adapters.
       base_dtype: type that the frozen parameters are held in.
-      methods: rows of the table where none are asked for.
+      methods: rows of the table where none are asked for, as `with_method` reads them.
+      peers: PyTorch programs beside them, as `jobs.peer_job` reads them.
     """
 
+    name: str
     config: RunConfig
     base_dtype: DType = "float32"
     methods: tuple[str, ...] = (
@@ -41,14 +44,23 @@ class Case:
         "lora:256/merged",
         "mora:256",
     )
+    peers: tuple[str, ...] = (
+        "full/compiled",
+        "full/compiled-bf16",
+        "lora",
+        "lora/compiled",
+        "lora/compiled-bf16",
+        "mora",
+        "mora/compiled",
+        "mora/compiled-bf16",
+    )
 
 
-def pretraining(model: LlamaConfig, batch_size: int) -> Case:
+def pretraining(name: str, model: LlamaConfig, batch_size: int) -> Case:
     """The paper's pretraining, a batch of it as one GPU takes it: embedding, head and norms are trained."""
     compute = Compute(attention="cudnn")
-    return Case(
-        RunConfig(batch_size=batch_size, model=model, compute=compute, data=Data(sequence_length=512))
-    )
+    data = Data(sequence_length=512)
+    return Case(name, RunConfig(batch_size=batch_size, model=model, compute=compute, data=data))
 
 
 def table_5() -> Case:
@@ -61,7 +73,8 @@ def table_5() -> Case:
         data=Data(sequence_length=1024),
         method=MethodFlags(rank=8, train=""),
     )
-    return Case(config, "bfloat16", ("lora:8", "mora-rotate:8", "lora:256", "mora:256"))
+    methods = ("lora:8", "mora-rotate:8", "lora:256", "mora:256")
+    return Case("7b", config, "bfloat16", methods, ("lora:8", "lora:256"))
 
 
 def tiny() -> Case:
@@ -73,12 +86,13 @@ def tiny() -> Case:
         data=Data(sequence_length=32),
         method=MethodFlags(rank=8, align=8),
     )
-    return Case(config, methods=("full", "frozen", "lora/activation", "lora/merged", "mora", "mora-rotate:4"))
+    methods = ("full", "frozen", "lora/activation", "lora/merged", "mora", "mora-rotate:4")
+    return Case("tiny", config, methods=methods)
 
 
 SIZES = {
-    "250m": lambda: pretraining(LlamaConfig(), 64),
-    "1.3b": lambda: pretraining(LlamaConfig(32_100, 2048, 5461, 24, 32, 32), 32),
+    "250m": lambda: pretraining("250m", LlamaConfig(), 64),
+    "1.3b": lambda: pretraining("1.3b", LlamaConfig(32_100, 2048, 5461, 24, 32, 32), 32),
     "7b": table_5,
     "tiny": tiny,
 }
