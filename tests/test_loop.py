@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(free, tiny_run
     [
         ("batch_size / microbatches 6 does not divide among 4 devices", {"mesh.data": 4, "batch_size": 6}),
         (r"eval\.batch_size 6 does not divide", {"mesh.data": 4, "eval.batch_size": 6}),
-        ("mesh.data asks for 64 devices", {"mesh.data": 64}),
+        (r"mesh\.data 64 needs 64 devices", {"mesh.data": 64}),
         ("fewer than one batch of 100000", {"batch_size": 100_000}),
         ("more than model.vocab_size 100", {"model.vocab_size": 100}),
         ("rows of 32 tokens, not data.sequence_length 16", {"data.sequence_length": 16}),

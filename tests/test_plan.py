@@ -106,7 +106,7 @@ def test_unknown_memory_leaves_it_open(config):
         ([], "needs one of --topology, such as v5e:16x16, and --devices"),
         (["--devices", "2", "--topology", "v5e:2x2"], "needs one of"),
         (["--devices", "-1"], "--devices must be at least 1, not -1"),
-        (["--devices", "400"], "JAX has started with 4 CPU devices; 400 are asked for"),
+        (["--devices", "400"], "JAX has started with 8 CPU devices; 400 are asked for"),
         (["--devices", "2", "--mesh.data", "4"], "mesh.data"),
         (
             ["--devices", "3", "--mesh.data", "3"],

@@ -65,7 +65,8 @@ def evaluate(
     batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None)
     total = count = 0.0
     rows = info.rows["validation"]
-    with progress("evaluating", min(rows, how.max_batches * how.batch_size or rows), "rows") as advance:
+    total_rows = min(rows, how.max_batches * how.batch_size or rows)
+    with jax.set_mesh(mesh), progress("evaluating", total_rows, "rows") as advance:
         for tokens_BT, weights_B in batches:
             if stopping():
                 raise Abandoned
@@ -89,5 +90,6 @@ def check_vocabulary(info: DataInfo, vocab_size: int) -> None:
 
 def check_divides(name: str, batch: int, mesh: Mesh) -> None:
     """Raises InputError if a batch cannot be divided equally among the devices."""
-    if batch % mesh.devices.size:
-        raise InputError(f"{name} {batch} does not divide among {mesh.devices.size} devices (mesh.data)")
+    shards = sharding.batch_shards(mesh)
+    if batch % shards:
+        raise InputError(f"{name} {batch} does not divide among {shards} devices (mesh.data x mesh.fsdp)")

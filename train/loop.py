@@ -51,11 +51,12 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
     info = load_info(config.data.directory)
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check(config, info, mesh)
     runs.check_free(config, resume)
     warn(config.warnings())
     with (
+        jax.set_mesh(mesh),
         lock.alone(config.run_dir),
         backend.compiled_programs(config),
         runs.checkpoints(config) as saved,
@@ -109,6 +110,11 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
         raise InputError(
             f"{info.directory} has rows of {info.sequence_length} tokens, not data.sequence_length "
             f"{config.data.sequence_length}"
+        )
+    if config.model.num_key_value_heads % mesh.shape["tensor"]:
+        raise InputError(
+            f"mesh.tensor {mesh.shape['tensor']} must divide model.num_key_value_heads "
+            f"{config.model.num_key_value_heads}"
         )
     check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
     check_divides("eval.batch_size", config.eval.batch_size, mesh)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import yaml
 from etils import epath
 from jax.sharding import Mesh
@@ -97,12 +96,12 @@ def group_type(methods: Methods) -> str:
 
 def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh) -> TrainState:
     """The state before the first update: random, or warm-started from `init_from`."""
-    place = sharding.replicated(mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, methods, mesh))
     if not config.init_from:
-        return jax.jit(lambda: init_state(config, methods, init_params(config)), out_shardings=place)()
-    params, model = load_model(config.init_from)
+        return jax.jit(lambda: init_state(config, methods, init_params(config)), out_shardings=places)()
+    params, model = load_model(config.init_from, mesh=mesh)
     _check_architecture(model, config)
-    return jax.jit(lambda p: init_state(config, methods, p), out_shardings=place)(params)
+    return jax.jit(lambda p: init_state(config, methods, p), out_shardings=places)(params)
 
 
 def meta(
@@ -155,26 +154,40 @@ def check_text(saved: Checkpoints, step: int, info: DataInfo, resume: bool = Fal
 def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the state, without computing it."""
     shapes = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
-    place = sharding.replicated(mesh)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        shapes,
+        sharding.shardings(shapes, mesh),
+    )
 
 
-def load_model(path: str, info: DataInfo | None = None) -> tuple[Any, LlamaConfig]:
+def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None) -> tuple[Any, LlamaConfig]:
     """The merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder.
+
+    Args:
+      path: the folder.
+      info: the data set that the model is to be used with, whose tokenizer must be the run's.
+      mesh: the devices that the parameters are divided over; one device by default.
 
     Raises:
       InputError: if there is neither, or the run saw another tokenizer than that of `info`.
     """
+    mesh = mesh or sharding.make_mesh(1)
     if (epath.Path(path) / CONFIG).exists():
         config = read_config(path)
         with checkpoints(config) as saved:
             step = newest(saved, path)
             if info:
                 check_text(saved, step, info)
-            state, methods = restore(config, saved, step, sharding.make_mesh(1))
-        return transform.merge(state.params, state.adapters, methods), config.model
+            state, methods = restore(config, saved, step, mesh)
+        places = sharding.shardings(state.params, mesh)
+        merge = jax.jit(
+            lambda params, adapters: transform.merge(params, adapters, methods), out_shardings=places
+        )
+        with jax.set_mesh(mesh):
+            return merge(state.params, state.adapters), config.model
     params, model = hf.load_hf(path)
-    return jax.tree.map(jnp.asarray, params), model
+    return jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh)), model
 
 
 def newest(saved: Checkpoints, path: str) -> int:

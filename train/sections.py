@@ -280,14 +280,22 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How the devices are laid out.
+    """How the devices are laid out, in three axes. One of the sizes may be -1: all the devices that are left.
 
     Attributes:
-      data: devices among which a batch is divided; -1 for all there are.
+      data: devices among which a batch is divided, each with a copy of the state.
+      fsdp: devices among which a batch and each copy of the state are divided.
+      tensor: devices that share the attention heads and the MLP's width of each token.
     """
 
     data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
 
     def __post_init__(self) -> None:
-        if self.data != -1:
-            at_least("mesh.data", self.data, 1)
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1:
+                at_least(f"mesh.{axis}", size, 1)
+        if list(sizes.values()).count(-1) > 1:
+            raise InputError(f"only one of {', '.join(f'mesh.{axis}' for axis in sizes)} may be -1")

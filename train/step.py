@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mora_jax import transform, trees
+from mora_jax import sharding, transform, trees
 from mora_jax.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train import guard, optim
@@ -80,7 +80,7 @@ def train_step(
     opt_state = guard.unless(bad, opt_state, state.opt_state)
     state = TrainState(state.step + 1, arrays["params"], arrays.get("adapters", {}), opt_state, seen)
     scalars = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-    return state, scalars | {"skipped_steps": seen.skipped, "bad_in_a_row": seen.in_a_row}
+    return sharding.pin(state), scalars | {"skipped_steps": seen.skipped, "bad_in_a_row": seen.in_a_row}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -100,7 +100,7 @@ def restart_step(
     pruning_key = jax.random.fold_in(_key(config, "pruning"), state.step)
     opt_state, cleared = optim.clear_adapters(state.opt_state, config.restart, pruning_key)
     seen = guard.after_restart(config.bad_steps, state.guard)
-    return TrainState(state.step, params, adapters, opt_state, seen), cleared
+    return sharding.pin(TrainState(state.step, params, adapters, opt_state, seen)), cleared
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
