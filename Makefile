@@ -2,6 +2,7 @@
 #   PYTHON=/path/to/python3   the Python that makes it (default: the first of 3.12, 3.11, 3.13 found)
 #   VENV=.venv                where it lies
 #   EXTRAS=parity,wandb       further extras of pyproject.toml to install
+#   KILLS=100                 how often `make soak` kills
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -10,6 +11,7 @@ VENV ?= .venv
 EXTRAS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTHON ?=
+KILLS ?= 100
 
 comma := ,
 demo_installed := $(VENV)/.installed$(EXTRAS:%=-%)
@@ -24,7 +26,7 @@ ifneq ($(call version,"$(PYTHON)"),$(call version,"$(bin)/python"))
 endif
 endif
 
-.PHONY: help demo test test-all lint format constraints clean
+.PHONY: help demo test test-all soak lint format constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -37,6 +39,9 @@ test: lint  ## Lint, then run the tests (EXTRAS=parity also against torch and tr
 
 test-all:  ## `make test` on each of Python 3.12 and 3.11 found (with parity on 3.11)
 	@bash .ci/run
+
+soak: $(test_installed)  ## Kill a small run KILLS=100 times, and compare it with an undisturbed one
+	$(bin)/python tests/soak.py --kills $(KILLS)
 
 lint: $(test_installed)  ## Check style, formatting and types
 	$(bin)/ruff check

@@ -39,7 +39,6 @@ from train.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-steps: 240
 batch_size: 4
 model:
   {vocab_size: 384, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
@@ -54,7 +53,6 @@ eval: {every: 15, batch_size: 4, max_batches: 8}
 checkpoint: {every: 7, keep: 3}
 mesh: {data: 1}
 """
-STEPS = 240
 EVERY = {"restart": 20, "evaluation": 15}  # updates
 KINDS = ("start", "update", "update", "save", "save", "restart", "evaluation", "SIGTERM")
 MORA = (sys.executable, "-m", "train.cli")
@@ -71,12 +69,14 @@ class Soak:
 
     Attributes:
       kills: how many.
+      steps: updates of a run.
       seed: of the times and kinds of the kills.
       folder: where everything is written; empty for a temporary folder that is removed.
       report: JSON file for the figures; empty for none.
     """
 
     kills: int = 100
+    steps: int = 240
     seed: int = 0
     folder: str = ""
     report: str = ""
@@ -117,7 +117,7 @@ def main(options: Soak) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        figures = soak(folder, options.kills, random.Random(options.seed))
+        figures = soak(folder, options, random.Random(options.seed))
     plain = dataclasses.asdict(figures) | {"alike": figures.alike}
     for name, value in plain.items():
         print(f"{name.replace('_', ' '):24} {value}")
@@ -126,10 +126,12 @@ def main(options: Soak) -> int:
     return 0 if figures.alike else 1
 
 
-def soak(folder: Path, kills: int, chance: random.Random) -> Figures:
+def soak(folder: Path, options: Soak, chance: random.Random) -> Figures:
     """Prepares, trains undisturbed, and kills."""
     figures = Figures()
-    prepare(folder, figures, max(1, kills // 10), chance)
+    prepare(folder, figures, max(1, options.kills // 10), chance)
+    data = f"data: {{directory: {folder / 'data'}, sequence_length: 32}}"
+    (folder / "run.yaml").write_text(f"{data}\nsteps: {options.steps}\n{CONFIG}")
     started = time.monotonic()
     say("training undisturbed")
     # Compiled by itself: programs taken from the cache must compute the same bits.
@@ -137,7 +139,7 @@ def soak(folder: Path, kills: int, chance: random.Random) -> Figures:
     figures.undisturbed_seconds = round(time.monotonic() - started, 1)
     expected = told(folder / "undisturbed")
     figures.undisturbed_hash = hash_of_arrays(folder / "undisturbed")
-    disturb(folder, expected, figures, kills, chance)
+    disturb(folder, expected, figures, options.kills, chance)
     needed = len(figures.final_hashes) * figures.undisturbed_seconds
     figures.wasted_seconds = round(figures.disturbed_seconds - needed, 1)
     return figures
@@ -162,7 +164,7 @@ def disturb(
             furthest = max(furthest, updates(run_dir))
         if status == -signal.SIGKILL and strike:
             count_kill(run_dir, strike.kind, figures)
-            say(f"kill {figures.kills} of {kills}: {strike.kind}, {updates(run_dir)} of {STEPS} updates")
+            say(f"kill {figures.kills} of {kills}: {strike.kind}, {updates(run_dir)} updates told of")
         elif status == 0:
             figures.final_hashes.append(hash_of_arrays(run_dir))
             if figures.kills >= kills:
@@ -298,7 +300,7 @@ def hash_of_arrays(run_dir: Path) -> str:
     """Of all arrays of a finished run's last checkpoint: parameters, adapters, optimizer and guard."""
     config = runs.read_config(str(run_dir))
     with runs.checkpoints(config) as saved:
-        state, _ = runs.restore(config, saved, STEPS, sharding.make_mesh(1))
+        state, _ = runs.restore(config, saved, config.steps, sharding.make_mesh(1))
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)

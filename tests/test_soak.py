@@ -1,0 +1,28 @@
+"""`make soak` with a few kills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SOAK = Path(__file__).parent / "soak.py"
+
+
+def test_a_run_that_is_killed_becomes_the_undisturbed_one(tmp_path):
+    words = ["--kills", "3", "--steps", "40", "--folder", str(tmp_path / "soak")]
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, str(SOAK), *words, "--report", str(report)],
+        env=os.environ | {"PYTHONPATH": str(SOAK.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(report.read_text())
+    assert figures["alike"]
+    assert figures["kills"] == sum(figures["kills_by_kind"].values()) == 3
+    assert figures["preparation_kills"] == 1
+    assert set(figures["final_hashes"]) == {figures["undisturbed_hash"]}
+    assert figures["lines_compared"] >= 40
+    assert figures["differing_losses"] == figures["differing_lines"] == 0
