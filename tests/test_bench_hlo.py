@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from train.bench.hlo import Op, operations
+from train.bench.hlo import Op, kind_by_name, operations
 
 # ruff: noqa: E501
 TEXT = """
@@ -80,3 +80,10 @@ def test_the_text_of_a_real_program_is_read():
     assert any(op.op_name.endswith("dot_general") for op in matmuls)
     assert any(op.source.partition(":")[0] == __file__ for op in ops.values())
     assert Op("matmul").part == "unnamed"
+
+
+def test_a_kernel_of_no_known_operation_goes_by_its_name():
+    kinds = {
+        name: kind_by_name(name) for name in ("nvjet_hsh_128x256", "MemcpyD2D", "fmha_fprop_sm90", "loop_add")
+    }
+    assert list(kinds.values()) == ["matmul", "copy", "attention", "elementwise"]

@@ -120,7 +120,7 @@ def test_a_page_gets_the_tables_of_its_files(measured: Record, tmp_path: Path):
     assert text.startswith(
         "before\n<!-- figures: figures/250m.json -->\n250m: batch 64 x 512, bfloat16, on H "
     )
-    assert "| MoRA r 128 | 100.00 | 99.00-101.00 | 1,000,000 | 0.450 | 0.400 | 24.00 | 9.0 |" in text
+    assert "| MoRA r 128 | 100.00 | 99.00-101.00 | 10 | 1,000,000 | 0.450 | 0.400 | 24.00 | 9.0 |" in text
     assert "| MoRA r 128 minus the frozen base | 12.00 ms | <= 13 ms | met |" in text
     assert text.endswith("<!-- end -->\nafter\n")
     assert report.refresh(str(page)) == 1

@@ -35,7 +35,7 @@ class World:
         self.jobs: list[Any] = []
         self.rate, self.checked, self.failing = RATE, CHECKED, set[str]()
 
-    def call(self, module: str, job: Any, seconds: float) -> dict[str, Any]:
+    def call(self, module: str, job: Any, seconds: float, environment: Any = None) -> dict[str, Any]:
         self.jobs.append(job)
         if isinstance(job, MatmulJob):
             return dict(self.rate)

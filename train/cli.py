@@ -14,7 +14,7 @@ from mora_jax.llama import LlamaConfig
 from mora_jax.methods import MoRA
 from train import exits, flags
 from train.bench import options
-from train.bench.options import BenchData, BenchProfile, BenchReport, BenchStep
+from train.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
 from train.config import RunConfig
 from train.sections import Evaluation
 
@@ -277,6 +277,13 @@ def bench_step(command: BenchStep) -> None:
     bench(options.case_of(command), command)
 
 
+def bench_sweep(command: BenchSweep) -> None:
+    """Runs `mora bench sweep`."""
+    from train.bench.sweep import bench
+
+    bench(options.case_of(command), command)
+
+
 def bench_report(command: BenchReport) -> None:
     """Runs `mora bench report`."""
     from train.bench.report import refresh
@@ -304,6 +311,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench data": (BenchData, bench_data),
     "bench step": (BenchStep, bench_step),
     "bench profile": (BenchProfile, bench_profile),
+    "bench sweep": (BenchSweep, bench_sweep),
     "bench report": (BenchReport, bench_report),
     "demo": (Demo, demo),
 }
@@ -341,7 +349,7 @@ def run(args: list[str]) -> None:
     command, function = COMMANDS[name]
     if command in (Pretrain, Plan) and not {"-h", "--help"} & set(rest[:1]):
         return function(read_with_config(command, name, rest))
-    if command in (BenchProfile, BenchStep):
+    if command in (BenchProfile, BenchStep, BenchSweep):
         return function(options.read(command, rest, f"mora {name}"))
     return function(flags.parse(command, rest, f"mora {name}"))
 

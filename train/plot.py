@@ -103,15 +103,20 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
+def style(axes: Axes) -> None:
+    """The look of every picture: a pale grid behind what is drawn, and no frame above and on the right."""
+    axes.grid(color="#e4e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=11)
+
+
 def _figure() -> tuple[Figure, Axes, Axes]:
     figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
     for axes in (upper, lower):
-        axes.grid(color="#e4e6ea", linewidth=0.8)
-        axes.set_axisbelow(True)
+        style(axes)
         axes.margins(x=0.015)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=11)
     upper.set_ylabel("loss (nats a token)")
     lower.set_ylabel("learning rate")
     lower.set_xlabel("step")

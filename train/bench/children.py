@@ -17,13 +17,14 @@ from typing import Any
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def call(module: str, job: Any, seconds: float) -> dict[str, Any]:
+def call(module: str, job: Any, seconds: float, environment: dict[str, str] = ENVIRONMENT) -> dict[str, Any]:
     """Has `python -m module` do a job, as its `serve` says.
 
     Args:
       module: a module that calls `serve` when it is run.
       job: what it is to do; can be pickled.
       seconds: its time limit.
+      environment: variables it gets beside those of this process, which go over them.
 
     Returns:
       What it measured, or {"error": one line} where it failed, died or took too long.
@@ -36,7 +37,7 @@ def call(module: str, job: Any, seconds: float) -> dict[str, Any]:
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env=ENVIRONMENT | os.environ,
+                env={**environment, **os.environ},
                 start_new_session=True,
             )
             try:

@@ -82,6 +82,16 @@ PARTS = {
 }
 
 
+def kind_by_name(kernel: str) -> Kind:
+    """What a kernel seems to do whose operation is not known."""
+    kernel = kernel.lower()
+    if any(word in kernel for word in ATTENTION):
+        return "attention"
+    if any(word in kernel for word in (*MATMUL, "nvjet", "cutlass")):
+        return "matmul"
+    return "copy" if "memcpy" in kernel or "copy" in kernel else "elementwise"
+
+
 def operations(text: str) -> dict[str, Op]:
     """Every instruction of a compiled program's text by its name."""
     frames = _frames(text)

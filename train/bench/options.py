@@ -100,6 +100,40 @@ class BenchStep:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchSweep:
+    """How time and memory of a step grow with batch, sequence, rank and width.
+
+    Attributes:
+      case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
+      base_dtype: type that the frozen parameters are held in.
+      methods: what is trained, as in mora bench step.
+      axes: what is varied around the case, one at a time.
+      warmup_steps: steps before those that are timed.
+      timed_steps: steps that are timed.
+      minutes: begin no point that is likely to end later than this, in minutes; 0 for no limit. The same
+        command goes on with the points that the file lacks.
+      out: JSON file for the figures; empty for none.
+      picture: PNG file; empty for none.
+    """
+
+    case: CaseName
+    run: Run
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    methods: tuple[str, ...] = ("frozen", "lora/activation", "mora")
+    axes: tuple[Literal["batch", "sequence", "rank", "width"], ...] = ("batch", "sequence", "rank", "width")
+    warmup_steps: int = 3
+    timed_steps: int = 10
+    minutes: float = 0.0
+    out: str = ""
+    picture: str = ""
+
+    def __post_init__(self) -> None:
+        at_least("warmup_steps", self.warmup_steps, 1)
+        at_least("timed_steps", self.timed_steps, 2)
+        at_least("minutes", self.minutes, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchReport:
     """Writes the tables of a Markdown page anew from the figures of mora bench step.
 
@@ -110,7 +144,7 @@ class BenchReport:
     page: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PAGE")] = "docs/performance.md"
 
 
-def case_of(command: "BenchProfile | BenchStep") -> Case:
+def case_of(command: "BenchProfile | BenchStep | BenchSweep") -> Case:
     """What the flags say is measured."""
     known = SIZES[command.case]() if command.case in SIZES else Case(command.case, command.run)
     return dataclasses.replace(known, config=command.run, base_dtype=command.base_dtype)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import mora_jax
 from train.bench.cases import Case, with_method
-from train.bench.hlo import Op, operations
+from train.bench.hlo import Op, kind_by_name, operations
 from train.bench.program import Program, compile_step
 
 # Graphs of many kernels in one launch hide which operation a kernel belongs to.
@@ -108,7 +108,7 @@ def kernels(program: Program, steps: int) -> list[Kernel]:
     seconds: dict[tuple[str, Op], float] = collections.defaultdict(float)
     counts: dict[tuple[str, Op], int] = collections.defaultdict(int)
     for name, hlo_op, duration in _events(data):
-        op = ops.get(hlo_op, Op("copy" if "emcpy" in name else "elementwise"))
+        op = ops.get(hlo_op) or Op(kind_by_name(name))
         if op.kind != "control":
             seconds[_family(name), op] += duration
             counts[_family(name), op] += 1
@@ -123,12 +123,13 @@ def _events(data: Any) -> Iterator[tuple[str, str, float]]:
     planes = {plane.name: plane for plane in data.planes}
     devices = [plane for name, plane in planes.items() if name.startswith("/device:")]
     for plane in devices or [planes["/host:CPU"]]:
-        lines = list(plane.lines)
-        streams = [line for line in lines if line.name and line.name.startswith("Stream")] or lines
-        for event in (event for line in streams for event in line.events):
-            stats = dict(event.stats)
-            if devices or "hlo_op" in stats:
-                yield event.name, str(stats.get("hlo_op", "")), event.duration_ns / 1e9
+        for line in plane.lines:
+            if devices and not str(line.name).startswith(("Stream", "XLA Ops")):
+                continue  # what these lines hold, others sum up
+            for event in line.events:
+                stats = dict(event.stats)
+                if devices or "hlo_op" in stats:
+                    yield event.name, str(stats.get("hlo_op", event.name)), event.duration_ns / 1e9
 
 
 def _family(name: str) -> str:

@@ -12,7 +12,17 @@ from mora_jax.errors import InputError
 from train.bench.ratios import Ratio, matmul_share, ratios
 from train.bench.record import Record, Row, label, load
 
-COLUMNS = ("method", "step ms", "p10-p90", "tokens/s", "matmul share", "base alone", "peak GiB", "compile s")
+COLUMNS = (
+    "method",
+    "step ms",
+    "p10-p90",
+    "steps/s",
+    "tokens/s",
+    "matmul share",
+    "base alone",
+    "peak GiB",
+    "compile s",
+)
 # Everything between the two marks is written anew from the file that the first names.
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -29,7 +39,8 @@ def show(record: Record) -> None:
     compared = Table("comparison", "value", "aim", "")
     for ratio in ratios(record):
         compared.add_row(ratio.name, ratio.figure(), ratio.goal(), _verdict(ratio))
-    console.print(compared)
+    if compared.row_count:
+        console.print(compared)
 
 
 def refresh(page: str) -> int:
@@ -79,6 +90,7 @@ def _cells(record: Record, row: Row) -> tuple[str, ...]:
         label(row["what"]),
         f"{row['milliseconds']:.2f}",
         f"{row['p10']:.2f}-{row['p90']:.2f}",
+        f"{1e3 / row['milliseconds']:.3g}",
         f"{row['tokens_per_second']:,.0f}",
         *shares,
         _memory(row),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -28,6 +29,14 @@ def bench(case: Case, options: BenchStep) -> Record:
     Raises:
       InputError: for words that say nothing, a device that cannot be used, or a path whose results are wrong.
     """
+    with tempfile.TemporaryDirectory(prefix="mora-bench-") as programs:
+        record = measured(case, options, programs)
+    report.show(record)
+    return record
+
+
+def measured(case: Case, options: BenchStep, programs: str) -> Record:
+    """As `bench`; a folder keeps the frozen base's compiled program, which is measured twice."""
     began = time.monotonic()
     record = start(case, options.out)
     work = list(planned(case, options, record))
@@ -40,13 +49,12 @@ def bench(case: Case, options: BenchStep) -> Record:
         if options.minutes and spent + longest > 60 * options.minutes:
             tell(f"{options.minutes:g} minutes are over: {label(what)} and what follows was not measured")
             break
-        measure(record, what, job, options.peer_timeout)
+        measure(record, what, job, options.peer_timeout, programs)
         longest = max(longest, time.monotonic() - began - spent)
         record.save(options.out)
     else:
-        again(record, work)
+        again(record, work, programs)
     record.save(options.out)
-    report.show(record)
     return record
 
 
@@ -113,20 +121,32 @@ def check(record: Record, case: Case, methods: list[str]) -> None:
     tell(f"{found['compared']} comparisons with the formula, largest relative errors: {worst or 'none'}")
 
 
-def measure(record: Record, what: dict[str, Any], job: StepJob | PeerJob, peer_seconds: float) -> None:
+def measure(
+    record: Record, what: dict[str, Any], job: StepJob | PeerJob, peer_seconds: float, programs: str
+) -> None:
     """One row, in a process of its own."""
-    is_peer = isinstance(job, PeerJob)
-    figures = children.call(TORCH if is_peer else JAX, job, peer_seconds if is_peer else SECONDS)
+    if isinstance(job, PeerJob):
+        figures = children.call(TORCH, job, peer_seconds)
+    else:
+        figures = children.call(JAX, job, SECONDS, environment(job, programs))
     record.put(what, figures)
     tell(f"{label(what)}: {figures.get('error') or _figures(figures)}")
 
 
-def again(record: Record, work: list[Work]) -> None:
+def environment(job: StepJob, programs: str) -> dict[str, str]:
+    """The frozen base alone may find its program compiled: others' seconds of compilation are to be true."""
+    if job.method != FROZEN:
+        return children.ENVIRONMENT
+    kept = {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return children.ENVIRONMENT | kept
+
+
+def again(record: Record, work: list[Work], programs: str) -> None:
     """Measures the frozen base once more, to see whether the device has become faster or slower meanwhile."""
     for what, job in work:
-        if what["name"] == FROZEN and done(record, what):
+        if isinstance(job, StepJob) and job.method == FROZEN and done(record, what):
             before = record.find(what) or {}
-            after = children.call(JAX, job, SECONDS)
+            after = children.call(JAX, job, SECONDS, environment(job, programs))
             if "error" not in after:
                 record.runs[-1]["frozen_milliseconds"] = [before["milliseconds"], after["milliseconds"]]
                 drift = after["milliseconds"] / before["milliseconds"] - 1
