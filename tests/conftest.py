@@ -8,9 +8,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # environment, so that programs started by tests compute the same bits.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
+import contextlib
 import gzip
 import json
 import random
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,3 +130,41 @@ def tiny_run(tiny_yaml: Path) -> TinyRun:
     compilations = {name: function._cache_size() - before[name] for name, function in steps.items()}
     folder = Path(config.run_dir).rename(tiny_yaml.parent / "finished")
     return TinyRun(config, folder, summary, compilations)
+
+
+class Disk:
+    """A small disk of its own, for what happens when one is full or read-only.
+
+    Attributes:
+      path: where it is mounted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fill(self) -> None:
+        """Leaves no room for another page."""
+        with contextlib.suppress(OSError), (self.path / "filler").open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+
+    def free(self) -> None:
+        """Makes room again."""
+        (self.path / "filler").unlink()
+
+    def read_only(self, on: bool) -> None:
+        """Forbids, or allows, writing."""
+        how = f"remount,{'ro' if on else 'rw'}"
+        subprocess.run(["mount", "-o", how, str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A disk of 16 MiB in memory. Only root can mount one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)]
+    if not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk in memory")
+    yield Disk(path)
+    subprocess.run(["umount", "-l", str(path)], check=True)

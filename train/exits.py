@@ -4,7 +4,9 @@
 number, as a shell says.
 """
 
-from typing import ClassVar
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 BAD_INPUT = 2  # the same command will fail again
 DIVERGED = 3  # as it is, the run leads nowhere: somebody must look at it
@@ -30,3 +32,12 @@ class Diverged(Stopped):
     """Too many bad steps in a row."""
 
     status = DIVERGED
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Names what an OSError inside is about; the system does not, once a file is open."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

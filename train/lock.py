@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,22 +30,26 @@ def alone(run_dir: str) -> Iterator[None]:
         return
     path = Path(run_dir) / LOCK
     try:
-        file = path.open("a+")
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         raise InputError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from error
     with file:
-        # Of the process and not of the open file: a child that outlives the program must not keep it.
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise InputError(
-                f"{run_dir} is in use by {file.read() or 'another program'}; wait for it, stop it, or choose "
-                "another --run-dir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            print(f"mora: warning: {path} cannot be locked: {error.strerror}", file=sys.stderr, flush=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        _lock(file, run_dir)
+        with contextlib.suppress(OSError):  # on a full disk; it is only for the message
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _lock(file: Any, run_dir: str) -> None:
+    # Of the process and not of the open file: a child that outlives the program must not keep it.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().decode() or "another program"
+        raise InputError(
+            f"{run_dir} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
+        ) from None
+    except OSError as error:  # a file system without locks
+        print(f"mora: warning: {run_dir} cannot be locked: {error.strerror}", file=sys.stderr, flush=True)

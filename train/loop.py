@@ -24,7 +24,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
 from train.evaluate import Abandoned, Score, check_divides, check_vocabulary, evaluate
-from train.exits import Diverged, Preempted, Stopped
+from train.exits import Diverged, Preempted, Stopped, naming
 from train.metrics import Metrics
 from train.plot import plot_loss
 from train.preempt import Stop
@@ -222,7 +222,8 @@ def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float)
 def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second: float) -> dict[str, Any]:
     """Draws loss.png and writes summary.json; the summary is returned."""
     folder = epath.Path(config.run_dir)
-    plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
+    with naming(folder / "loss.png"):
+        plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
     summary = {
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step(),
@@ -234,6 +235,7 @@ def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second:
         "device": jax.devices()[0].device_kind,
     }
     part = folder / f"{SUMMARY}.part"
-    part.write_text(json.dumps(summary, indent=2) + "\n")
+    with naming(part):
+        part.write_text(json.dumps(summary, indent=2) + "\n")
     part.replace(folder / SUMMARY)
     return summary

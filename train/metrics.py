@@ -8,19 +8,21 @@ not finite are the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` tur
 import contextlib
 import json
 import math
+import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
 
 from mora_jax.errors import InputError
+from train.exits import naming
 from train.progress import Bar
 
 LINES = "metrics.jsonl"
@@ -93,7 +95,9 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # Where the disk is full, files cannot be closed either; what was met first is what is told.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            self.close()
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -132,14 +136,14 @@ def _legal(value: float | int | str) -> float | int | str:
 
 
 def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
-    with _named(path):
+    with naming(path):
         if path.exists():
             _forget(path, start, evaluated)
         file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail once more at the end
 
     def write(step: int, values: Values) -> None:
         line = _render(step, values).encode()
-        with _named(path):
+        with naming(path):
             while line:
                 line = line[file.write(line) :]
 
@@ -161,41 +165,41 @@ def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:
 
 def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
     # Events are written here and not in tensorboardX's thread, which would die of a full disk unheard, and
-    # then block the run. Its files are named by the second they are made in: the suffix keeps them apart.
-    with _named(folder):
+    # then block the run. TensorBoard reads a run's files in the order of their names.
+    with naming(folder):
         folder.mkdir(exist_ok=True)
-        events = EventsWriter(str(folder / "events"), f".{len(list(folder.glob('*')))}")
+        number = len(list(folder.glob("*")))
+        events = RecordWriter(
+            f"{folder}/events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{number}"
+        )
     flushed = time.monotonic()
 
     def close() -> None:
-        with _named(folder):
+        with naming(folder):
             events.close()
 
-    def write(step: int, values: Values) -> None:
+    def put(**event: Any) -> None:
         nonlocal flushed
-        finite = {name: value for name, value in _numbers(values).items() if math.isfinite(value)}
-        event = Event(step=step, wall_time=time.time())
-        for name, value in finite.items():  # others cannot be drawn
-            event.summary.value.extend(scalar(name, value).value)
-        with _named(folder):
-            events.write_event(event)
+        with naming(folder):
+            events.write(Event(wall_time=time.time(), **event).SerializeToString())
             if time.monotonic() - flushed > EVENTS_EVERY:
                 events.flush()
                 flushed = time.monotonic()
 
+    def write(step: int, values: Values) -> None:
+        finite = {name: value for name, value in _numbers(values).items() if math.isfinite(value)}
+        if finite:  # others cannot be drawn
+            put(step=step, summary=Summary(value=[_scalar(*item) for item in finite.items()]))
+
     closing.callback(close)
+    put(file_version="brain.Event:2")
     # Hides, in TensorBoard, the events of an earlier process that are told again.
-    events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+    put(step=start, session_log=SessionLog(status=SessionLog.START))
     return write
 
 
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Names the file that an OSError is about; the system does not, where it was open already."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def _scalar(name: str, value: float | int) -> Any:
+    return Summary.Value(tag=name, simple_value=value)
 
 
 def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:

@@ -18,6 +18,7 @@ from train import flags
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, first_rows
+from train.exits import naming
 from train.step import TrainState, init_params, init_state, random_state
 
 CONFIG = "config.yaml"
@@ -53,7 +54,8 @@ def check_free(config: RunConfig, resume: bool) -> None:
 def claim(config: RunConfig) -> None:
     """Writes the config into the run's folder, which holds a run from then on."""
     part = epath.Path(config.run_dir) / f"{CONFIG}.part"
-    part.write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
+    with naming(part):
+        part.write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
     part.replace(epath.Path(config.run_dir) / CONFIG)
 
 
