@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from mora_jax.errors import InputError
 from mora_jax.loss import cross_entropy
-from mora_jax.methods.base import Adapter, Path, dense
+from mora_jax.methods.base import Adapter
+from mora_jax.methods.linear import TILE, Path, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,9 @@ class Compute:
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16).
       layers: "unrolled" is fastest, "scan" compiles fastest, "remat" is a scan that keeps least memory.
       loss_chunk: tokens whose logits are held at a time, at most.
-      adapter_path: "merged" or "activation" forces how adapters are computed; "auto" chooses.
+      adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
+        "compressed" activations or "folded" from the kernels' if these are named, or by "activation";
+        "auto" chooses.
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -163,7 +166,8 @@ class MLP(nn.Module):
         c = self.config
         wide = (c.hidden_size, c.intermediate_size)
         kernels = [Kernel(wide, c.initializer_range, name=name)() for name in ("gate_proj", "up_proj")]
-        gate_BTF, up_BTF = _dense(self, x_BTD, kernels)
+        # Whatever the width, the products have whole tiles: behind F all is zero, and silu(0) * 0 as well.
+        gate_BTF, up_BTF = _dense(self, x_BTD, kernels, TILE)
         down = Kernel((c.intermediate_size, c.hidden_size), c.initializer_range, name="down_proj")()
         return _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
 
@@ -249,10 +253,12 @@ def _stack(block: type[nn.Module], length: int, how: str) -> Any:
     )
 
 
-def _dense(module: Attention | MLP, x: Array, kernels: list[tuple[Array, Adapter | None]]) -> list[Array]:
+def _dense(
+    module: Attention | MLP, x: Array, kernels: list[tuple[Array, Adapter | None]], tile: int = 1
+) -> list[Array]:
     ws, adapters = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    return dense(x, ws, adapters, module.compute.adapter_path, key)
+    return dense(x, ws, adapters, module.compute.adapter_path, key, tile)
 
 
 def _heads(y: Array, head_dim: int) -> Array:

@@ -1,6 +1,7 @@
 """Next-token cross-entropy over token chunks, loss and gradient in one pass: full logits are never held.
 
-Legend of shapes in names: T tokens, C tokens of a chunk, D model width, V vocabulary.
+Legend of shapes in names: T tokens, C tokens of a chunk, D model width, V vocabulary, P vocabulary padded to
+whole tiles of a matrix unit.
 """
 
 import functools
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mora_jax.errors import InputError
+from mora_jax.methods.base import padded
+from mora_jax.methods.linear import TILE
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -33,31 +36,32 @@ def cross_entropy(
     Raises:
       InputError: if chunk does not divide T.
     """
-    w_DV = w_DV.astype(x_TD.dtype)
+    w_DP = _tiled(w_DV, x_TD)
 
     def add_chunk(total: Array, inputs: Any) -> tuple[Array, None]:
         x_CD, targets_C, weights_C = inputs
-        loss, _ = _chunk_loss(x_CD, w_DV, targets_C, weights_C)
+        loss, _ = _chunk_loss(x_CD, w_DP, w_DV.shape[1], targets_C, weights_C)
         return total + loss, None
 
     return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), _chunks(chunk, x_TD, targets_T, weights_T))[0]
 
 
 def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int) -> tuple[Array, Any]:
-    w_low_DV = w_DV.astype(x_TD.dtype)
+    w_DP, vocabulary = _tiled(w_DV, x_TD), w_DV.shape[1]
 
     def add_chunk(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array]:
-        total, dw_DV = carry
+        total, dw_DP = carry
         x_CD, targets_C, weights_C = inputs
-        loss, p_CV = _chunk_loss(x_CD, w_low_DV, targets_C, weights_C)
-        hit_CV = targets_C[:, None] == jnp.arange(w_DV.shape[1])[None, :]
-        dlogits_CV = ((p_CV - hit_CV) * weights_C[:, None]).astype(x_CD.dtype)
-        dw_DV = dw_DV + jnp.matmul(x_CD.T, dlogits_CV, preferred_element_type=jnp.float32)
-        return (total + loss, dw_DV), dlogits_CV @ w_low_DV.T
+        loss, p_CP = _chunk_loss(x_CD, w_DP, vocabulary, targets_C, weights_C)
+        hit_CP = targets_C[:, None] == jnp.arange(p_CP.shape[1])[None, :]
+        dlogits_CP = ((p_CP - hit_CP) * weights_C[:, None]).astype(x_CD.dtype)
+        dw_DP = dw_DP + jnp.matmul(x_CD.T, dlogits_CP, preferred_element_type=jnp.float32)
+        return (total + loss, dw_DP), dlogits_CP @ w_DP.T
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32))
-    (total, dw_DV), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
-    return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV.astype(w_DV.dtype))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(w_DP.shape, jnp.float32))
+    (total, dw_DP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
+    dw_DV = dw_DP[:, :vocabulary].astype(w_DV.dtype)
+    return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
 
 
 def _backward(chunk: int, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
@@ -68,12 +72,21 @@ def _backward(chunk: int, gradients: Any, g: Array) -> tuple[Array, Array, None,
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunk_loss(x_CD: Array, w_DV: Array, targets_C: Array, weights_C: Array) -> tuple[Array, Array]:
-    """The chunk's weighted loss and its softmax."""
-    logits_CV = jnp.matmul(x_CD, w_DV, preferred_element_type=jnp.float32)
-    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-    return jnp.sum((lse_C - target_C) * weights_C), jnp.exp(logits_CV - lse_C[:, None])
+def _tiled(w_DV: Array, x_TD: Array) -> Array:
+    """The head in the type of the products, with columns of zeros up to whole tiles."""
+    return padded(w_DV.astype(x_TD.dtype), 1, TILE)
+
+
+def _chunk_loss(
+    x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, weights_C: Array
+) -> tuple[Array, Array]:
+    """The chunk's weighted loss and its softmax, which is 0 on the padding."""
+    logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=jnp.float32)
+    real_P = jnp.arange(w_DP.shape[1]) < vocabulary
+    logits_CP = jnp.where(real_P[None, :], logits_CP, -jnp.inf)
+    lse_C = jax.nn.logsumexp(logits_CP, axis=-1)
+    target_C = jnp.take_along_axis(logits_CP, targets_C[:, None], axis=-1)[:, 0]
+    return jnp.sum((lse_C - target_C) * weights_C), jnp.exp(logits_CP - lse_C[:, None])
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:

@@ -10,9 +10,15 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; modules of one floor may import each other.
 FLOORS = (
     ("mora_jax.errors",),
-    ("mora_jax.trees", "mora_jax.methods.operators", "mora_jax.sharding", "mora_jax.hf_tokenizer"),
+    (
+        "mora_jax.trees",
+        "mora_jax.methods.operators",
+        "mora_jax.sharding",
+        "mora_jax.hf_tokenizer",
+        "mora_jax.fused",
+    ),
     ("mora_jax.methods.base",),
-    ("mora_jax.methods.mora", "mora_jax.methods.lora", "mora_jax.methods.dora"),
+    ("mora_jax.methods.mora", "mora_jax.methods.lora", "mora_jax.methods.dora", "mora_jax.methods.linear"),
     ("mora_jax.methods",),
     ("mora_jax.transform", "mora_jax.loss"),
     ("mora_jax.llama", "mora_jax.spectrum"),

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Adapter, Leaf, Method, Path, dense
+from mora_jax.methods.base import Adapter, Leaf, Method
 from mora_jax.methods.dora import DoRA
+from mora_jax.methods.linear import Path, dense
 from mora_jax.methods.lora import LoRA
 from mora_jax.methods.mora import MoRA
 from mora_jax.methods.operators import OPERATORS, Decouple, Operator, Rotate, Share, Truncate

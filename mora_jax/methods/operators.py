@@ -36,6 +36,13 @@ class Operator:
         """f_decomp: what M gives, back to the width d."""
         raise NotImplementedError
 
+    def sums(self, r_hat: int, width: int) -> "tuple[GroupSums, GroupSums] | None":
+        """`compress`, and the transpose of `decompress`, both widened with zeros to a width.
+
+        None for operators that apply M to several blocks.
+        """
+        return None
+
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """The update that M stands for, in the orientation of a kernel: (inputs, outputs)."""
         raise NotImplementedError
@@ -47,6 +54,30 @@ class Operator:
     def switched(self) -> "Operator":
         """The operator after a restart; the same where there is no other pattern."""
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSums:
+    """Sums over r_hat groups of the last axis, (..., K) -> (..., width), with zeros behind them.
+
+    Attributes:
+      r_hat: groups.
+      group: their type, as in `Share`.
+      pad: as in `Share`.
+      width: at least r_hat.
+    """
+
+    r_hat: int
+    group: Group
+    pad: Pad
+    width: int
+
+    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B S"]:
+        if self.group == 1:
+            sums = _contiguous_sums(x, self.r_hat)
+        else:
+            sums = _blocks(x, self.r_hat, self.pad).sum(axis=-2)
+        return _resized(sums, self.width, axis=x.ndim - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +140,16 @@ class Share(Operator):
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
         """Sums the inputs of each group."""
-        if self.groups[0] == 1:
-            return _contiguous_sums(x, r_hat)
-        return _blocks(x, r_hat, self.pad).sum(axis=-2)
+        return GroupSums(r_hat, self.groups[0], self.pad, r_hat)(x)
 
     def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
         """Copies each group's value to all outputs of the group."""
         return _spread(y, d, self.groups[1], axis=y.ndim - 1)
+
+    def sums(self, r_hat: int, width: int) -> "tuple[GroupSums, GroupSums]":
+        """Over the groups of inputs, and over those of outputs."""
+        g_in, g_out = self.groups
+        return GroupSums(r_hat, g_in, self.pad, width), GroupSums(r_hat, g_out, "zero", width)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """dW[j, i] = M[g_in(j), g_out(i)]: the paper's, transposed as kernels are (inputs, outputs)."""
