@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import jax
@@ -14,8 +16,10 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from mora_jax import safetensors_files
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama, LlamaConfig
+from mora_jax.safetensors_files import INDEX, WEIGHTS, Shapes, some
 from mora_jax.trees import flatten, unflatten
 
 
@@ -48,8 +52,6 @@ NAMES = (
     Name("lm_head/kernel", "lm_head.weight", True),
 )
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 # What a config may say beside our own fields, where another value would be another model.
@@ -64,12 +66,12 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype(jnp.bfloat16)}
 # A table of rotary frequencies that old exports carry and that the config determines.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
+HEAD = "lm_head.weight"
+
 Params = Mapping[str, Any]
-Shapes = dict[str, tuple[int, ...]]
 
 
 def save_hf(
@@ -114,15 +116,20 @@ def load_hf(path: epath.PathLike) -> tuple[dict[str, Any], LlamaConfig]:
         that are missing, unexpected or of another shape. Each is named.
     """
     folder = epath.Path(path)
-    config = _config_from_json(_read_json(folder / CONFIG), folder / CONFIG)
-    tensors = _drop_derived(_read_tensors(folder), config)
-    places = _places(config)
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    _compare(found, {name: place.shape for name, place in places.items()}, f"the weights in {folder}")
+    config = _config_from_json(safetensors_files.read_object(folder / CONFIG), folder / CONFIG)
+    places, headers = _places(config), safetensors_files.read_headers(folder)
+    _check_headers(headers, places, config, folder)  # before any memory is taken for the weights
     flat = {name: np.empty(shape, np.float32) for name, shape in _shapes(config).items()}
-    for name, place in places.items():
-        tensor = tensors.pop(name)  # frees it, so that the model is not held twice
-        flat[place.path][place.index] = tensor.T if place.transpose else tensor
+    doubled = []
+    for file, header in headers.items():
+        for name, tensor in safetensors_files.read_tensors(file, header):
+            if name in places:
+                place = places[name]
+                flat[place.path][place.index] = tensor.T if place.transpose else tensor
+            elif name == HEAD:
+                doubled.append(tensor)
+    if any(not np.array_equal(tensor, flat["embed_tokens/embedding"]) for tensor in doubled):
+        raise InputError("tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     return unflatten(flat), config
 
 
@@ -154,6 +161,7 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(config: LlamaConfig) -> Shapes:
     """The shape of every parameter, by path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -185,14 +193,9 @@ def _compare(found: Shapes, expected: Shapes, what: str) -> None:
         if name in found and found[name] != shape
     ]
     faults = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": wrong}
-    told = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+    told = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
     if told:
         raise InputError(f"{what} do not fit the config: {told}")
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 # Writing
@@ -257,18 +260,6 @@ def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
 # Reading
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    if not file.exists():
-        raise InputError(f"{file} is missing: a Hugging Face folder needs it")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object")
-    return content
-
-
 def _config_from_json(content: Mapping[str, Any], file: epath.Path) -> LlamaConfig:
     for name, allowed in _ALLOWED.items():
         if content.get(name) not in allowed:
@@ -322,50 +313,18 @@ def _is_plain(rope: Any) -> bool:
     )
 
 
-def _read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
-    for file in _weight_files(folder):
-        read = _read_safetensors(file)
-        twice = tensors.keys() & read.keys()
-        if twice:
-            raise InputError(f"{file} holds {_some(sorted(twice))}, which another file holds too")
-        tensors.update(read)
-    return tensors
-
-
-def _weight_files(folder: epath.Path) -> list[epath.Path]:
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise InputError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; other formats are not read")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{folder / INDEX}: weight_map must map names of tensors to names of files")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if re.search(r"[/\\:]", name) or name in ("", ".", ".."):
-            raise InputError(f"{folder / INDEX} names {name!r}, which is not a file of this folder")
-    return [folder / name for name in names]
-
-
-def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
-    if not file.exists():
-        raise InputError(f"{file} is missing: the index names it")
-    try:
-        read = safetensors.deserialize(file.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{file} is damaged or no safetensors file: {error}") from error
-    for name, tensor in read:
-        if tensor["dtype"] not in _DTYPES:
-            raise InputError(f"{file}: {name} is {tensor['dtype']}, not one of {', '.join(_DTYPES)}")
-    return {n: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in read}
-
-
-def _drop_derived(tensors: dict[str, np.ndarray], config: LlamaConfig) -> dict[str, np.ndarray]:
-    """Without what other tensors or the config determine: rotary tables, and a tied head stored twice."""
-    kept = {name: tensor for name, tensor in tensors.items() if not _DERIVED.fullmatch(name)}
-    if config.tie_word_embeddings and "lm_head.weight" in kept:
-        head, embedding = kept.pop("lm_head.weight"), kept.get("model.embed_tokens.weight")
-        if embedding is not None and not np.array_equal(head, embedding):
-            raise InputError("tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-    return kept
+def _check_headers(
+    headers: Mapping[epath.Path, Shapes],
+    places: Mapping[str, _Place],
+    config: LlamaConfig,
+    folder: epath.Path,
+) -> None:
+    """Raises InputError unless the files hold the model's tensors, and else only what it implies."""
+    found = {name: shape for header in headers.values() for name, shape in header.items()}
+    for name in [name for name in found if _DERIVED.fullmatch(name)]:
+        if math.prod(found.pop(name)) > config.hidden_size:
+            raise InputError(f"{folder}: {name} is larger than a table of rotary frequencies")
+    expected = {name: place.shape for name, place in places.items()}
+    if config.tie_word_embeddings and HEAD in found:  # stored twice
+        expected[HEAD] = expected["model.embed_tokens.weight"]
+    _compare(found, expected, f"the weights in {folder}")

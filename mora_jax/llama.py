@@ -20,6 +20,19 @@ from mora_jax.loss import cross_entropy
 from mora_jax.methods.base import Adapter
 from mora_jax.methods.linear import TILE, Path, dense
 
+# The largest values that are taken: what a config says must not take memory, or hours, to be refused.
+_MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "max_position_embeddings": 2**31 - 1,
+    "rope_theta": 1e30,
+    "rms_norm_eps": 1.0,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -52,19 +65,14 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "rope_theta",
-            "rms_norm_eps",
-        ):
-            if getattr(self, name) <= 0:
-                raise InputError(f"model.{name} must be positive, not {getattr(self, name)}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if not value > 0:
+                raise InputError(f"model.{name} must be positive, not {value}")
+            if value > most:
+                raise InputError(f"model.{name} must be at most {most:,}, not {value}")
+        if not 0 <= self.initializer_range <= 1:
+            raise InputError(f"model.initializer_range must lie in [0, 1], not {self.initializer_range}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InputError(
                 f"model.hidden_size {self.hidden_size} does not divide into "

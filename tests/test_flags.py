@@ -10,6 +10,9 @@ from mora_jax.errors import InputError
 from train import flags
 from train.config import RunConfig
 
+# Nine times nine times nine ... values, as a few aliases or merged mappings.
+LAUGHS = "a0: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
+MERGED_LAUGHS = LAUGHS.replace("[x]", "{x: 1}").replace("[", "{<<: [").replace("]", "]}")
 LONG = "and not  anything else, " * 4
 
 
@@ -137,7 +140,29 @@ def test_flags_go_over_the_file(write):
         ("resume: true", "unknown key resume"),
         ("1: 2", "unknown key 1"),
         ("log: {wandb: }", "log.wandb has no value; give one or remove the key"),
-        ("steps: [1, 2]", "--steps"),
+        ("steps: [1, 2]", "steps is one value, not [1, 2]"),
+        ("run_dir: {}", "run_dir is one value, not {}"),
+        ("stepz: {}", "unknown key stepz"),
+        ("a: &a {b: *a}", "it holds more than 10,000 values"),
+        ("rules: &a [*a]", "it holds more than 10,000 values"),
+        (LAUGHS, "it holds more than 10,000 values"),
+        (MERGED_LAUGHS, "it holds more than 10,000 values"),
+        ("[" * 3000, "it is nested too deeply"),
+        ("#" * 2**18 + "#", "it has 262,145 bytes, and at most 262,144 are read"),
+        ("seed: 2001-13-45", "not YAML: month must be in 1..12"),
+        ("seed: !!int x", "not YAML: invalid literal"),
+        ("seed: !!timestamp x", "not YAML: "),
+        (f"seed: {'1' * 5000}", "not YAML: Exceeds the limit"),
+        ("seed: !!python/object/apply:os.getcwd []", "not YAML: could not determine a constructor"),
+        ('run_dir: "a\\0b"', "run_dir 'a\\x00b' has characters that cannot be printed"),
+        ('run_dir: "\\ud800"', "has characters that cannot be printed"),
+        ("steps: 9999999999", "steps must be at most 2,147,483,647, not 9999999999"),
+        ("batch_size: 99999999", "batch_size must be at most 16,777,216, not 99999999"),
+        ("model: {hidden_size: 99999999}", "model.hidden_size must be at most 1,048,576, not 99999999"),
+        ("model: {rope_theta: .nan}", "model.rope_theta must be positive, not nan"),
+        ("rules: [[a, {name: lora, rank: 99999}]]", "LoRA's rank is at most 65,536, not 99999"),
+        ("rules: [[a, {name: mora, 1: 2}]]", "method mora has no field 1"),
+        ("rules: [[[a], train]]", "rules is a list of pairs"),
         ("steps: 0", "steps must be at least 1, not 0"),
         ("- a list", "a config is a mapping of keys to values"),
         ("", "a config is a mapping of keys to values"),
@@ -157,11 +182,21 @@ def test_yaml_complaints_name_the_file_and_the_key(write, text, expected):
     assert "\n" not in message
 
 
+def test_a_value_is_never_taken_for_a_flag(write):
+    config = flags.read_config(write("run_dir: --seed=5\nlog: {wandb: --steps}"))
+    assert (config.run_dir, config.log.wandb, config.seed) == ("--seed=5", "--steps", 0)
+
+
+def test_aliases_are_understood(write):
+    config = flags.read_config(write("checkpoint: &all {keep: 0}\neval: {every: &n 7, max_batches: *n}"))
+    assert (config.checkpoint.keep, config.eval.every, config.eval.max_batches) == (0, 7, 7)
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.yaml: cannot read this config: No such file"):
+    with pytest.raises(InputError, match=r"nowhere\.yaml is missing"):
         flags.read_config(str(tmp_path / "nowhere.yaml"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InputError, match="cannot read this config: it is not UTF-8 text"):
+    with pytest.raises(InputError, match="it is not UTF-8 text"):
         flags.read_config(str(tmp_path / "binary.yaml"))
 
 

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; modules of one floor may import each other.
 FLOORS = (
     ("mora_jax.errors",),
+    ("mora_jax.untrusted",),
+    ("mora_jax.safetensors_files", "mora_jax.hf_tokenizer"),
     (
         "mora_jax.trees",
         "mora_jax.methods.operators",
         "mora_jax.sharding",
-        "mora_jax.hf_tokenizer",
         "mora_jax.fused",
     ),
     ("mora_jax.methods.base",),

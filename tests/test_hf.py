@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -289,6 +290,90 @@ def test_index_that_leaves_the_folder(sharded, name):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(InputError, match="not a file of this folder"):
         load_hf(sharded)
+
+
+@pytest.mark.parametrize("name", ["a\0.safetensors", "x" * 300, "model.safetensors\n", "модель"])
+def test_index_with_a_name_that_no_file_should_have(sharded, name):
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(InputError, match="not a file of this folder"):
+        load_hf(sharded)
+
+
+def with_header(folder, header, data=b""):
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + data)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"w": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 0]}}, "and by its header"),
+        ({"w": {"dtype": "F32", "shape": [2**80], "data_offsets": [0, 0]}}, "'w' has no shape"),
+        ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, "'w' has no shape"),
+        ({"w": {"dtype": "F32", "shape": "x"}}, "'w' has no shape"),
+        ({"w": []}, "'w' has no shape"),
+        ({"w": {"dtype": ["F32"], "shape": [0]}}, "not one of F32"),
+        ([], "its header is no mapping"),
+        (b"{" * 50_000, "is not JSON"),
+        (b"[" * 50_000, "is not JSON"),
+    ],
+)
+def test_headers_are_refused_before_memory_is_taken(folder, header, message):
+    with_header(folder, header)
+    with pytest.raises(InputError, match=message):
+        load_hf(folder)
+
+
+def test_a_header_that_says_it_is_endless(folder):
+    (folder / "model.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(InputError, match="its header has no such length"):
+        load_hf(folder)
+
+
+def test_a_table_of_rotary_frequencies_of_any_size_is_refused(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite_weights(folder, lambda tensors: tensors.update({name: np.ones(33, np.float32)}))
+    with pytest.raises(InputError, match="larger than a table of rotary frequencies"):
+        load_hf(folder)
+
+
+def test_pipes_are_not_waited_for(folder):
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(InputError, match=name):
+            load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"1" * 5000, "is not JSON"),
+        (b" " * (2**24 + 1), "at most 16,777,216 are read"),
+    ],
+)
+def test_configs_that_would_harm_are_refused(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**30},
+        {"rms_norm_eps": float("nan")},
+        {"rope_theta": float("inf")},
+        {"initializer_range": -1.0},
+    ],
+)
+def test_numbers_out_of_all_measure_are_refused_at_once(folder, changes):
+    rewrite_config(folder, **changes)
+    with pytest.raises(InputError, match=f"model.{next(iter(changes))} must"):
+        load_hf(folder)
 
 
 def test_index_without_a_map(sharded):

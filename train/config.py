@@ -14,6 +14,7 @@ from mora_jax.errors import InputError
 from mora_jax.llama import Compute, LlamaConfig
 from mora_jax.methods import Method, MoRA
 from train.sections import (
+    MOST_SEQUENCES,
     BadSteps,
     Checkpoint,
     Compilation,
@@ -84,7 +85,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:  # what JAX's keys can tell apart
             raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         at_least("steps", self.steps, 1)
-        at_least("batch_size", self.batch_size, 1)
+        at_least("batch_size", self.batch_size, 1, MOST_SEQUENCES)
         at_least("microbatches", self.microbatches, 1)
         if self.batch_size % self.microbatches:
             raise InputError(
@@ -166,9 +167,11 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def rules_from_plain(data: Any) -> tuple[Rule, ...]:
     """The inverse of what `to_plain` makes of rules. Raises InputError for anything else."""
-    if not isinstance(data, list) or not all(isinstance(r, list) and len(r) == 2 for r in data):
+    if not isinstance(data, list) or not all(
+        isinstance(r, list) and len(r) == 2 and isinstance(r[0], str) for r in data
+    ):
         raise InputError("rules is a list of pairs [regex, method | train | frozen]")
-    return tuple((str(regex), transform.choice_from_json(choice)) for regex, choice in data)
+    return tuple((regex, transform.choice_from_json(choice)) for regex, choice in data)
 
 
 def _plain_choice(choice: Any) -> Any:

@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
-from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.untrusted import read_text
 from train import config as run_config
 
 C = TypeVar("C")
+# A config has a hundred values, in some kilobytes.
+YAML_LIMIT = 1 << 18
+YAML_VALUES = 10_000
 
 
 def parse(command: type[C], args: Sequence[str], program: str, default: Any = tyro.MISSING_NONPROP) -> C:
@@ -69,25 +72,60 @@ def words_of_yaml(path: str) -> tuple[list[str], tuple[run_config.Rule, ...]]:
     known = set(scalar_fields(run_config.RunConfig))
     words: list[str] = []
     for key, value in flatten(plain):
+        if value == {} and any(name.startswith(f"{key}.") for name in known):
+            continue
         if key not in known:
             raise InputError(f"{path}: unknown key {key}{nearest(key, known)}")
         if value is None:
             raise InputError(f"{path}: {key} has no value; give one or remove the key")
-        words += [f"--{key.replace('_', '-')}", str(value)]
+        if isinstance(value, list | dict | set):
+            raise InputError(f"{path}: {key} is one value, not {value!r}")
+        if not str(value).isprintable():
+            raise InputError(f"{path}: {key} {value!r} has characters that cannot be printed")
+        # In one word: a value that begins with a dash must not be taken for a flag.
+        words.append(f"--{key.replace('_', '-')}={value}")
     return words, rules
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises InputError if it is missing or anything else."""
+    """A YAML file that holds a mapping. Raises InputError if it is missing, too large or anything else."""
+    text = read_text(path, YAML_LIMIT)
     try:
-        data = yaml.safe_load(epath.Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read this config: {_reason(error)}") from error
-    except yaml.YAMLError as error:
+        data = _construct(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two for !!int x, !!timestamp x
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: it is nested too deeply") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values")
     return data
+
+
+def _construct(text: str) -> Any:
+    """What a YAML text says, made only when it is known how much that is with all aliases spelled out."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _expanded(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for. Raises InputError for too many, and for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = YAML_VALUES + 1  # as long as it is being looked into
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = itertools.chain.from_iterable(inner) if isinstance(node, yaml.MappingNode) else inner
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    if known[id(node)] > YAML_VALUES:
+        raise InputError(f"with its aliases spelled out it holds more than {YAML_VALUES:,} values")
+    return known[id(node)]
 
 
 def scalar_fields(cls: type) -> Iterator[str]:
@@ -103,9 +141,9 @@ def scalar_fields(cls: type) -> Iterator[str]:
 
 
 def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as pairs of dotted name and value."""
+    """Nested mappings as pairs of dotted name and value; an empty mapping is a value."""
     for key, value in plain.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -124,10 +162,6 @@ def located(path: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
 def _ours(error: BaseException | None) -> InputError | None:

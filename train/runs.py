@@ -80,10 +80,12 @@ def assign_methods(config: RunConfig) -> Methods:
 
 def methods_at(config: RunConfig, step: int) -> Methods:
     """What a checkpoint of `step` updates must hold; a restart comes after the saving, with the next step."""
-    methods = assign_methods(config)
-    for _ in range(config.restarts_before(step)):
-        methods = methods.after_restart()
-    return methods
+    # Restarts go in a circle of at most a few methods: their number, which a file may say, is not walked.
+    seen = [assign_methods(config)]
+    while (following := seen[-1].after_restart()) not in seen:
+        seen.append(following)
+    lead, restarts = seen.index(following), config.restarts_before(step)
+    return seen[restarts if restarts < lead else lead + (restarts - lead) % (len(seen) - lead)]
 
 
 def group_type(methods: Methods) -> str:

@@ -11,10 +11,17 @@ LINEARS = "layers/.*_proj/kernel"
 REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Raises InputError for a value below `least` or not finite."""
-    if not least <= value < math.inf:
+# What JAX's int32 holds; no count of a run is near it.
+MOST = 2**31 - 1
+MOST_SEQUENCES = 2**24
+
+
+def at_least(name: str, value: float, least: float, most: float = MOST) -> None:
+    """Raises InputError for a value below `least`, above `most` or not a number."""
+    if not value >= least or value == math.inf:
         raise InputError(f"{name} must be at least {least}, not {value}")
+    if value > most:
+        raise InputError(f"{name} must be at most {most:,}, not {value}")
 
 
 def above(name: str, value: float, bound: float) -> None:
@@ -221,7 +228,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         at_least("eval.every", self.every, 0)
-        at_least("eval.batch_size", self.batch_size, 1)
+        at_least("eval.batch_size", self.batch_size, 1, MOST_SEQUENCES)
         at_least("eval.max_batches", self.max_batches, 0)
 
 

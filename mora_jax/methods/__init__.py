@@ -64,7 +64,7 @@ def _build(classes: tuple[type, ...], kind: str, data: Mapping[str, Any]) -> Any
     fields = {k: v for k, v in data.items() if k != "name"}
     for key in fields:
         if key not in known:
-            raise InputError(f"{kind} {chosen.name} has no field {key!r}{_nearest(key, known)}")
+            raise InputError(f"{kind} {chosen.name} has no field {key!r}{_nearest(str(key), known)}")
     if "operator" in fields:
         fields["operator"] = _build(OPERATORS, "operator", fields["operator"])
     hints = get_type_hints(chosen)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mora_jax.errors import InputError
 
 Arrays: TypeAlias = Mapping[str, Array]
+_LARGEST_RANK = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,14 @@ def check_dropout(rate: float) -> None:
     """Raises InputError unless the rate lies in [0, 1)."""
     if not 0 <= rate < 1:
         raise InputError(f"dropout lies in [0, 1), not {rate}")
+
+
+def check_rank(what: str, rank: int) -> None:
+    """Raises InputError unless a rank, or a multiple to align to, is one that a kernel may have."""
+    if rank < 1:
+        raise InputError(f"{what} is at least 1, not {rank}")
+    if rank > _LARGEST_RANK:
+        raise InputError(f"{what} is at most {_LARGEST_RANK:,}, not {rank}")
 
 
 def check_alpha(alpha: float) -> None:

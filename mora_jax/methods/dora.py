@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mora_jax.errors import InputError
-from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha
+from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha, check_rank
 from mora_jax.methods.lora import LoRA, low_rank_product
 
 # Keeps a column of zeros a column of zeros.
@@ -35,8 +34,7 @@ class DoRA(Method):
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"DoRA's rank is at least 1, not {self.rank}")
+        check_rank("DoRA's rank", self.rank)
         check_alpha(self.alpha)
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha, check_dropout
+from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha, check_dropout, check_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,7 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"LoRA's rank is at least 1, not {self.rank}")
+        check_rank("LoRA's rank", self.rank)
         if not 0 < self.b_lr_scale < math.inf:
             raise InputError(f"LoRA's b_lr_scale is above 0, not {self.b_lr_scale}")
         if self.train not in ("ab", "b"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, outer, padded
+from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_rank, outer, padded
 from mora_jax.methods.operators import Operator, Share
 
 # The floating-point operations that take as long as moving one byte: products run at about 650 TFLOP/s, sums
@@ -38,8 +38,8 @@ class MoRA(Method):
     name: ClassVar[str] = "mora"
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.align < 1:
-            raise InputError(f"MoRA's rank and align are at least 1, not {self.rank} and {self.align}")
+        check_rank("MoRA's rank", self.rank)
+        check_rank("MoRA's align", self.align)
         check_dropout(self.dropout)
 
     def r_hat(self, k: int, d: int) -> int:
