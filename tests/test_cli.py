@@ -108,11 +108,11 @@ def test_flags_before_the_config_are_not_taken_for_defaults(refused, tiny_yaml):
     [
         (["pretrian"], "there is no command 'pretrian'; did you mean pretrain?"),
         (["bench"], "did you mean bench "),
-        (["pretrain", "nowhere.yaml"], "nowhere.yaml: cannot read this config: No such file or directory"),
+        (["pretrain", "nowhere.yaml"], "nowhere.yaml is missing"),
         (["evaluate", "nowhere"], "nowhere holds no run"),
         (["export", "nowhere", "out"], "nowhere holds no run"),
         (["evaluate", "x", "--batch-size", "0"], "eval.batch_size must be at least 1, not 0"),
-        (["demo", "--config", "nowhere.yaml"], "nowhere.yaml: cannot read this config"),
+        (["demo", "--config", "nowhere.yaml"], "nowhere.yaml is missing"),
         (["train-tokenizer", "--source", "nowhere*", "--out", "t.model"], "nowhere* matches no file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
