@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from mora_jax.errors import InputError
+from mora_jax.untrusted import read_bytes
 
 Model = Any  # the parsed ModelProto, whose generated class has no static type
 Json = dict[str, Any]
@@ -22,6 +23,8 @@ Json = dict[str, Any]
 SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_MODEL_BYTES = 1 << 26
+_PIECE_CHARACTERS = 1024  # merges are looked for at every place of a piece
 _CHARSMAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
@@ -94,10 +97,7 @@ def tokenizer_json(model: Model) -> Json:
 def _content(sentencepiece_model: bytes | epath.PathLike) -> bytes:
     if isinstance(sentencepiece_model, bytes):
         return sentencepiece_model
-    file = epath.Path(sentencepiece_model)
-    if not file.is_file():
-        raise InputError(f"there is no tokenizer {file}")
-    return file.read_bytes()
+    return read_bytes(sentencepiece_model, _MODEL_BYTES)
 
 
 def _parse(content: bytes) -> Model:
@@ -135,6 +135,9 @@ def _refuse_what_differs(model: Model) -> None:
     reasons = {
         "its type must be BPE or unigram": trainer.model_type not in (_UNIGRAM, _BPE),
         "it treats whitespace as a suffix": trainer.treat_whitespace_as_suffix,
+        f"a piece has more than {_PIECE_CHARACTERS} characters": any(
+            len(piece.piece) > _PIECE_CHARACTERS for piece in model.pieces
+        ),
         "it has unused pieces": bool(_of_type(model, _UNUSED)),
         "it has not exactly one unknown piece": len(_of_type(model, _UNKNOWN)) != 1,
         "it rewrites text when decoding": bool(model.denormalizer_spec.precompiled_charsmap),

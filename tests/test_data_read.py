@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,95 @@ def test_lost_rows(tmp_path: Path):
     next(Path(info.directory).glob("rows-train.array_record-00001*")).unlink()
     with pytest.raises(InputError, match=r"the train rows take .* bytes, not"):
         load_info(info.directory)
+
+
+@pytest.fixture
+def copied(tiny_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_description_cannot_name_code(copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """TFDS would import the module of whatever class is named."""
+    (tmp_path / "not_to_be_imported.py").write_text("raise SystemExit('code of a data set was run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = (copied / "features.json").read_text()
+    for name in ("not_to_be_imported.Tensor", "tensorflow_datasets.core.features.x/../y.Z", "os.path"):
+        (copied / "features.json").write_text(
+            text.replace("tensorflow_datasets.core.features.tensor_feature.Tensor", name)
+        )
+        with pytest.raises(InputError, match="which is no feature of TFDS"):
+            load_info(str(copied))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../other/rows"},
+        {"splits": [{"name": "train", "filepathTemplate": "../{DATASET}-{SPLIT}"}]},
+        {"splits": [{"name": "..", "shardLengths": ["1"]}]},
+    ],
+)
+def test_a_description_cannot_name_files_elsewhere(copied: Path, changes: dict):
+    edit(copied / "dataset_info.json", **changes)
+    with pytest.raises(InputError, match="which is no file of this folder"):
+        load_info(str(copied))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequence_length": "32"},
+        {"sequence_length": 10**30},
+        {"vocab_size": -1},
+        {"vocab_size": 2**40},
+        {"eos_id": 1e400},
+        {"tokenizer_sha256": None},
+        {"directory": "/etc"},
+        {"tokenizer": "/etc/passwd"},
+        {"splits": {"train": {"rows": 10**15, "tokens": 1, "file_bytes": 262144}}},
+        {"splits": [1, 2]},
+    ],
+)
+def test_facts_that_no_preparation_writes(copied: Path, changes: dict):
+    edit(copied / "metadata.json", **changes)
+    with pytest.raises(InputError, match="is not a data set made by prepare-data"):
+        load_info(str(copied))
+
+
+def test_more_rows_than_bytes(copied: Path):
+    facts = json.loads((copied / "metadata.json").read_text())
+    facts["splits"]["train"]["rows"] = 10**15
+    edit(copied / "metadata.json", **facts)
+    with pytest.raises(InputError, match="is not a data set made by prepare-data"):
+        load_info(str(copied))
+
+
+def npy(shape: tuple, descr: str = "<i8") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy((2**40,)), "no count for each piece"),
+        (npy((384,)), "no count for each piece"),
+        (npy((384,), "O") + b"cos\nsystem\n(S'echo'\ntR.", "no count for each piece"),
+        (b"\0" * 8_000_000, "more counts than there are pieces"),
+        (b"", "damaged"),
+    ],
+    ids=["endless", "cut off", "pickled", "a bomb", "empty"],
+)
+def test_counts_that_would_harm(copied: Path, content: bytes, message: str):
+    with zipfile.ZipFile(copied / "unigram.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for split in ("train", "validation"):
+            archive.writestr(f"{split}.npy", content)
+    with pytest.raises(InputError, match=message):
+        unigram_perplexity(load_info(str(copied)))
+    (copied / "unigram.npz").write_bytes(b"PK" * 50)
+    with pytest.raises(InputError, match="is damaged"):
+        unigram_perplexity(load_info(str(copied)))

@@ -265,5 +265,5 @@ def test_unigram_whose_pieces_run_through_a_token_s_text(tmp_path):
 def test_what_is_no_model(tmp_path, content):
     with pytest.raises(InputError, match="no SentencePiece model"):
         save_tokenizer(tmp_path, content)
-    with pytest.raises(InputError, match="there is no tokenizer"):
+    with pytest.raises(InputError, match="is missing"):
         save_tokenizer(tmp_path, tmp_path / "absent.model")

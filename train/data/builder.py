@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.untrusted import read_json
 from train.data import format as layout
 from train.data import workers as pool
 from train.data.c4 import file_shards
@@ -123,7 +124,7 @@ def _claim(out: str, settings: Settings) -> Path:
     folder = Path(out)
     mark = folder / layout.SETTINGS
     if mark.exists():
-        _compare(folder, json.loads(mark.read_text()), asdict(settings))
+        _compare(folder, _held(mark), asdict(settings))
         return folder
     try:
         (folder / layout.UNFINISHED).mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,13 @@ def _claim(out: str, settings: Settings) -> Path:
     except OSError as error:
         raise InputError(f"out {out} cannot be written: {error.strerror}") from error
     return folder
+
+
+def _held(mark: Path) -> dict:
+    held = read_json(mark)
+    if not isinstance(held, dict):
+        raise InputError(f"{mark} is damaged; choose another folder")
+    return held
 
 
 def _compare(folder: Path, held: dict, wanted: dict) -> None:
@@ -191,9 +199,9 @@ def _describe(folder: Path, jobs: dict[str, list[Job]], skip_lines: int) -> None
     counts = {split: [job.counts() for job in jobs[split]] for split in jobs}
     sums = {split: _sum(counts[split]) for split in counts}
     _check_sums(sums, jobs, skip_lines)
-    train_V, validation_V = (sum(np.load(job.unigram) for job in jobs[split]) for split in layout.SPLITS)
+    train_V, validation_V = (sum(_unigram(job) for job in jobs[split]) for split in layout.SPLITS)
     np.savez_compressed(folder / layout.UNIGRAM, train=train_V, validation=validation_V)
-    settings = Settings(**json.loads((folder / layout.SETTINGS).read_text()))
+    settings = Settings(**_held(folder / layout.SETTINGS))
     facts = {name: value for name, value in asdict(settings).items() if name not in layout.SPLITS}
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
@@ -208,6 +216,15 @@ def _describe(folder: Path, jobs: dict[str, list[Job]], skip_lines: int) -> None
         description=f"Text as rows of {settings.sequence_length} tokens, documents joined with EOS.",
         metadata=tfds.core.MetadataDict(**facts, splits={split: asdict(sums[split]) for split in sums}),
     )
+
+
+def _unigram(job: Job) -> np.ndarray:
+    try:
+        return np.load(job.unigram, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{job.unigram} is damaged; remove {job.record.name} beside it, and its shard is done again"
+        ) from error
 
 
 def _sum(counts: Sequence[Counts]) -> Counts:

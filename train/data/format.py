@@ -22,6 +22,9 @@ DESCRIBED = "dataset_info.json"
 FIELD = "tokens"
 
 UINT16_PIECES = 65_536
+# Far above any tokenizer: what a file says must not take memory before it is refused.
+MAX_PIECES = 2**24
+TOKENIZER_BYTES = 1 << 26
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

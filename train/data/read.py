@@ -5,11 +5,14 @@ processes nor an interruption changes it.
 """
 
 import hashlib
-import json
+import io
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,9 +20,12 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float, Int
 
 from mora_jax.errors import InputError
+from mora_jax.untrusted import read_bytes, read_json
 from train.data import format as layout
+from train.data.description import check_description
 
 READ_THREADS = 2
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
 READ_AHEAD = 8  # batches
 
 
@@ -48,16 +54,19 @@ def load_info(directory: str) -> DataInfo:
     if (folder / layout.SETTINGS).exists() and not (folder / layout.DESCRIBED).exists():
         raise InputError(f"{directory} is not finished; run the same preparation again, it continues")
     try:
-        facts = json.loads((folder / "metadata.json").read_text())
+        facts = read_json(folder / "metadata.json")
         splits = facts.pop("splits")
         rows, tokens = (
-            {split: splits[split][what] for split in layout.SPLITS} for what in ("rows", "tokens")
+            {split: _count(splits[split][what]) for split in layout.SPLITS} for what in ("rows", "tokens")
         )
+        file_bytes = {split: _count(splits[split]["file_bytes"]) for split in layout.SPLITS}
         info = DataInfo(directory, str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_facts(info, file_bytes)
+    except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
-    _check_files(folder, {split: splits[split]["file_bytes"] for split in layout.SPLITS})
+    _check_files(folder, file_bytes)
     _check_tokenizer(info)
+    check_description(folder)
     return info
 
 
@@ -135,8 +144,7 @@ def eval_batches(
 
 def unigram_perplexity(info: DataInfo) -> float:
     """Perplexity of the validation rows under the frequencies in the training rows, one added to each."""
-    with np.load(Path(info.directory) / layout.UNIGRAM) as counts:
-        train_V, validation_V = counts["train"], counts["validation"]
+    train_V, validation_V = _unigram(info)
     log_p_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
     return float(np.exp(-(validation_V * log_p_V).sum() / validation_V.sum()))
 
@@ -163,6 +171,48 @@ def _local_batch_size(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
+def _unigram(info: DataInfo) -> list[np.ndarray]:
+    """How often each piece occurs in each split: [(V,), (V,)]."""
+    path = Path(info.directory) / layout.UNIGRAM
+    largest = info.vocab_size * 8 + 4096  # int64, and a header
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_bytes(path, 2 * largest))) as archive:
+            parts = [archive.getinfo(f"{split}.npy") for split in layout.SPLITS]
+            if any(part.file_size > largest for part in parts):
+                raise ValueError("it holds more counts than there are pieces")
+            return [_counts(archive.read(part), info.vocab_size) for part in parts]
+    except (OSError, ValueError, LookupError, EOFError, NotImplementedError, *_ZIP_ERRORS) as error:
+        raise InputError(f"{path} is damaged ({error}); copy or prepare the data set again") from error
+
+
+def _counts(npy: bytes, pieces: int) -> np.ndarray:
+    """An array in NumPy's format. Its header is looked at first: NumPy would take what memory that says."""
+    stream = io.BytesIO(npy)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("it is of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if (shape, dtype) != ((pieces,), np.int64) or len(npy) != stream.tell() + 8 * pieces:
+        raise ValueError("it holds no count for each piece")
+    return np.frombuffer(npy, np.int64, offset=stream.tell())
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise InputError(f"{value!r} is no count")
+    return value
+
+
+def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
+    """Raises InputError for what no preparation writes, and what could take more memory than the rows do."""
+    for value in (info.vocab_size, info.eos_id, info.sequence_length):
+        _count(value)
+    right = 2 <= info.sequence_length < 2**31 and info.eos_id < info.vocab_size <= layout.MAX_PIECES
+    right &= isinstance(info.tokenizer_sha256, str)
+    right &= all(info.rows[split] <= file_bytes[split] for split in layout.SPLITS)  # a row takes some bytes
+    if not right:
+        raise InputError("no such data set is prepared")
+
+
 def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
     for split, expected in file_bytes.items():
         held = sum(file.stat().st_size for file in folder.glob(f"{layout.NAME}-{split}.array_record-*"))
@@ -174,5 +224,9 @@ def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
 
 def _check_tokenizer(info: DataInfo) -> None:
     tokenizer = Path(info.tokenizer)
-    if not tokenizer.exists() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != info.tokenizer_sha256:
+    if not tokenizer.exists() or _sha256(tokenizer) != info.tokenizer_sha256:
         raise InputError(f"{tokenizer} is not the tokenizer that the rows were made with; put that one back")
+
+
+def _sha256(tokenizer: Path) -> str:
+    return hashlib.sha256(read_bytes(tokenizer, layout.TOKENIZER_BYTES)).hexdigest()

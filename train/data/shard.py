@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from mora_jax.errors import InputError
+from mora_jax.untrusted import read_json
 from train.data.c4 import Record
 from train.data.format import FIELD, row_features, token_dtype
 from train.data.tokenizer import Tokenizer
@@ -72,7 +74,10 @@ class Job:
 
     def counts(self) -> Counts:
         """The count record of a finished job."""
-        return Counts(**json.loads(self.record.read_text()))
+        try:
+            return Counts(**read_json(self.record))
+        except (InputError, TypeError) as error:
+            raise InputError(f"{self.record} is damaged; remove it, and its shard is done again") from error
 
 
 def write_shard(job: Job, report: Callable[[Advance], None]) -> None:

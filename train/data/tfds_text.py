@@ -1,14 +1,18 @@
 """Text from a TFDS data set already prepared, such as `tfds:c4/en` or `tfds:/path/to/c4/en/3.1.0`."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import tensorflow_datasets as tfds
 from etils import epath
+from google.protobuf import json_format
+from tensorflow_datasets.core.constants import DATA_DIR
 
 from mora_jax.errors import InputError
 from train.data.c4 import Record
+from train.data.description import INFO, check_description
 
 PREFIX = "tfds:"
 READ_AT_ONCE = 256
@@ -38,7 +42,7 @@ class TfdsShard:
         for first in range(0, self.size, READ_AT_ONCE):
             block = rows.__getitems__(range(first, min(first + READ_AT_ONCE, self.size)))
             for position, row in enumerate(block, start=first + 1):
-                yield Record(_text(row["text"]), position)
+                yield Record(_text(row["text"], f"{self.directory} {self.name}", position), position)
 
 
 def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
@@ -70,8 +74,9 @@ def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
 
 def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     name = source.removeprefix(PREFIX)
-    if (epath.Path(name) / "dataset_info.json").exists():
-        return tfds.builder_from_directory(name)
+    if (epath.Path(name) / INFO).exists():
+        return _from_directory(source, name)
+    _check_prepared(epath.Path(data_dir or DATA_DIR) / re.split("[/:]", name)[0])
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError, AssertionError) as error:
@@ -81,5 +86,23 @@ def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def _check_prepared(folder: epath.Path) -> None:
+    """Checks all that is prepared under one name, with a config or without: TFDS chooses among them."""
+    for versions in ("*", "*/*"):
+        for description in folder.glob(f"{versions}/{INFO}") if folder.is_dir() else ():
+            check_description(description.parent)
+
+
+def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:
+    check_description(directory)
+    try:
+        return tfds.builder_from_directory(directory)
+    except (ValueError, LookupError, TypeError, AttributeError, json_format.ParseError) as error:
+        raise InputError(f"{source} is not a data set of TFDS: {str(error).splitlines()[0]}") from error
+
+
+def _text(value: bytes | str, source: str, position: int) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: document {position} is not UTF-8 text") from error

@@ -12,8 +12,9 @@ import sentencepiece as spm
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.untrusted import read_bytes
 from train.data.c4 import documents, shards
-from train.data.format import token_dtype
+from train.data.format import TOKENIZER_BYTES, token_dtype
 from train.progress import progress
 
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
@@ -86,9 +87,9 @@ def train_tokenizer(
 
 def _read(path: epath.PathLike) -> bytes:
     try:
-        return epath.Path(path).read_bytes()
-    except (OSError, ImportError) as error:
-        raise InputError(f"tokenizer {path} cannot be read: {error}") from error
+        return read_bytes(path, TOKENIZER_BYTES)
+    except InputError as error:
+        raise InputError(f"tokenizer: {error}") from error
 
 
 def _write(path: Path, model: bytes) -> None:
