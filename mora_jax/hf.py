@@ -294,17 +294,17 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_theta(content: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
     """rope_theta, which version 5 of transformers writes inside rope_parameters; empty where not given."""
-    found = {content["rope_theta"]} if content.get("rope_theta") is not None else set()
+    found = [content["rope_theta"]] if content.get("rope_theta") is not None else []
     for name in ("rope_scaling", "rope_parameters"):
         given = content.get(name)
         if given is None:
             continue
         if not _is_plain(given):
             raise InputError(f"{file}: {name} {given} is not supported, only rope_type 'default'")
-        found |= {given["rope_theta"]} if "rope_theta" in given else set()
-    if len(found) > 1:
+        found += [given["rope_theta"]] if "rope_theta" in given else []
+    if any(value != found[0] for value in found[1:]):
         raise InputError(f"{file}: rope_theta is given twice, with different values")
-    return {"rope_theta": found.pop()} if found else {}
+    return {"rope_theta": found[0]} if found else {}
 
 
 def _is_plain(rope: Any) -> bool:

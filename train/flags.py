@@ -21,6 +21,7 @@ C = TypeVar("C")
 # A config has a hundred values, in some kilobytes.
 YAML_LIMIT = 1 << 18
 YAML_VALUES = 10_000
+YAML_DEPTH = 32
 
 
 def parse(command: type[C], args: Sequence[str], program: str, default: Any = tyro.MISSING_NONPROP) -> C:
@@ -96,8 +97,6 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"{path}: {error}") from error
     except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two for !!int x, !!timestamp x
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: it is nested too deeply") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values")
     return data
@@ -105,7 +104,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def _construct(text: str) -> Any:
     """What a YAML text says, made only when it is known how much that is with all aliases spelled out."""
-    loader = yaml.SafeLoader(text)
+    loader = _ShallowLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -114,6 +113,20 @@ def _construct(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+class _ShallowLoader(yaml.SafeLoader):
+    """Stops at nesting that no config has, for which PyYAML takes time with the square, and the stack."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > YAML_DEPTH:
+            raise InputError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
