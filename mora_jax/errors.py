@@ -4,8 +4,8 @@
 class InputError(ValueError):
     """Bad input. The message is one line that names what is wrong and how to mend it.
 
-    The command line prints that line and exits with a non-zero status; nothing else is caught there. What files
-    say comes into messages: line ends and whatever else a terminal would obey are spelled out.
+    The command line prints that line and exits with a non-zero status. What files say comes into messages, so
+    line ends and whatever else a terminal would obey are spelled out.
     """
 
     def __init__(self, message: str) -> None:

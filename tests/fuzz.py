@@ -122,9 +122,7 @@ def _another(rng: random.Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int | float):
-        return rng.choice(
-            (value + 1, -value, value * 2, value * 1000, str(value), float(value), value // 3 if value else 1)
-        )
+        return rng.choice((value + 1, -value, value * 2, value * 1000, str(value), min(value, 1e9) * 0.5))
     if isinstance(value, str):
         return _another_text(rng, value)
     return rng.choice(ODD)

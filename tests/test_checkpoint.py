@@ -1,6 +1,7 @@
 import concurrent.futures
 import errno
 import itertools
+import json
 import os
 import random
 import shutil
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import damages
+import fuzz
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
@@ -277,6 +280,35 @@ def test_files_of_another_step_are_found(directory: Path):
 def test_a_file_that_does_not_belong_is_found(directory: Path):
     (directory / "2" / "state" / "extra").write_text("x")
     assert_refused(directory, "state/extra does not belong")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's other reads
+def test_files_made_to_harm_are_an_input_error(directory: Path):
+    """Sealed as they should be, but orbax's files are changed: no crash may follow, and no other shapes."""
+    names = [p.relative_to(directory / "2") for p in files_of(directory / "2") if p.name != MANIFEST]
+    refused = 0
+    for i in range(24):
+        rng, work = random.Random(i), directory.parent / f"made to harm {i}"
+        shutil.copytree(directory / "2", work / "2")
+        path = work / "2" / names[i % len(names)]
+        try:
+            content = fuzz.changed(rng, json.loads(path.read_text()), fuzz.as_json)
+        except ValueError:
+            content = fuzz.change_bytes(rng, path.read_bytes())
+        path.write_bytes(content)
+        folder = epath.Path(work / "2")
+        found = manifest.read(folder, 2)
+        manifest.seal(folder, {name: found[name] for name in ("step", "meta", "arrays")})
+        wanted = abstract(a_state(), sharding())
+        with Checkpoints(str(work)) as saved:
+            assert saved.damage(2) == []
+            try:
+                restored = saved.restore(2, wanted)
+            except InputError:
+                refused += 1
+            else:
+                assert abstract(restored) == wanted
+    assert refused > 5
 
 
 @pytest.mark.parametrize(

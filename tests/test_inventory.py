@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax.errors import InputError
-from train import cli, manifest
+from train import cli, exits, manifest
 from train.inventory import inventory
 
 
@@ -46,7 +46,7 @@ def test_damaged_and_unfinished_ones(run: Path, capsys: pytest.CaptureFixture):
     assert [e.saved is None for e in entries] == [False, True, False]
     with pytest.raises(SystemExit) as stop:
         cli.main(["checkpoints", str(run)])
-    assert stop.value.code == 1
+    assert stop.value.code == exits.DAMAGED == 4
     assert f"{damaged} is damaged: it has" in capsys.readouterr().out
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.transform import Methods
-from train import runs
+from train import manifest, runs
 from train.checkpoint import Checkpoints
 from train.data.read import load_info
 
@@ -195,3 +196,35 @@ def test_checkpoints_of_no_known_run_are_not_gone_on_from(tiny_run, tmp_path):
     config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path / "run"))
     with pytest.raises(InputError, match="checkpoints of no known run"):
         runs.check_free(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"methods": []},
+        {"methods": {"a": {"name": "os.system"}}},
+        {"data": None},
+        {"data": {"rows": 10**30, "tokenizer_sha256": "x"}},
+        {"evaluation": {"loss": "0", "predictions": 1}},
+        {"evaluation": [1]},
+    ],
+)
+def test_what_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):
+    """However well it is sealed."""
+    (tmp_path / "6").mkdir()
+    with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
+        found = manifest.read(original.folder(6), 6)
+    content = {"step": 6, "meta": found["meta"] | changes, "arrays": found["arrays"]}
+    manifest.seal(epath.Path(tmp_path / "6"), content)
+    with Checkpoints(str(tmp_path)) as saved:
+        assert saved.latest_good() == (6, [])
+        with pytest.raises(InputError, match="was not saved by a run of this version"):
+            runs.saved_meta(saved, 6)
+
+
+def test_a_number_of_restarts_is_not_walked(tiny_run):
+    path = "layers/mlp/up_proj/kernel"
+    config = dataclasses.replace(tiny_run.config, steps=2**31 - 1)
+    for step in (2**31 - 3, 2**31 - 5):
+        expected = config.restarts_before(step) % 2
+        assert runs.methods_at(config, step)[path].operator.group == expected

@@ -166,7 +166,10 @@ class Checkpoints:
             )
         folder = self.folder(step)
         _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
-        return ocp.load(folder, abstract_state)
+        try:
+            return ocp.load(folder, abstract_state)
+        except Exception as error:  # orbax and TensorStore raise what they come upon in files made to harm
+            raise InputError(f"{folder} cannot be restored: {_reason(error)[1]}") from error
 
     def remove_unfinished(self) -> None:
         """Removes what saves that were killed or failed left behind. No other process may be saving."""
@@ -255,7 +258,8 @@ def _reason(error: Exception) -> tuple[int, str]:
     number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
     if number:
         return number, os.strerror(number)
-    return errno.EIO, " ".join(str(error).split()) or type(error).__name__
+    told = str(error).partition("[tensorstore_spec")[0]  # pages, of no use
+    return errno.EIO, " ".join(told.split()) or type(error).__name__
 
 
 def _remove(path: epath.Path) -> None:

@@ -142,7 +142,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class ListCheckpoints:
-    """A run's checkpoints, each verified against its manifest; exits with status 1 if one is damaged.
+    """A run's checkpoints, each verified against its manifest; exits with status 4 if one is damaged.
 
     Attributes:
       run_dir: folder of the run, which may be training.
@@ -245,7 +245,7 @@ def list_checkpoints(command: ListCheckpoints) -> None:
     from train.inventory import print_inventory
 
     if not print_inventory(command.run_dir, not command.no_verify):
-        raise SystemExit(1)
+        raise SystemExit(exits.DAMAGED)
 
 
 def survey_methods(command: SurveyMethods) -> None:

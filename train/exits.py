@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 BAD_INPUT = 2  # the same command will fail again
 DIVERGED = 3  # as it is, the run leads nowhere: somebody must look at it
+DAMAGED = 4  # `mora checkpoints`: one is not as it was saved
 DISK = 74  # input or output failed, such as a full disk: the same command goes on once that is mended
 PREEMPTED = 75  # stopped by SIGTERM or SIGINT: the same command goes on, nothing is lost
 SIGNALLED = 128

@@ -97,10 +97,10 @@ def _problems(saved: Checkpoints, step: int, verify: bool, advance: manifest.Adv
 def _told(saved: Checkpoints, step: int) -> tuple[str, str]:
     """Restarts and group type."""
     try:
-        meta = saved.read_meta(step)
-        return str(meta["restarts"]), runs.group_type(Methods.from_json(meta["methods"]))
-    except (InputError, LookupError, TypeError, AttributeError):
+        meta = runs.saved_meta(saved, step)
+    except InputError:
         return "", ""
+    return str(meta.get("restarts", "")), runs.group_type(Methods.from_json(meta["methods"]))
 
 
 def _bytes(saved: Checkpoints, step: int) -> int:

@@ -134,7 +134,7 @@ def start(
     runs.check_text(saved, step, info, resume=True)
     tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
     state, methods = runs.restore(config, saved, step, mesh)
-    found = saved.read_meta(step)["evaluation"]
+    found = runs.saved_meta(saved, step)["evaluation"]
     seen = guard.try_again(config.bad_steps, state.guard)
     return dataclasses.replace(state, guard=seen), methods, Score(**found) if found else None
 

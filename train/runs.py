@@ -125,6 +125,25 @@ def meta(
     }
 
 
+def saved_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
+    """What `meta` wrote for a checkpoint. Raises InputError unless it is of that form, whoever wrote it."""
+    found = saved.read_meta(step)
+    try:
+        Methods.from_json(found["methods"])
+        data, score = found["data"], found["evaluation"]
+        right = type(data["rows"]) is int and 0 < data["rows"] < 2**62
+        right &= isinstance(data["tokenizer_sha256"], str)
+        right &= score is None or {n: type(v) for n, v in score.items()} == {
+            "loss": float,
+            "predictions": int,
+        }
+    except (InputError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{saved.folder(step)} was not saved by a run of this version: {error!r}") from error
+    if not right:
+        raise InputError(f"{saved.folder(step)} was not saved by a run of this version")
+    return found
+
+
 def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:
     """The state and methods of one checkpoint.
 
@@ -132,7 +151,7 @@ def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tup
       InputError: if its methods, restarts, data position or random state are not those that the config gives
         for its step, or it is damaged.
     """
-    methods, found = methods_at(config, step), saved.read_meta(step)
+    methods, found = methods_at(config, step), saved_meta(saved, step)
     if Methods.from_json(found["methods"]) != methods:
         raise InputError(
             f"{config.run_dir}: the methods saved at step {step} are not those the config gives for it"
@@ -146,7 +165,7 @@ def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tup
 
 def check_text(saved: Checkpoints, step: int, info: DataInfo, resume: bool = False) -> None:
     """Raises InputError unless a data set has a checkpoint's tokenizer, and to resume also its rows."""
-    seen = saved.read_meta(step)["data"]
+    seen = saved_meta(saved, step)["data"]
     if seen["tokenizer_sha256"] != info.tokenizer_sha256:
         raise InputError(f"{info.directory} was made with another tokenizer than the run's data set")
     if resume and seen["rows"] != info.rows["train"]:
