@@ -56,6 +56,7 @@ mesh: {data: 1}
 EVERY = {"restart": 20, "evaluation": 15}  # updates
 KINDS = ("start", "update", "update", "save", "save", "restart", "evaluation", "SIGTERM")
 MORA = (sys.executable, "-m", "train.cli")
+AHEAD = 40  # updates, at most, between going on and lying in wait
 LOSSES = ("loss", "validation_loss")
 START_SECONDS = 10.0  # kills at a start come within so many seconds
 TIMES = ("data_wait", "tokens_per_second")  # differ from run to run
@@ -191,10 +192,19 @@ def attempt(words: list[str], strike: "Strike | None") -> tuple[int, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Strike:
-    """How a program is killed: what is waited for, and how long after that, from 0 to 1, it is too late."""
+    """How a program is killed.
+
+    Attributes:
+      kind: what is waited for, once the program has gone on.
+      run_dir: where that is seen.
+      ahead: updates that are let go by before.
+      late: how long after the moment it comes, from 0 to 1.
+      file_before: `identity` before the program was started.
+    """
 
     kind: str
     run_dir: Path
+    ahead: int
     late: float
     file_before: int
 
@@ -203,6 +213,8 @@ class Strike:
         if self.kind == "start":
             return pause(process, START_SECONDS * self.late)
         wait_until(process, lambda: identity(self.run_dir) != self.file_before and updates(self.run_dir) > 0)
+        goal = updates(self.run_dir) + self.ahead
+        wait_until(process, lambda: updates(self.run_dir) >= goal)
         if self.kind == "save":
             wait_until(process, lambda: unfinished(self.run_dir))
             return pause(process, 0.03 * self.late)
@@ -217,8 +229,8 @@ class Strike:
 
 
 def next_strike(run_dir: Path, chance: random.Random) -> Strike:
-    """A kind of kill and its delay, drawn at random."""
-    return Strike(chance.choice(KINDS), run_dir, chance.random(), identity(run_dir))
+    """A kind of kill and its moment, drawn at random."""
+    return Strike(chance.choice(KINDS), run_dir, chance.randrange(AHEAD), chance.random(), identity(run_dir))
 
 
 def pause(process: subprocess.Popen, seconds: float) -> None:

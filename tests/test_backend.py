@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import os
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -91,3 +93,68 @@ def test_programs_looked_at_before_are_not_read_again(config, tmp_path):
     os.utime(old, (long_ago, long_ago))
     compile_something(config, 5)
     assert old.exists()
+
+
+@pytest.fixture
+def gpu_expected(monkeypatch):
+    """As if a GPU's plugin were installed, and JAX had not started."""
+    monkeypatch.setattr(backend, "_gpu_expected", lambda: True)
+    monkeypatch.setattr(backend.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    return monkeypatch
+
+
+def test_a_gpu_is_told_to_be_deterministic_once(config, gpu_expected):
+    backend.be_deterministic(config)
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+    deterministic = dataclasses.replace(config, deterministic=True)
+    for _ in range(2):
+        backend.be_deterministic(deterministic)
+        assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {backend._DETERMINISTIC}"
+
+
+def test_determinism_that_comes_too_late_is_refused(config, gpu_expected):
+    deterministic = dataclasses.replace(config, deterministic=True)
+    gpu_expected.setattr(backend.xla_bridge, "backends_are_initialized", lambda: True)
+    with pytest.raises(
+        InputError, match="deterministic comes too late, JAX has started: set XLA_FLAGS=--xla_gpu"
+    ):
+        backend.be_deterministic(deterministic)
+    gpu_expected.setenv("XLA_FLAGS", backend._DETERMINISTIC)
+    backend.be_deterministic(deterministic)
+
+
+def test_without_a_gpu_no_flag_is_set(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    backend.be_deterministic(dataclasses.replace(config, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_a_deterministic_run_keeps_every_program_in_its_own_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_WORTH_KEEPING", 1e9)
+    compile_something(config, 6)
+    assert not programs(tmp_path / "runs/jax_cache")
+    compile_something(dataclasses.replace(config, deterministic=True), 6)
+    assert programs(tmp_path / "runs/a/jax_cache")
+    with pytest.raises(InputError, match=r"leave compilation\.cache at auto"):
+        dataclasses.replace(config, deterministic=True, compilation=Compilation("off"))
+
+
+def test_the_flag_is_one_that_xla_knows_and_importing_starts_nothing():
+    """XLA ends a program for a flag that it does not know. In a program of its own, which has not started JAX."""
+    source = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+from train import backend, loop
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+os.environ["XLA_FLAGS"] = backend._DETERMINISTIC if len(sys.argv) < 2 else sys.argv[1]
+import jax
+print(jax.numpy.ones(2).sum())
+"""
+    known, unknown = (
+        subprocess.run([sys.executable, "-c", source, *more], capture_output=True, text=True)
+        for more in ([], ["--xla_gpu_no_such_flag=true"])
+    )
+    assert (known.returncode, known.stdout) == (0, "2.0\n"), known.stderr
+    assert unknown.returncode != 0

@@ -1,23 +1,57 @@
-"""What JAX is told before a run computes: where compiled programs are kept, which makes a restart quick."""
+"""What JAX is told before a run computes: where compiled programs are kept, which makes a restart quick, and
+whether a GPU must compute the same bits again.
+
+On a GPU two things differ from one process to the next: kernels that add in no fixed order, and the choice of
+kernels, which the compiler makes by timing them. A flag excludes the former. The latter is settled by keeping
+every compiled program: XLA's own file of choices, `xla_gpu_per_fusion_autotune_cache_dir`, does not hold all
+of them (openxla/xla#37902).
+"""
 
 import contextlib
+import importlib.util
+import os
 import zlib
 from collections.abc import Iterator
 
 import jax
 from etils import epath
+from jax._src import xla_bridge  # whether JAX has started is said nowhere else
 from jax.experimental.compilation_cache import compilation_cache
 
+from mora_jax.errors import InputError
 from train.config import RunConfig
 
 CACHE = "jax_cache"
 # In the cache's folder: its age says which programs were looked at. JAX names a program `<key>-cache`.
 _CHECKED = "checked"
-_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+_OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_raise_persistent_cache_errors",
+)
+# Of jaxlib 0.10 to 0.12. XLA ends a program for a flag that it does not know.
+_DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
+_GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # Seconds of compilation that are worth a file.
 _WORTH_KEEPING = 0.1
 # How a stream of zstandard begins. JAX compresses with it where it is installed, and with zlib elsewhere.
 _ZSTD = b"\x28\xb5\x2f\xfd"
+
+
+def be_deterministic(config: RunConfig) -> None:
+    """Has XLA exclude what computes other bits each time on a GPU, where the config asks for it and a GPU may be.
+
+    Raises:
+      InputError: if JAX has started already, without it: XLA reads its flags once.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not config.deterministic or _DETERMINISTIC in flags.split() or not _gpu_expected():
+        return
+    if xla_bridge.backends_are_initialized():
+        raise InputError(
+            f"deterministic comes too late, JAX has started: set XLA_FLAGS={_DETERMINISTIC} for the program"
+        )
+    os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
 
 
 @contextlib.contextmanager
@@ -27,7 +61,9 @@ def compiled_programs(config: RunConfig) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in _OPTIONS}
     if folder is not None and jax.process_index() == 0:
         _remove_cut_off(folder)
-    _set(dict(zip(_OPTIONS, (folder and str(folder), _WORTH_KEEPING), strict=True)))
+    # Deterministic is only what is kept: a program compiled again may be another one.
+    least = 0.0 if config.deterministic else _WORTH_KEEPING
+    _set(dict(zip(_OPTIONS, (folder and str(folder), least, config.deterministic), strict=True)))
     try:
         yield
     finally:
@@ -37,8 +73,11 @@ def compiled_programs(config: RunConfig) -> Iterator[None]:
 def cache_folder(config: RunConfig) -> epath.Path | None:
     """The folder of compiled programs; None where there is to be none.
 
-    By default it lies beside the run's folder, unless JAX_COMPILATION_CACHE_DIR names another.
+    By default it lies beside the run's folder, unless JAX_COMPILATION_CACHE_DIR names another; that of a
+    deterministic run lies in it.
     """
+    if config.deterministic:
+        return epath.Path(config.run_dir) / CACHE
     if config.compilation.cache == "off":
         return None
     if config.compilation.cache != "auto":
@@ -51,6 +90,13 @@ def _set(options: dict[str, object]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX looks at the options once, with the first program
+
+
+def _gpu_expected() -> bool:
+    """Whether JAX may start with a GPU: asking JAX itself would start it."""
+    platforms = getattr(jax.config, "jax_platforms")  # noqa: B009 (pyright does not know it)
+    asked_for = not platforms or any(name in platforms for name in ("cuda", "rocm", "gpu"))
+    return asked_for and any(importlib.util.find_spec(name) for name in _GPU_PLUGINS)
 
 
 def _remove_cut_off(folder: epath.Path) -> None:

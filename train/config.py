@@ -53,6 +53,8 @@ class RunConfig:
       bad_steps: which updates are skipped.
       eval: perplexity on the validation split.
       checkpoint: what is kept.
+      deterministic: the same bits on a GPU, too, after going on from a checkpoint; programs are then kept in
+        the run's folder, and some are slower. Elsewhere it is so in any case.
       compilation: how programs are compiled.
       log: who is told.
       mesh: how the devices are laid out.
@@ -76,6 +78,7 @@ class RunConfig:
     bad_steps: BadSteps = dataclasses.field(default_factory=BadSteps)
     eval: Evaluation = dataclasses.field(default_factory=Evaluation)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    deterministic: bool = False
     compilation: Compilation = dataclasses.field(default_factory=Compilation)
     log: Log = dataclasses.field(default_factory=Log)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -102,6 +105,10 @@ class RunConfig:
             )
         if self.rules and self.method != MethodFlags():
             raise InputError("give either rules or method.* fields, not both")
+        if self.deterministic and self.compilation.cache != "auto":
+            raise InputError(
+                "deterministic keeps the compiled programs in the run's folder; leave compilation.cache at auto"
+            )
         self._check_restarts()
 
     def _check_restarts(self) -> None:

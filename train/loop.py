@@ -50,6 +50,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       InputError: for a config, data set or folder that cannot be trained with.
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
+    backend.be_deterministic(config)  # before anything starts JAX
     info = load_info(config.data.directory)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check(config, info, mesh)
