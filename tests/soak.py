@@ -25,8 +25,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"  # here nothing is computed
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ import tyro
 
 from mora_jax import sharding
 from train import exits, runs
+from train.backend import CACHE
 from train.data.tokenizer import train_tokenizer
 from train.manifest import MANIFEST
 
@@ -72,6 +74,7 @@ class Soak:
       kills: how many.
       steps: updates of a run.
       seed: of the times and kinds of the kills.
+      platform: where it is trained, cpu or cuda; on a GPU deterministically.
       folder: where everything is written; empty for a temporary folder that is removed.
       report: JSON file for the figures; empty for none.
     """
@@ -79,6 +82,7 @@ class Soak:
     kills: int = 100
     steps: int = 240
     seed: int = 0
+    platform: Literal["cpu", "cuda"] = "cpu"
     folder: str = ""
     report: str = ""
 
@@ -115,6 +119,7 @@ class Figures:
 
 def main(options: Soak) -> int:
     """Runs it all and prints the figures; the exit status."""
+    os.environ["JAX_PLATFORMS"] = options.platform  # of the programs: JAX is here already
     with contextlib.ExitStack() as stack:
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +137,14 @@ def soak(folder: Path, options: Soak, chance: random.Random) -> Figures:
     figures = Figures()
     prepare(folder, figures, max(1, options.kills // 10), chance)
     data = f"data: {{directory: {folder / 'data'}, sequence_length: 32}}"
-    (folder / "run.yaml").write_text(f"{data}\nsteps: {options.steps}\n{CONFIG}")
+    gpu = options.platform != "cpu"
+    (folder / "run.yaml").write_text(
+        f"{data}\nsteps: {options.steps}\ndeterministic: {'true' if gpu else 'false'}\n{CONFIG}"
+    )
     started = time.monotonic()
     say("training undisturbed")
-    # Compiled by itself: programs taken from the cache must compute the same bits.
-    finish(command(folder, "undisturbed", "--compilation.cache", "off"))
+    # Compiled by itself: on a CPU, programs taken from the cache must compute the same bits.
+    finish(command(folder, "undisturbed", *([] if gpu else ["--compilation.cache", "off"])))
     figures.undisturbed_seconds = round(time.monotonic() - started, 1)
     expected = told(folder / "undisturbed")
     figures.undisturbed_hash = hash_of_arrays(folder / "undisturbed")
@@ -152,6 +160,7 @@ def disturb(
     """Starts the command until there were so many kills, and lets the last run come to its end."""
     run_dir, furthest = folder / "disturbed", 0
     while True:
+        lend_programs(folder)
         strike = next_strike(run_dir, chance) if figures.kills < kills else None
         file_before, started = identity(run_dir), time.monotonic()
         status, err = attempt(command(folder, "disturbed"), strike)
@@ -176,6 +185,13 @@ def disturb(
             figures.stopped_by_sigterm += 1
         else:
             raise SystemExit(f"the run ended with status {status}:\n{err}")
+
+
+def lend_programs(folder: Path) -> None:
+    """On a GPU a compiler makes another program each time: a new run begins with the undisturbed one's."""
+    theirs, ours = folder / "undisturbed" / CACHE, folder / "disturbed" / CACHE
+    if theirs.exists() and not ours.exists():
+        shutil.copytree(theirs, ours)
 
 
 def attempt(words: list[str], strike: "Strike | None") -> tuple[int, str]:
@@ -374,8 +390,8 @@ def finish(words: list[str]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """That of the programs: this source, and one CPU device."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    """That of the programs, which run from this source."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def say(sentence: str) -> None:

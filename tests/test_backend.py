@@ -141,7 +141,7 @@ def test_a_deterministic_run_keeps_every_program_in_its_own_folder(config, tmp_p
 
 
 def test_the_flag_is_one_that_xla_knows_and_importing_starts_nothing():
-    """XLA ends a program for a flag that it does not know. In a program of its own, which has not started JAX."""
+    """In programs of their own: XLA ends one for a flag that it does not know."""
     source = """
 import os, sys
 os.environ["JAX_PLATFORMS"] = "cpu"

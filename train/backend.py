@@ -39,7 +39,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def be_deterministic(config: RunConfig) -> None:
-    """Has XLA exclude what computes other bits each time on a GPU, where the config asks for it and a GPU may be.
+    """Has XLA exclude what computes other bits each time on a GPU, where that is asked for and a GPU may be.
 
     Raises:
       InputError: if JAX has started already, without it: XLA reads its flags once.

@@ -107,7 +107,7 @@ class RunConfig:
             raise InputError("give either rules or method.* fields, not both")
         if self.deterministic and self.compilation.cache != "auto":
             raise InputError(
-                "deterministic keeps the compiled programs in the run's folder; leave compilation.cache at auto"
+                "deterministic keeps compiled programs in the run's folder; leave compilation.cache at auto"
             )
         self._check_restarts()
 
