@@ -26,6 +26,8 @@ def test_the_costliest_kernels_come_first_and_their_sums_agree(seen: tuple[Profi
     for what in ("kind", "part", "direction"):
         assert sum(written[what].values()) == pytest.approx(found.busy_milliseconds)
     assert [kernel["milliseconds"] for kernel in written["kernels"]] == times
+    # What a loop or a call lasts is the time of what runs inside.
+    assert not any(kernel.op.kind == "control" for kernel in found.kernels)
 
 
 def test_kernels_are_traced_to_what_asked_for_them(seen: tuple[Profile, dict]):

@@ -144,6 +144,13 @@ def test_a_device_that_cannot_be_used_is_told(world: World, bench):
         bench()
 
 
+def test_an_attention_that_is_not_here_is_told_before_anything_is_measured(world: World, bench):
+    case = SIZES["250m"]()
+    with pytest.raises(InputError, match="cudnn needs an NVIDIA GPU"):
+        bench(case)
+    assert world.methods() == []
+
+
 def test_peers_come_after_the_methods(world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: True)
     found = bench(methods=("mora",), peers=("lora:4/compiled,mora", "full/compiled-bf16"))

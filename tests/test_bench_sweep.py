@@ -27,7 +27,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def call(module: str, job: Any, seconds: float) -> dict[str, Any]:
         if isinstance(job, MatmulJob):
-            return {"device": "toy", "matmul_tflops": 1.0, "matmul_side": 8}
+            return {"device": "toy", "platform": "gpu", "matmul_tflops": 1.0, "matmul_side": 8}
         done.append(job)
         config = job.case.config
         milliseconds = config.tokens_per_step() * config.model.hidden_size / 1e6

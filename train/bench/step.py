@@ -92,6 +92,8 @@ def begin_run(record: Record, case: Case) -> None:
     found = children.call(JAX, MatmulJob(case.config.compute.dtype), SECONDS)
     if "error" in found:
         raise InputError(f"the device cannot be used: {found['error']}")
+    if case.config.compute.attention == "cudnn" and found["platform"] != "gpu":
+        raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
     device = found.pop("device")
     if record.device not in ("", device):
         raise InputError(f"these figures are of another device ({record.device}), this is {device}")
