@@ -3,6 +3,7 @@
 #   VENV=.venv                where it lies
 #   EXTRAS=parity,wandb       further extras of pyproject.toml to install
 #   KILLS=100                 how often `make soak` kills
+#   CASES=100000              how many files `make fuzz` changes and reads
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -12,6 +13,7 @@ EXTRAS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTHON ?=
 KILLS ?= 100
+CASES ?= 100000
 
 comma := ,
 demo_installed := $(VENV)/.installed$(EXTRAS:%=-%)
@@ -26,7 +28,7 @@ ifneq ($(call version,"$(PYTHON)"),$(call version,"$(bin)/python"))
 endif
 endif
 
-.PHONY: help demo test test-all soak lint format constraints clean
+.PHONY: help demo test test-all soak fuzz lint format constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -42,6 +44,9 @@ test-all:  ## `make test` on each of Python 3.12 and 3.11 found (with parity on 
 
 soak: $(test_installed)  ## Kill a small run KILLS=100 times, and compare it with an undisturbed one
 	$(bin)/python tests/soak.py --kills $(KILLS)
+
+fuzz: $(test_installed)  ## Read CASES=100000 changed files: configs, text, weights, manifests, ...
+	$(bin)/python tests/fuzz.py --cases $(CASES)
 
 lint: $(test_installed)  ## Check style, formatting and types
 	$(bin)/ruff check

@@ -285,7 +285,10 @@ def _config_from_json(content: Mapping[str, Any], file: epath.Path) -> LlamaConf
 def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the types of LlamaConfig's fields; a whole number may stand for a float."""
     types = get_type_hints(LlamaConfig)
-    typed = {n: float(v) if types[n] is float and type(v) is int else v for n, v in values.items()}
+    typed = {
+        n: float(v) if types[n] is float and type(v) is int and abs(v) < 2**63 else v
+        for n, v in values.items()
+    }
     for name, value in typed.items():
         if type(value) is not types[name]:
             raise InputError(f"{name} must be of type {types[name].__name__}, not {value!r}")

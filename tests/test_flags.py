@@ -162,6 +162,7 @@ def test_flags_go_over_the_file(write):
         ("model: {rope_theta: .nan}", "model.rope_theta must be positive, not nan"),
         ("rules: [[a, {name: lora, rank: 99999}]]", "LoRA's rank is at most 65,536, not 99999"),
         ("rules: [[a, {name: mora, 1: 2}]]", "method mora has no field 1"),
+        (f"rules: [[a, {{name: lora, alpha: {10**400}}}]]", "lora's alpha is a number"),
         ("rules: [[[a], train]]", "rules is a list of pairs"),
         ("steps: 0", "steps must be at least 1, not 0"),
         ("- a list", "a config is a mapping of keys to values"),

@@ -204,6 +204,8 @@ def test_absent_fields_have_the_format_s_defaults(tmp_path):
         ({"rope_parameters": {"full_attention": {"rope_theta": 5e3}}}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given twice"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_theta": [1.0]}, "rope_theta must be of type float"),
+        ({"rope_theta": 10**400}, "rope_theta must be of type float"),
         ({"head_dim": 16}, "head_dim 16"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": "32"}, "hidden_size must be of type int"),

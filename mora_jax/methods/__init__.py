@@ -74,7 +74,7 @@ def _build(classes: tuple[type, ...], kind: str, data: Mapping[str, Any]) -> Any
 def _typed(what: str, value: Any, kind: Any) -> Any:
     """The value as a field of this type; YAML reads 1e-3 as a string. Fields of choices check themselves."""
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if kind in (int, float, bool) and type(value) is not kind:
         raise InputError(
