@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mora_jax.attention import Kernel as AttentionKernel
+from mora_jax.attention import attention
 from mora_jax.errors import InputError
 from mora_jax.loss import cross_entropy
 from mora_jax.methods.base import Adapter
@@ -96,7 +98,8 @@ class Compute:
 
     Attributes:
       dtype: type of products and activations.
-      attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16).
+      attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
+        "splash" on TPUs (sequences of a multiple of 128 tokens).
       layers: "unrolled" is fastest, "scan" compiles fastest, "remat" is a scan that keeps least memory.
       loss_chunk: tokens whose logits are held at a time, at most.
       adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
@@ -105,7 +108,7 @@ class Compute:
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: AttentionKernel = "xla"
     layers: Literal["unrolled", "scan", "remat"] = "unrolled"
     loss_chunk: int = 4096
     adapter_path: Path = "auto"
@@ -156,9 +159,7 @@ class Attention(nn.Module):
         kernels = [Kernel((c.hidden_size, w), c.initializer_range, name=name)() for name, w in widths.items()]
         q, k, v = (_heads(y, c.head_dim) for y in _dense(self, x_BTD, kernels))
         q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
-        y_BTNH = jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v, is_causal=True, implementation=self.compute.attention
-        )
+        y_BTNH = attention(q_BTNH, k_BTKH, v, self.compute.attention)
         out = Kernel((q_width, c.hidden_size), c.initializer_range, name="o_proj")()
         return _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], q_width), [out])[0]
 

@@ -8,7 +8,7 @@ with a mesh of other axes, nothing here does anything.
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -147,6 +147,15 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
         if _divides(choice, x.shape, sizes):
             return jax.lax.with_sharding_constraint(x, _canonical(choice, x.ndim, sizes))
     return x
+
+
+def by_device(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Inside jit: a function that each device applies to its own parts of arrays, by the rule of a name."""
+    sizes = _ambient()
+    if not sizes:
+        return function
+    layout = _canonical(_choices(name, RULES)[0], 0, sizes)
+    return jax.shard_map(function, in_specs=layout, out_specs=layout, check_vma=False)
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ FLOORS = (
         "mora_jax.sharding",
         "mora_jax.fused",
     ),
-    ("mora_jax.methods.base",),
+    ("mora_jax.methods.base", "mora_jax.attention"),
     ("mora_jax.methods.mora", "mora_jax.methods.lora", "mora_jax.methods.dora", "mora_jax.methods.linear"),
     ("mora_jax.methods",),
     ("mora_jax.transform", "mora_jax.loss"),

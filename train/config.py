@@ -10,6 +10,7 @@ import tyro
 
 from mora_jax import methods as method_table
 from mora_jax import transform
+from mora_jax.attention import check_splash
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, LlamaConfig
 from mora_jax.methods import Method, MoRA
@@ -103,6 +104,8 @@ class RunConfig:
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if self.compute.attention == "splash":
+            check_splash(self.data.sequence_length)
         if self.rules and self.method != MethodFlags():
             raise InputError("give either rules or method.* fields, not both")
         if self.deterministic and self.compilation.cache != "auto":

@@ -12,6 +12,7 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
 from mora_jax.transform import Methods
+from train.config import RunConfig
 from train.data.read import DataInfo, eval_batches
 from train.progress import progress
 from train.sections import Evaluation
@@ -86,6 +87,15 @@ def check_vocabulary(info: DataInfo, vocab_size: int) -> None:
             f"{info.directory} has a vocabulary of {info.vocab_size} tokens, "
             f"more than model.vocab_size {vocab_size}"
         )
+
+
+def check_mesh(config: RunConfig, mesh: Mesh) -> None:
+    """Raises InputError if a run's batches or heads cannot be divided equally among the devices."""
+    heads, tensor = config.model.num_key_value_heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise InputError(f"mesh.tensor {tensor} must divide model.num_key_value_heads {heads}")
+    check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
+    check_divides("eval.batch_size", config.eval.batch_size, mesh)
 
 
 def check_divides(name: str, batch: int, mesh: Mesh) -> None:

@@ -23,7 +23,7 @@ from train import backend, guard, lock, runs
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
-from train.evaluate import Abandoned, Score, check_divides, check_vocabulary, evaluate
+from train.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.exits import Diverged, Preempted, Stopped, naming
 from train.metrics import Metrics
 from train.plot import plot_loss
@@ -112,15 +112,11 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
             f"{info.directory} has rows of {info.sequence_length} tokens, not data.sequence_length "
             f"{config.data.sequence_length}"
         )
-    if config.model.num_key_value_heads % mesh.shape["tensor"]:
-        raise InputError(
-            f"mesh.tensor {mesh.shape['tensor']} must divide model.num_key_value_heads "
-            f"{config.model.num_key_value_heads}"
-        )
-    check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
-    check_divides("eval.batch_size", config.eval.batch_size, mesh)
+    check_mesh(config, mesh)
     if config.compute.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
+    if config.compute.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
+        raise InputError("compute.attention splash needs a TPU, and there is none here; use cudnn or xla")
 
 
 def start(

@@ -1,0 +1,63 @@
+"""Causal grouped-query attention, by one of three kernels.
+
+Legend of shapes in names: B batch, T sequence, N query heads, K key/value heads, H head width.
+"""
+
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+
+Kernel: TypeAlias = Literal["xla", "cudnn", "splash"]
+# Of queries and of keys that the splash kernel holds at a time: the largest that divides the sequence.
+SPLASH_BLOCKS = (512, 256, 128)
+_BLOCK_FIELDS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    kernel: Kernel = "xla",
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v, where each place sees itself and those before it.
+
+    Raises:
+      InputError: if the splash kernel cannot divide the sequence into blocks.
+    """
+    if kernel != "splash":
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=kernel)
+    check_splash(q_BTNH.shape[1])
+    # GSPMD cannot divide a Pallas call: each device is told to compute its own rows and heads.
+    return sharding.by_device(_splash, "activations/heads")(q_BTNH, k_BTKH, v_BTKH)
+
+
+def check_splash(length: int) -> None:
+    """Raises InputError if sequences of this length cannot be divided into blocks."""
+    if length % SPLASH_BLOCKS[-1]:
+        raise InputError(
+            f"compute.attention splash needs sequences of a multiple of {SPLASH_BLOCKS[-1]} tokens, "
+            f"not {length}; use xla"
+        )
+
+
+def _splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
+    """By JAX's kernel for TPUs, which never holds the scores of a whole sequence."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and for TPUs alone
+
+    length, heads, width = q_BTNH.shape[1:]
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
+        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(_BLOCK_FIELDS, block)),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    q_BTNH = (q_BTNH.astype(jnp.float32) / width**0.5).astype(q_BTNH.dtype)  # the kernel does not scale
+    q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    y_BNTH: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH)  # pyright: ignore[reportAssignmentType]
+    return y_BNTH.swapaxes(1, 2)
