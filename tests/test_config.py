@@ -1,6 +1,7 @@
 """Configs: refused where they are built, the same after YAML, and those in configs/ fit their models."""
 
 import math
+import re
 import typing
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from train.config import RunConfig
 from train.step import init_params
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-PAPER = [path for path in CONFIGS if path.stem.startswith(("250m", "1_3b"))]
+PRESETS = [path for path in CONFIGS if path.stem.startswith("1_3b_remora_")]
+PAPER = [path for path in CONFIGS if path.stem.startswith(("250m", "1_3b")) and path not in PRESETS]
 PARAMETERS = {"250m": 247.5e6, "1_3b": 1339.5e6}
 RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(100, 10)}
 
@@ -161,6 +163,21 @@ def test_a_config_fits_its_model(path):
         entries = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
         assert abs(entries - PARAMETERS[path.stem[:4]]) < 0.1e6
         assert not config.model.tie_word_embeddings
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_trains_what_its_run_trains(path):
+    """Only how it is computed differs."""
+    preset, run = (
+        dict(flags.flatten(c.to_plain(flags.read_config(str(p)))))
+        for p in (path, path.parent / "1_3b_remora.yaml")
+    )
+    differs = {name for name in run if preset[name] != run[name]}
+    assert differs
+    how = re.compile(r"microbatches|mesh\..*|compute\.(attention|layers)|eval\.batch_size")
+    assert all(how.fullmatch(name) for name in differs), differs
+    shards = preset["mesh.data"] * preset["mesh.fsdp"]
+    assert preset["batch_size"] % (preset["microbatches"] * shards) == preset["eval.batch_size"] % shards == 0
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

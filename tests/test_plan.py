@@ -85,7 +85,7 @@ def test_simulated_devices(capsys, tiny_yaml, tmp_path):
 
 
 def test_every_program(config):
-    names = [program.name for program in plan(config, "", 2, 80.0, every_program=True).programs]
+    names = [program.name for program in plan(config, "", 2, 80.0, ["train", "restart", "eval"]).programs]
     assert names == ["train_step", "restart_step", "eval_step"]
 
 
@@ -96,8 +96,17 @@ def test_what_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
     assert "It does not fit." in capsys.readouterr().out
 
 
-def test_unknown_memory_leaves_it_open(config):
-    assert make_plan(config, targets.simulated(1, 0.0)).fits() is None
+def test_what_is_not_known_is_left_open(config):
+    made = make_plan(config, targets.simulated(1, 0.0))
+    assert made.fits() is None
+    peak, state = made.programs[0].peak, made.held.total()
+    assert peak > state
+    by_size = {
+        size: dataclasses.replace(made, usable=size).fits() for size in (peak, peak - 1, state, state - 1)
+    }
+    assert list(by_size.values()) == [True, None, None, False]
+    tpu = dataclasses.replace(made, compiler="TPU compiler (libtpu)", usable=peak - 1)
+    assert tpu.fits() is False
 
 
 @pytest.mark.parametrize(
@@ -163,3 +172,19 @@ def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path):
     assert train["flops"] > 0
     sent = sum(c["sent"] for c in train["collectives"])
     assert sent == pytest.approx(sum(e["base"] + e["adapters"] for e in figures["expected"]), rel=0.02)
+
+
+@needs_libtpu
+def test_splash_attention_by_the_tpu_compiler(tiny_yaml, tmp_path):
+    """Heads of 48, as 250M has them, divided over `tensor`; rows over `data`."""
+    words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2", "--compute.dtype", "bfloat16"]
+    words += ["--data.sequence-length", "128", "--model.max-position-embeddings", "128"]
+    words += ["--model.hidden-size", "96", "--model.intermediate-size", "128"]
+    figures = {
+        kernel: planned_for_tpus(str(tiny_yaml), *words, "--compute.attention", kernel, folder=tmp_path)
+        for kernel in ("splash", "xla")
+    }
+    assert figures["splash"]["fits"]
+    assert figures["splash"]["held"] == figures["xla"]["held"]
+    axes = {c["axes"] for c in figures["splash"]["programs"][0]["collectives"]}
+    assert axes == {c["axes"] for c in figures["xla"]["programs"][0]["collectives"]}

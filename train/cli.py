@@ -107,6 +107,27 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanTable:
+    """Plans of several configs on several slices of TPUs as one table in Markdown.
+
+    Each config is divided over all chips of a slice, with layers recomputed and splash attention.
+
+    Attributes:
+      configs: YAML files.
+      topologies: slices of TPUs, such as v5e:2x4 v5e:16x16.
+      sequences: of a microbatch on one chip, at most.
+      out: JSON file that keeps every plan: what is in it is not compiled again.
+      state_only: compile nothing: of what is not in the file, show the sizes of the state and the formula.
+    """
+
+    configs: tuple[str, ...]
+    topologies: tuple[str, ...]
+    sequences: int = 4
+    out: str = "plans.json"
+    state_only: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Validation perplexity of a run or of an exported model.
 
@@ -217,10 +238,20 @@ def plan(command: Plan) -> None:
     from train.plan.report import plan as make
     from train.plan.report import show
 
-    made = make(command.run, command.topology, command.devices, command.memory, command.every_program)
+    programs = ["train", *(["restart"] if command.run.restart.every else []), "eval"]
+    programs = programs if command.every_program else programs[:1]
+    made = make(command.run, command.topology, command.devices, command.memory, programs)
     show(made, command.config, command.out)
     if made.fits() is False:
         raise SystemExit(1)
+
+
+def plan_table(command: PlanTable) -> None:
+    """Runs `mora plan-table`."""
+    from train.plan.table import make_table
+
+    slices, compiling = command.topologies, not command.state_only
+    print(make_table(command.configs, slices, command.sequences, command.out, compiling))
 
 
 def evaluate(command: Evaluate) -> None:
@@ -304,6 +335,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train-tokenizer": (TrainTokenizer, train_tokenizer),
     "pretrain": (Pretrain, pretrain),
     "plan": (Plan, plan),
+    "plan-table": (PlanTable, plan_table),
     "evaluate": (Evaluate, evaluate),
     "checkpoints": (ListCheckpoints, list_checkpoints),
     "export": (Export, export),

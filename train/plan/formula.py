@@ -4,9 +4,10 @@ Every figure is what one device sends in one step by ring algorithms, over the n
 
 - fsdp: each microbatch gathers every divided array, kernels in the type of the products and others in their
   own, for the forward and again for the backward pass (embedding and head once): (n - 1) / n of its bytes. It
-  scatters the float32 gradient of every trained one: (n - 1) / n of its bytes.
-- data, and fsdp too for arrays that are whole on each device: each microbatch sums the float32 gradient of
-  every trained array, or of the part of it that a device holds: 2 (n - 1) / n of its bytes.
+  scatters the gradient of every trained one, adapters' in the type of the products and others in float32:
+  (n - 1) / n of its bytes.
+- data, and fsdp too for arrays that are whole on each device: each microbatch sums the gradient of every
+  trained array, or of the part of it that a device holds: 2 (n - 1) / n of its bytes.
 - tensor: each microbatch sums the outputs of attention and MLP of every layer in the forward pass and the
   gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
 
@@ -66,28 +67,30 @@ def _of_array(
 ) -> Iterator[tuple[str, str, float]]:
     """(kind, axes, bytes) of what one microbatch sends for one array."""
     divided = _divided(leaf)
+    products = jnp.dtype(config.compute.dtype)
     mine = leaf.size / math.prod(mesh[axis] for axis in divided if axis != "fsdp")
     if "fsdp" in divided:
-        kind = jnp.dtype(config.compute.dtype) if path.endswith("kernel") else leaf.dtype
+        kind = products if path.endswith("kernel") else leaf.dtype
         uses = 1 if path.endswith(ONCE) else 2
         yield "all-gather", "fsdp", uses * mine * kind.itemsize * SENT["all-gather"](mesh["fsdp"])
     if not trained:
         return
+    gradient = products.itemsize if path.startswith("adapters/") else 4
     if "fsdp" in divided:
-        yield "reduce-scatter", "fsdp", mine * 4 * SENT["reduce-scatter"](mesh["fsdp"])
+        yield "reduce-scatter", "fsdp", mine * gradient * SENT["reduce-scatter"](mesh["fsdp"])
         mine /= mesh["fsdp"]
-    axes = [a for a in ("data", "fsdp") if mesh.get(a, 1) > 1 and a not in divided]
+    axes = [a for a in ("data", "fsdp") if mesh[a] > 1 and a not in divided]
     if axes:
         count = math.prod(mesh[axis] for axis in axes)
-        yield "all-reduce", "+".join(axes), mine * 4 * SENT["all-reduce"](count)
+        yield "all-reduce", "+".join(axes), mine * gradient * SENT["all-reduce"](count)
 
 
 def _activations(config: RunConfig, mesh: Mapping[str, int]) -> int:
     """Bytes a step over `tensor`."""
-    shards = mesh["data"] * mesh.get("fsdp", 1)
+    shards = mesh["data"] * mesh["fsdp"]
     entries = config.tokens_per_step() / shards * config.model.hidden_size * config.model.num_hidden_layers
     size = entries * jnp.dtype(config.compute.dtype).itemsize
-    return round(4 * size * SENT["all-reduce"](mesh.get("tensor", 1)))
+    return round(4 * size * SENT["all-reduce"](mesh["tensor"]))
 
 
 def _divided(leaf: jax.ShapeDtypeStruct) -> set[str]:

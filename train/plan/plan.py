@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import jax
 from mora_jax import sharding
 from train import runs
 from train.config import RunConfig
-from train.evaluate import check_divides
+from train.evaluate import check_mesh
 from train.plan.formula import Expected, expected
-from train.plan.programs import Program, eval_program, restart_program, train_program
-from train.plan.targets import Target
+from train.plan.programs import PROGRAMS, Program
+from train.plan.targets import CPU_COMPILER, Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,40 +66,48 @@ class Plan:
     expected: list[Expected]
 
     def fits(self) -> bool | None:
-        """Whether every program fits; None where nothing is known of the devices' memory."""
+        """Whether every program fits.
+
+        None where that is not known: the devices' memory is not, or they are simulated, the state fits, and
+        only by the CPU compiler's figures a program does not.
+        """
         if any(program.refused for program in self.programs):
             return False
-        return all(p.peak <= self.usable for p in self.programs) if self.usable else None
+        if not self.usable or self.held.total() > self.usable:
+            return False if self.usable else None
+        fits = all(program.peak <= self.usable for program in self.programs)
+        return fits or (None if self.simulated() else False)
+
+    def simulated(self) -> bool:
+        """Whether CPU devices stand in the place of others."""
+        return self.compiler == CPU_COMPILER
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON has it."""
         return dataclasses.asdict(self) | {"fits": self.fits()}
 
 
-def make_plan(config: RunConfig, target: Target, every_program: bool = False) -> Plan:
-    """Compiles a config's training step for a target, and with `every_program` its restart and evaluation.
+def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("train",)) -> Plan:
+    """Compiles a config's programs for a target: "train", "restart" and "eval"; with none, only the state's
+    sizes and the formula are there.
 
     Raises:
       InputError: if mesh, batches and devices do not fit each other.
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
-    check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
+    check_mesh(config, mesh)
     methods = runs.assign_methods(config)
     state = runs.abstract_state(config, methods, mesh)
-    make = [train_program]
-    if every_program:
-        check_divides("eval.batch_size", config.eval.batch_size, mesh)
-        make += [restart_program, eval_program] if config.restart.every else [eval_program]
     return Plan(
         target=target.name,
         compiler=target.compiler,
         devices=mesh.size,
         mesh=dict(mesh.shape),
-        sequences=config.batch_size / config.microbatches / mesh.size,
+        sequences=config.batch_size / config.microbatches / sharding.batch_shards(mesh),
         microbatches=config.microbatches,
         usable=target.memory,
         held=held(state),
-        programs=[program(config, methods, state, mesh) for program in make],
+        programs=[PROGRAMS[name](config, methods, state, mesh) for name in programs],
         expected=expected(config, methods, state, mesh),
     )
 

@@ -64,6 +64,9 @@ def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) ->
     return _compiled(eval_step, mesh, model, methods, state.params, state.adapters, tokens_BT, weights_B)
 
 
+PROGRAMS = {"train": train_program, "restart": restart_program, "eval": eval_program}
+
+
 def _tokens(rows: int, config: RunConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
     shape = (rows, config.data.sequence_length)
     return jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.batch(mesh))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -18,7 +19,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def plan(
-    config: RunConfig, topology_name: str, devices: int, memory: float, every_program: bool = False
+    config: RunConfig, topology_name: str, devices: int, memory: float, programs: Sequence[str] = ("train",)
 ) -> Plan:
     """Plans for a topology of TPUs, or for so many simulated devices of `memory` GiB.
 
@@ -28,16 +29,21 @@ def plan(
     if bool(topology_name) == bool(devices):
         raise InputError("mora plan needs one of --topology, such as v5e:16x16, and --devices, such as 8")
     use_no_accelerator()
-    if config.compute.attention == "cudnn":  # no part of the state, and of the rest an upper bound
-        config = _without_cudnn(config, topology_name)
+    config = _with_attention_for(config, topology_name)
     target = topology(topology_name) if topology_name else simulated(devices, memory)
     with Console(stderr=True).status(f"compiling for {target.name}"):
-        return make_plan(config, target, every_program)
+        return make_plan(config, target, programs)
 
 
-def _without_cudnn(config: RunConfig, topology_name: str) -> RunConfig:
-    if topology_name:
-        raise InputError("compute.attention cudnn needs an NVIDIA GPU; TPUs take xla")
+def _with_attention_for(config: RunConfig, topology_name: str) -> RunConfig:
+    """With a kernel that the compiler has: the CPU's has xla alone, which needs more memory than cudnn."""
+    kernel = config.compute.attention
+    if topology_name and kernel == "cudnn":
+        raise InputError("compute.attention cudnn needs NVIDIA GPUs; TPUs take splash or xla")
+    if not topology_name and kernel == "splash":
+        raise InputError("compute.attention splash needs TPUs; GPUs take cudnn or xla")
+    if kernel != "cudnn":
+        return config
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
 
 
@@ -115,13 +121,17 @@ def _conclusions(plan: Plan) -> list[str]:
     base, adapters = (sum(getattr(e, name) for e in plan.expected) for name in ("base", "adapters"))
     of_sent = adapters / (base + adapters) if base + adapters else 0.0
     lines = [f"Adapters are {of_state:.1%} of the state and {of_sent:.1%} of what is expected to be sent."]
-    if "CPU" in plan.compiler:
+    if plan.simulated():
         lines.append(
             "The state is exact. Peak, temporary and collectives are the CPU compiler's, and attention is "
             "xla's: a GPU's differ."
         )
-    verdict = {True: "It fits.", False: "It does not fit.", None: "Whether it fits is not known: --memory."}
-    return [*lines, verdict[plan.fits()]]
+    open_question = (
+        "The state fits; by the CPU compiler's figures the program would not, which on a GPU is not known."
+        if plan.usable
+        else "Whether it fits is not known: --memory says what a device has."
+    )
+    return [*lines, {True: "It fits.", False: "It does not fit.", None: open_question}[plan.fits()]]
 
 
 def _size(size: float) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from mora_jax.errors import InputError
 
 GIB = 2**30
+CPU_COMPILER = "CPU compiler"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +59,21 @@ class Target:
     memory: int
 
 
+def chips(name: str) -> int:
+    """The chips of a topology such as "v5e:16x16". Raises InputError for a name that is none."""
+    chip, _, shape = name.partition(":")
+    if chip not in CHIPS or not re.fullmatch(rf"\d+(x\d+){{{CHIPS[chip].dimensions - 1}}}", shape):
+        raise InputError(_unknown(name))
+    return math.prod(int(side) for side in shape.split("x"))
+
+
 def topology(name: str) -> Target:
     """The devices of a TPU topology such as "v5e:16x16", known to the TPU compiler without any TPU.
 
     Raises:
       InputError: if the compiler (libtpu) is not installed, or does not know the topology.
     """
-    chip, _, shape = name.partition(":")
-    if (
-        chip not in CHIPS
-        or not re.fullmatch(r"\d+(x\d+)*", shape)
-        or shape.count("x") + 1 != CHIPS[chip].dimensions
-    ):
-        raise InputError(_unknown(name))
+    alone = chips(name) == 1
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("--topology needs the TPU compiler: pip install 'mora_jax[tpu]' (Linux x86-64)")
     from importlib.metadata import version
@@ -77,13 +81,13 @@ def topology(name: str) -> Target:
     from jax.experimental import topologies
 
     _prepare_libtpu()
-    single = {"chips_per_host_bounds": [1, 1, 1]} if set(shape.split("x")) == {"1"} else {}
+    single = {"chips_per_host_bounds": [1, 1, 1]} if alone else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **single)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"{_unknown(name)} ({str(error).splitlines()[0]})") from error
     compiler = f"TPU compiler (libtpu {version('libtpu')})"
-    return Target(name, compiler, list(found.devices), round(CHIPS[chip].usable * GIB))
+    return Target(name, compiler, list(found.devices), round(CHIPS[name.partition(":")[0]].usable * GIB))
 
 
 def simulated(count: int, memory: float) -> Target:
@@ -99,7 +103,7 @@ def simulated(count: int, memory: float) -> Target:
     here = jax.devices("cpu")
     if len(here) < count:
         raise InputError(f"JAX has started with {len(here)} CPU devices; {count} are asked for")
-    return Target(f"{count} simulated devices", "CPU compiler", here[:count], round(memory * GIB))
+    return Target(f"{count} simulated devices", CPU_COMPILER, here[:count], round(memory * GIB))
 
 
 def use_no_accelerator() -> None:
