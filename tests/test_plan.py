@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -18,6 +19,8 @@ from train.plan import targets
 from train.plan.formula import expected
 from train.plan.plan import held, make_plan
 from train.plan.report import plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -52,6 +55,22 @@ def test_the_state_that_one_device_holds(abstract):
     )
 
 
+@pytest.mark.parametrize("name", ["250m_remora", "1_3b_remora", "7b_remora"])
+def test_what_a_device_holds_falls_as_devices_are_added(name):
+    """To 1 / N of the whole, within a tenth: vectors alone are whole on each."""
+    config = flags.read_config(str(CONFIGS / f"{name}.yaml"))
+    methods = runs.assign_methods(config)
+    whole = held(runs.abstract_state(config, methods, divided(1)))
+    for count in (8, 64, 256):
+        part = held(runs.abstract_state(config, methods, divided(count)))
+        assert whole.total() / count < part.total() < 1.1 * whole.total() / count
+        assert part.adapters == whole.adapters / count
+
+
+def divided(count: int) -> AbstractMesh:
+    return AbstractMesh((1, count, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def test_gradients_are_summed_over_data(abstract, config):
     """By hand: embedding, head, norms and adapters are trained, and each is whole on both devices."""
     state, methods, mesh = abstract(data=2)
@@ -63,6 +82,29 @@ def test_gradients_are_summed_over_data(abstract, config):
     assert (line.base, line.adapters) == (trained * 4, adapters * 4)  # 2 (n - 1) / n is 1
     twice = dataclasses.replace(config, microbatches=2)
     assert expected(twice, methods, state, mesh)[0].base == 2 * line.base
+
+
+def test_divided_arrays_are_gathered_and_their_gradients_scattered(abstract, config):
+    """By hand, over two devices that share one copy of the state: half of all is sent each time."""
+    state, methods, mesh = abstract(data=1, fsdp=2)
+    lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
+    d, v, layers = 32, 384, 2
+    adapters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
+    kernels = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params["layers"]) if leaf.ndim == 3)
+    gathers = lines["all-gather", "fsdp"]
+    assert gathers.adapters == 2 * adapters / 2
+    assert gathers.base == (2 * kernels + 2 * v * d * 4) / 2  # embedding and head once
+    scatters = lines["reduce-scatter", "fsdp"]
+    assert (scatters.base, scatters.adapters) == (2 * v * d * 4 / 2, adapters / 2)
+    assert lines["all-reduce", "fsdp"].base == (2 * layers + 1) * d * 4  # norms' scales are whole
+    assert len(lines) == 3
+
+
+def test_activations_are_summed_over_tensor(abstract, config):
+    state, methods, mesh = abstract(data=2, tensor=2)
+    lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
+    tokens, d, layers = 4 * 32 // 2, 32, 2
+    assert lines["all-reduce", "tensor"].base == 4 * layers * tokens * d * 4
 
 
 # The command
