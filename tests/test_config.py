@@ -11,6 +11,7 @@ import yaml
 
 from mora_jax import trees
 from mora_jax.errors import InputError
+from mora_jax.llama import Compute
 from mora_jax.methods import LoRA, Method, MoRA
 from train import config as c
 from train import flags, runs
@@ -28,6 +29,12 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: s.Data("gs://bucket/c4"), r"data\.directory gs://bucket/c4 is no folder: mount the bucket"),
+        (lambda: RunConfig(run_dir="s3://bucket/run"), r"run_dir s3://bucket/run is no folder"),
+        (
+            lambda: RunConfig(compute=Compute(attention="splash"), data=s.Data(sequence_length=200)),
+            r"compute\.attention splash needs sequences of a multiple of 128 tokens, not 200",
+        ),
         (lambda: s.Data(sequence_length=1), r"data\.sequence_length must be at least 2, not 1"),
         (lambda: s.MethodFlags("lora", rank=0), "rank"),
         (lambda: s.MethodFlags("mora", align=0), "align"),

@@ -28,6 +28,7 @@ from train.sections import (
     Restart,
     Schedule,
     at_least,
+    on_disk,
 )
 
 Rule = tuple[str, "Method | str"]
@@ -86,6 +87,7 @@ class RunConfig:
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
+        on_disk("run_dir", self.run_dir)
         if not 0 <= self.seed < 2**32:  # what JAX's keys can tell apart
             raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         at_least("steps", self.steps, 1)

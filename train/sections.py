@@ -30,6 +30,14 @@ def above(name: str, value: float, bound: float) -> None:
         raise InputError(f"{name} must be above {bound}, not {value}")
 
 
+def on_disk(name: str, folder: str) -> None:
+    """Raises InputError for a folder in a bucket: what grows or is read at random must lie on a disk."""
+    if "://" in folder:
+        raise InputError(
+            f"{name} {folder} is no folder: mount the bucket (docs/scaling.md) and give its place"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where the prepared text is.
@@ -43,6 +51,7 @@ class Data:
     sequence_length: int = 512
 
     def __post_init__(self) -> None:
+        on_disk("data.directory", self.directory)
         at_least("data.sequence_length", self.sequence_length, 2)
 
 
