@@ -108,6 +108,11 @@ def _parse(content: bytes) -> Model:
         raise InputError(f"the tokenizer is no SentencePiece model: {error}") from error
     if not model.pieces:
         raise InputError("the tokenizer is no SentencePiece model: it has no pieces")
+    spec = model.trainer_spec
+    special = (spec.unk_piece, spec.bos_piece, spec.eos_piece, spec.pad_piece, spec.unk_surface)
+    texts = [piece.piece for piece in model.pieces] + [*special, model.normalizer_spec.name]
+    if not all(isinstance(text, str) for text in texts):  # protobuf gives bytes for what is not UTF-8
+        raise InputError("the tokenizer is damaged: a piece is not UTF-8 text")
     return model
 
 

@@ -29,6 +29,14 @@ def test_files_are_good_before_they_are_changed(target: str, tmp_path: Path, mon
     read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [("weights", 36), ("weights", 1752), ("config", 401), ("tokenizer", 142), ("tokenizer", 709)],
+)
+def test_what_once_crashed(target: str, number: int, tmp_path: Path):
+    assert not fuzz.crash(target, 0, number, tmp_path / "case")
+
+
 def test_a_crash_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def careless(folder: Path) -> None:
         raise KeyError(folder.name)

@@ -105,7 +105,7 @@ def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor
         raise InputError(f"tokenizer {path} is empty; give a SentencePiece .model file")
     try:
         return spm.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a SentencePiece model; give a .model file") from error
 
 
