@@ -28,7 +28,15 @@ FLOORS = (
     ("train.progress", "train.sections", "train.exits", "train.lock"),
     ("train.preempt",),
     ("train.data", "train.config", "train.manifest", "train.metrics", "train.plot"),
-    ("train.flags", "train.optim", "train.watch", "train.checkpoint", "train.backend", "train.guard"),
+    (
+        "train.flags",
+        "train.distributed",
+        "train.optim",
+        "train.watch",
+        "train.checkpoint",
+        "train.backend",
+        "train.guard",
+    ),
     ("train.step",),
     ("train.runs", "train.evaluate"),
     (

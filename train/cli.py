@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -227,10 +228,22 @@ def pretrain(command: Pretrain) -> None:
     if command.dry_run:
         from train.describe import print_description
 
-        return print_description(command.run)
+        print_description(command.run)
+    else:
+        train(command)
+
+
+def train(command: Pretrain) -> None:
+    """Trains, as one of several processes where it is so."""
+    import jax
+
+    from train.distributed import joined
     from train.loop import pretrain as run
 
-    return print_summary(run(command.run, command.resume), command.run.run_dir)
+    with joined(command.run.distributed, explain):
+        summary = run(command.run, command.resume)
+        if jax.process_index() == 0:
+            print_summary(summary, command.run.run_dir)
 
 
 def plan(command: Plan) -> None:
@@ -353,19 +366,29 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. What ends it early is one line on stderr and a status of `train.exits`."""
     try:
         run(sys.argv[1:] if args is None else list(args))
-    except InputError as error:
-        _end(str(error), exits.BAD_INPUT)
-    except exits.Stopped as stopped:
-        _end(str(stopped), stopped.status)
-    except OSError as error:
-        _end(f"{error.filename or 'input or output'}: {error.strerror or error}", exits.DISK)
-    except KeyboardInterrupt:
-        _end("interrupted", exits.INTERRUPTED)
+    except (InputError, exits.Stopped, OSError, KeyboardInterrupt) as error:
+        raise SystemExit(explain(error)) from None
 
 
-def _end(line: str, status: int) -> NoReturn:
+def explain(error: BaseException) -> int:
+    """Says in one line on stderr what ended a command, or shows where a bug is; the status to exit with."""
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else bool(error.code)
+        case InputError():
+            line, status = str(error), exits.BAD_INPUT
+        case exits.Stopped():
+            line, status = str(error), error.status
+        case OSError():
+            line = f"{error.filename or 'input or output'}: {error.strerror or error}"
+            status = exits.DISK
+        case KeyboardInterrupt():
+            line, status = "interrupted", exits.INTERRUPTED
+        case _:
+            traceback.print_exception(error)
+            return exits.BUG
     print(f"mora: {line}", file=sys.stderr)
-    raise SystemExit(status) from None
+    return status
 
 
 def run(args: list[str]) -> None:

@@ -20,6 +20,7 @@ from train.sections import (
     Checkpoint,
     Compilation,
     Data,
+    Distributed,
     Evaluation,
     Log,
     Mesh,
@@ -60,6 +61,7 @@ class RunConfig:
       compilation: how programs are compiled.
       log: who is told.
       mesh: how the devices are laid out.
+      distributed: the processes that the run is made of.
       rules: (regex of paths, method | "train" | "frozen"), first match wins; YAML and Python only, instead
         of `method`.
     """
@@ -84,6 +86,7 @@ class RunConfig:
     compilation: Compilation = dataclasses.field(default_factory=Compilation)
     log: Log = dataclasses.field(default_factory=Log)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:

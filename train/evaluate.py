@@ -1,5 +1,6 @@
 """Perplexity on the validation split."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -63,18 +64,21 @@ def evaluate(
     """
     check_vocabulary(info, model.config.vocab_size)
     check_divides("eval.batch_size", how.batch_size, mesh)
-    batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None)
+    held = sharding.local_rows(mesh, how.batch_size)
+    batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None, held)
     total = count = 0.0
     rows = info.rows["validation"]
     total_rows = min(rows, how.max_batches * how.batch_size or rows)
-    with jax.set_mesh(mesh), progress("evaluating", total_rows, "rows") as advance:
+    first = jax.process_index() == 0
+    shown = progress("evaluating", total_rows, "rows") if first else contextlib.nullcontext(lambda n: None)
+    with jax.set_mesh(mesh), shown as advance:
         for tokens_BT, weights_B in batches:
             if stopping():
                 raise Abandoned
-            on_device = jax.device_put((tokens_BT, weights_B), sharding.batch(mesh))
+            on_device = sharding.to_global(mesh, how.batch_size, tokens_BT, weights_B)
             loss, predictions = eval_step(model, methods, params, adapters, *on_device)
             total, count = total + float(loss), count + float(predictions)
-            advance(int(weights_B.sum()))
+            advance(int(weights_B.sum()) * how.batch_size / len(held))
     if not count:
         raise InputError(f"{info.directory} has no validation rows")
     return Score(total / count, int(count))

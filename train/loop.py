@@ -67,7 +67,9 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
         first, folder = int(state.step), epath.Path(config.run_dir)
         if first == config.steps and (folder / SUMMARY).exists():
             return json.loads((folder / SUMMARY).read_text())
-        batches = on_devices(train_batches(info, config.batch_size, config.seed, first), mesh)
+        held = sharding.local_rows(mesh, config.batch_size)
+        batches = train_batches(info, config.batch_size, config.seed, first, held)
+        batches = on_devices(batches, mesh, config.batch_size)
         metrics = Metrics(config.run_dir, config.steps, first, config.log.wandb, evaluated=score is not None)
         with metrics:
             runs.claim(config)  # only now, so that bad input leaves no half-made run behind
@@ -172,11 +174,11 @@ def tell(sentence: str) -> None:
         print(f"mora: {sentence}", file=sys.stderr, flush=True)
 
 
-def on_devices(batches: Iterator[np.ndarray], mesh: Mesh) -> Iterator[jax.Array]:
-    """Moves each batch to the devices one step before it is asked for."""
+def on_devices(batches: Iterator[np.ndarray], mesh: Mesh, rows: int) -> Iterator[jax.Array]:
+    """Moves each global batch to the devices, this process its own rows, one step before it is asked for."""
     ahead: collections.deque[jax.Array] = collections.deque()
     for batch_BT in batches:
-        ahead.append(jax.device_put(batch_BT, sharding.batch(mesh)))
+        ahead += sharding.to_global(mesh, rows, batch_BT)
         if len(ahead) > 1:
             yield ahead.popleft()
 
@@ -217,10 +219,8 @@ def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float)
 
 
 def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second: float) -> dict[str, Any]:
-    """Draws loss.png and writes summary.json; the summary is returned."""
+    """Process 0 draws loss.png and writes summary.json; the summary is returned."""
     folder = epath.Path(config.run_dir)
-    with naming(folder / "loss.png"):
-        plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
     summary = {
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step(),
@@ -231,6 +231,10 @@ def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second:
         "tokens_per_second": tokens_per_second,
         "device": jax.devices()[0].device_kind,
     }
+    if jax.process_index() > 0:
+        return summary
+    with naming(folder / "loss.png"):
+        plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
     part = folder / f"{SUMMARY}.part"
     with naming(part):
         part.write_text(json.dumps(summary, indent=2) + "\n")

@@ -24,7 +24,7 @@ from train.step import TrainState, init_params, init_state, random_state
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 # What a resumed run may have otherwise: none of it changes what is computed.
-OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log")
+OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log", "mesh", "distributed")
 
 
 def check_free(config: RunConfig, resume: bool) -> None:
@@ -52,7 +52,9 @@ def check_free(config: RunConfig, resume: bool) -> None:
 
 
 def claim(config: RunConfig) -> None:
-    """Writes the config into the run's folder, which holds a run from then on."""
+    """Process 0 writes the config into the run's folder, which holds a run from then on."""
+    if jax.process_index() > 0:
+        return
     part = epath.Path(config.run_dir) / f"{CONFIG}.part"
     with naming(part):
         part.write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))

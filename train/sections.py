@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 from mora_jax.errors import InputError
@@ -315,3 +316,39 @@ class Mesh:
                 at_least(f"mesh.{axis}", size, 1)
         if list(sizes.values()).count(-1) > 1:
             raise InputError(f"only one of {', '.join(f'mesh.{axis}' for axis in sizes)} may be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """The processes that a run is made of. Slurm, Open MPI and TPU pods are known by their environment.
+
+    Attributes:
+      coordinator_address: host:port of process 0, where the processes meet; empty for what the environment
+        says.
+      num_processes: processes, with a coordinator_address.
+      process_id: which of them this is, from 0, with a coordinator_address.
+      initialization_timeout: seconds that the processes wait for each other at the start.
+      heartbeat_timeout: seconds of silence after which a process counts as gone.
+    """
+
+    coordinator_address: str = ""
+    num_processes: int = 1
+    process_id: int = 0
+    initialization_timeout: int = 300
+    heartbeat_timeout: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("distributed.num_processes", self.num_processes, 1)
+        at_least("distributed.initialization_timeout", self.initialization_timeout, 1)
+        at_least("distributed.heartbeat_timeout", self.heartbeat_timeout, 1)
+        if not 0 <= self.process_id < self.num_processes:
+            raise InputError(
+                f"distributed.process_id {self.process_id} must lie in [0, distributed.num_processes "
+                f"{self.num_processes})"
+            )
+        if self.num_processes > 1 and not self.coordinator_address:
+            raise InputError("distributed.num_processes needs distributed.coordinator_address, host:port")
+        if self.coordinator_address and not re.fullmatch(r".+:\d+", self.coordinator_address):
+            raise InputError(
+                f"distributed.coordinator_address is host:port, not {self.coordinator_address!r}"
+            )

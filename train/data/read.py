@@ -75,8 +75,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, "R"] | None = None,
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """Endless batches of training rows, int32, read ahead in threads; every epoch in another order.
 
@@ -84,15 +83,15 @@ def train_batches(
       batch_size: rows of the global batch.
       seed: of the order.
       start_step: the first step to yield; step s is the same whatever was read before.
-      process_index: this process takes every `process_count`-th row of the global batch, from this one on.
+      rows: which rows of each global batch are wanted here; all by default.
 
     Yields:
-      (batch_size / process_count, T).
+      (R, T).
 
     Raises:
-      InputError: a batch that does not divide by the processes, or that is larger than the split.
+      InputError: a batch that is larger than the split.
     """
-    _local_batch_size(batch_size, process_count)
+    here = np.arange(batch_size) if rows is None else rows
     if info.rows["train"] < batch_size:
         raise InputError(
             f"{info.directory} has {info.rows['train']} training rows, fewer than one batch of {batch_size}; "
@@ -101,8 +100,7 @@ def train_batches(
     order = _order(info.rows["train"], seed)
 
     def rows_of(step: int) -> list:
-        here = range(step * batch_size + process_index, (step + 1) * batch_size, process_count)
-        return [order[position] for position in here]
+        return [order[step * batch_size + int(row)] for row in here]
 
     return _read(info, "train", grain.MapDataset.range(start_step, sys.maxsize).map(rows_of))
 
@@ -119,23 +117,26 @@ def eval_batches(
     split: str,
     batch_size: int,
     max_batches: int | None,
-    process_index: int = 0,
-    process_count: int = 1,
+    here: Int[np.ndarray, "R"] | None = None,
 ) -> Iterator[tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B"]]]:
     """Rows of a split in order, in batches of one shape; at most `max_batches`, None for the whole split.
 
+    Args:
+      batch_size: rows of a global batch.
+      here: which rows of each global batch are wanted here; all by default.
+
     Yields:
-      rows (batch_size / process_count, T), int32, and their weights: 1, or 0 for a row that only fills up the
-      last batch. All processes yield equally often.
+      rows (R, T), int32, and their weights: 1, or 0 for a row that only fills up the last batch. It yields
+      equally often whatever rows are wanted.
 
     Raises:
-      InputError: a batch that does not divide by the processes, or no such split.
+      InputError: no such split.
     """
-    local = _local_batch_size(batch_size, process_count)
     if split not in info.rows:
         raise InputError(f"{info.directory} has no split {split!r}; it has {', '.join(info.rows)}")
     count = -(-info.rows[split] // batch_size)
-    rows = np.arange(process_index, count * batch_size, process_count).reshape(count, local)[:max_batches]
+    rows = np.arange(count * batch_size).reshape(count, batch_size)[:max_batches]
+    rows = rows if here is None else rows[:, here]
     weights = (rows < info.rows[split]).astype(np.float32)
     rows = np.minimum(rows, info.rows[split] - 1)  # the last row fills up the last batch
     steps = grain.MapDataset.range(len(rows)).map(lambda step: rows[step].tolist())
@@ -163,12 +164,6 @@ def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.nd
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
     return iter(steps.map(fetch).to_iter_dataset(options))  # pyright: ignore[reportCallIssue]
-
-
-def _local_batch_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(f"batch_size {batch_size} does not divide evenly among {process_count} processes")
-    return batch_size // process_count
 
 
 def _unigram(info: DataInfo) -> list[np.ndarray]:
