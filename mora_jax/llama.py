@@ -8,6 +8,7 @@ H head width, V vocabulary, L layers.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mora_jax import sharding
 from mora_jax.attention import Kernel as AttentionKernel
 from mora_jax.attention import attention
 from mora_jax.errors import InputError
@@ -101,7 +103,7 @@ class Compute:
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
         "splash" on TPUs (sequences of a multiple of 128 tokens).
       layers: "unrolled" is fastest, "scan" compiles fastest, "remat" is a scan that keeps least memory.
-      loss_chunk: tokens whose logits are held at a time, at most.
+      loss_chunk: tokens whose logits a device holds at a time, at most.
       adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
         "compressed" activations or "folded" from the kernels' if these are named, or by "activation";
         "auto" chooses.
@@ -127,9 +129,9 @@ class Kernel(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Adapter | None]:
+    def __call__(self) -> tuple[str, Array, Adapter | None]:
         w = self.param("kernel", nn.initializers.normal(self.std), self.shape)
-        return w, self.get_variable("adapter", "kernel", None)
+        return "/".join((*self.path, "kernel")), w, self.get_variable("adapter", "kernel", None)
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +159,10 @@ class Attention(nn.Module):
         q_width, kv_width = c.hidden_size, c.num_key_value_heads * c.head_dim
         widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
         kernels = [Kernel((c.hidden_size, w), c.initializer_range, name=name)() for name, w in widths.items()]
-        q, k, v = (_heads(y, c.head_dim) for y in _dense(self, x_BTD, kernels))
+        q, k, v = (
+            sharding.constrain(_heads(y, c.head_dim), "activations/heads")
+            for y in _dense(self, x_BTD, kernels)
+        )
         q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
         y_BTNH = attention(q_BTNH, k_BTKH, v, self.compute.attention)
         out = Kernel((q_width, c.hidden_size), c.initializer_range, name="o_proj")()
@@ -176,7 +181,8 @@ class MLP(nn.Module):
         wide = (c.hidden_size, c.intermediate_size)
         kernels = [Kernel(wide, c.initializer_range, name=name)() for name in ("gate_proj", "up_proj")]
         # Whatever the width, the products have whole tiles: behind F all is zero, and silu(0) * 0 as well.
-        gate_BTF, up_BTF = _dense(self, x_BTD, kernels, TILE)
+        ys_BTF = _dense(self, x_BTD, kernels, sharding.tile(c.intermediate_size, TILE))
+        gate_BTF, up_BTF = (sharding.constrain(y_BTF, "activations/mlp") for y_BTF in ys_BTF)
         down = Kernel((c.intermediate_size, c.hidden_size), c.initializer_range, name="down_proj")()
         return _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
 
@@ -191,9 +197,11 @@ class Block(nn.Module):
     def __call__(self, x_BTD: Array, rope: tuple[Array, Array]) -> tuple[Array, None]:
         eps = self.config.rms_norm_eps
         normed_BTD = RMSNorm(eps, name="input_layernorm")(x_BTD)
-        x_BTD = x_BTD + Attention(self.config, self.compute, name="self_attn")(normed_BTD, rope)
+        y_BTD = Attention(self.config, self.compute, name="self_attn")(normed_BTD, rope)
+        x_BTD = sharding.constrain(x_BTD + y_BTD, "activations/residual")
         normed_BTD = RMSNorm(eps, name="post_attention_layernorm")(x_BTD)
-        return x_BTD + MLP(self.config, self.compute, name="mlp")(normed_BTD), None
+        y_BTD = MLP(self.config, self.compute, name="mlp")(normed_BTD)
+        return sharding.constrain(x_BTD + y_BTD, "activations/residual"), None
 
 
 class Llama(nn.Module):
@@ -231,14 +239,17 @@ class Llama(nn.Module):
         weights_BT = jnp.broadcast_to(weights_B[:, None], tokens_BT.shape).at[:, -1].set(0.0)
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
-        chunk = _largest_divisor(x_TD.shape[0], self.compute.loss_chunk)
+        shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])
+        chunk = shards * _largest_divisor(x_TD.shape[0] // shards, self.compute.loss_chunk)
         total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk)
         return jnp.asarray(total), weights_BT.sum()
 
     def hidden(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The normalised states from which the head predicts."""
         dtype = jnp.dtype(self.compute.dtype)
-        x_BTD = self.embed_tokens(tokens_BT).astype(dtype)
+        table_VD = sharding.gathered(self.embed_tokens.embedding, "embed_tokens/embedding")
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+        x_BTD = sharding.constrain(x_BTD, "activations/residual")
         x_BTD, _ = self.layers(x_BTD, _rope(tokens_BT.shape[1], self.config.head_dim, self.config.rope_theta))
         return self.norm(x_BTD)
 
@@ -246,7 +257,7 @@ class Llama(nn.Module):
         """The effective kernel from states to logits."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.T
-        w, adapter = self.lm_head()
+        _, w, adapter = self.lm_head()
         return w if adapter is None else adapter.method.weight(adapter.arrays, w)
 
 
@@ -263,11 +274,11 @@ def _stack(block: type[nn.Module], length: int, how: str) -> Any:
 
 
 def _dense(
-    module: Attention | MLP, x: Array, kernels: list[tuple[Array, Adapter | None]], tile: int = 1
+    module: Attention | MLP, x: Array, kernels: list[tuple[str, Array, Adapter | None]], tile: int = 1
 ) -> list[Array]:
-    ws, adapters = zip(*kernels, strict=True)
+    names, ws, adapters = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    return dense(x, ws, adapters, module.compute.adapter_path, key, tile)
+    return dense(x, ws, adapters, module.compute.adapter_path, key, tile, names)
 
 
 def _heads(y: Array, head_dim: int) -> Array:

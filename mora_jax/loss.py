@@ -1,19 +1,24 @@
 """Next-token cross-entropy over token chunks, loss and gradient in one pass: full logits are never held.
 
-Legend of shapes in names: T tokens, C tokens of a chunk, D model width, V vocabulary, P vocabulary padded to
+Legend of shapes in names: T tokens, C tokens of a chunk, G parts that a mesh makes of a batch, D model
+width, V vocabulary, P vocabulary padded to
 whole tiles of a matrix unit.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.methods.base import padded
 from mora_jax.methods.linear import TILE
+
+HEAD = "lm_head/kernel"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -48,20 +53,27 @@ def cross_entropy(
 
 def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int) -> tuple[Array, Any]:
     w_DP, vocabulary = _tiled(w_DV, x_TD), w_DV.shape[1]
+    # Each part of a mesh sums the gradient of its own tokens; all are added once, behind the loop.
+    parts = math.gcd(sharding.batch_shards(), chunk)
 
     def add_chunk(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array]:
-        total, dw_DP = carry
+        total, dw_GDP = carry
         x_CD, targets_C, weights_C = inputs
         loss, p_CP = _chunk_loss(x_CD, w_DP, vocabulary, targets_C, weights_C)
         hit_CP = targets_C[:, None] == jnp.arange(p_CP.shape[1])[None, :]
         dlogits_CP = ((p_CP - hit_CP) * weights_C[:, None]).astype(x_CD.dtype)
-        dw_DP = dw_DP + jnp.matmul(x_CD.T, dlogits_CP, preferred_element_type=jnp.float32)
-        return (total + loss, dw_DP), dlogits_CP @ w_DP.T
+        x_GCD, dlogits_GCP = (a.reshape(parts, -1, a.shape[-1]) for a in (x_CD, dlogits_CP))
+        dw = jnp.einsum("gcd,gcp->gdp", x_GCD, dlogits_GCP, preferred_element_type=jnp.float32)
+        return (total + loss, _divided(dw_GDP + dw)), dlogits_CP @ w_DP.T
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(w_DP.shape, jnp.float32))
-    (total, dw_DP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
-    dw_DV = dw_DP[:, :vocabulary].astype(w_DV.dtype)
+    start = (jnp.zeros((), jnp.float32), _divided(jnp.zeros((parts, *w_DP.shape), jnp.float32)))
+    (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
+    dw_DV = sharding.scattered(dw_GDP.sum(axis=0)[:, :vocabulary].astype(w_DV.dtype), HEAD)
     return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
+
+
+def _divided(dw_GDP: Array) -> Array:
+    return sharding.constrain(dw_GDP, "activations/head_gradients")
 
 
 def _backward(chunk: int, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
@@ -74,14 +86,17 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _tiled(w_DV: Array, x_TD: Array) -> Array:
     """The head in the type of the products, with columns of zeros up to whole tiles."""
-    return padded(w_DV.astype(x_TD.dtype), 1, TILE)
+    w_DV = sharding.gathered(w_DV.astype(x_TD.dtype), HEAD)
+    return padded(w_DV, 1, sharding.tile(w_DV.shape[1], TILE))
 
 
 def _chunk_loss(
     x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, weights_C: Array
 ) -> tuple[Array, Array]:
     """The chunk's weighted loss and its softmax, which is 0 on the padding."""
+    x_CD = sharding.constrain(x_CD, "activations/tokens")
     logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=jnp.float32)
+    logits_CP = sharding.constrain(logits_CP, "activations/logits")
     real_P = jnp.arange(w_DP.shape[1]) < vocabulary
     logits_CP = jnp.where(real_P[None, :], logits_CP, -jnp.inf)
     lse_C = jax.nn.logsumexp(logits_CP, axis=-1)

@@ -203,6 +203,12 @@ def divides_products() -> bool:
     return bool(sizes) and sizes["tensor"] > 1
 
 
+def tile(width: int, whole: int) -> int:
+    """The tiles that a width is padded to: none where `tensor` divides it."""
+    sizes = _ambient()
+    return 1 if sizes and sizes["tensor"] > 1 and width % sizes["tensor"] == 0 else whole
+
+
 def gathers() -> bool:
     """Whether parameters are gathered for their use, so that the gathered ones should not be kept."""
     sizes = _ambient()

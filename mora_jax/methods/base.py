@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mora_jax import sharding
 from mora_jax.errors import InputError
 
 Arrays: TypeAlias = Mapping[str, Array]
@@ -106,6 +107,15 @@ def padded(x: Array, axis: int, multiple: int) -> Array:
 def outer(x: Float[Array, "*B K"], dy: Float[Array, "*B D"]) -> Float[Array, "K D"]:
     """x^T dy over all of the batch, in float32."""
     return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)
+
+
+def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Float[Array, "G K D"]:
+    """x^T dy over each part of the batch that a mesh makes of it, so that nothing is sent yet."""
+    parts = math.gcd(sharding.batch_shards(), x.shape[0])
+    if parts == 1:
+        return outer(x, dy)[None]
+    x_GTK, dy_GTD = (sharding.whole(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
+    return sharding.whole(jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32))
 
 
 def check_dropout(rate: float) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mora_jax import sharding
 from mora_jax.methods.base import Adapter, Arrays, Method, outer, padded
 
 Path: TypeAlias = Literal["auto", "merged", "compressed", "folded", "activation"]
@@ -30,6 +31,7 @@ def dense(
     path: Path = "auto",
     dropout_key: PRNGKeyArray | None = None,
     tile: int = 1,
+    names: Sequence[str] | None = None,
 ) -> list[Float[Array, "*B ?D"]]:
     """Applies one or several kernels to one input, in one product, each with an adapter of its own or none.
 
@@ -48,35 +50,46 @@ def dense(
         are named, or "activation"; "auto" merges for large batches over a float32 base.
       dropout_key: given in training where a method has dropout, which takes the activation path.
       tile: outputs are widened with zeros to a multiple of this.
+      names: the kernels' paths, by which `mora_jax.sharding` knows how they lie on an ambient mesh.
 
     Returns:
       One output a kernel, in x's type.
     """
-    if len(ws) > 1 and all(w.dtype == x.dtype for w in ws):
-        # Kernels that need no cast would be copied only to stand side by side.
+    known = tuple(names) if names and sharding.in_use() else (None,) * len(ws)
+    if len(ws) > 1 and (sharding.divides_products() or all(w.dtype == x.dtype for w in ws)):
+        # Kernels that need no cast would be copied only to stand side by side; the parts of those that a mesh
+        # divides along their widths would all change places.
         keys = [None if dropout_key is None else jax.random.fold_in(dropout_key, i) for i in range(len(ws))]
-        each = zip(ws, adapters, keys, strict=True)
-        return [y for w, a, key in each for y in dense(x, [w], [a], path, key, tile)]
+        each = zip(ws, adapters, keys, known, strict=True)
+        return [y for w, a, key, n in each for y in dense(x, [w], [a], path, key, tile, [n] if n else None)]
     key = dropout_key if any(a.method.dropout for a in adapters if a) else None
     merges = key is None and _merges(x, ws, path)
     inside = [a if a and (merges or not a.method.additive) else None for a in adapters]
-    how = How(tuple(a.method if a else None for a in inside), path, tile)
+    how = How(tuple(a.method if a else None for a in inside), path, tile, known)
     y: Any = _product(how, x, tuple(ws), tuple(dict(a.arrays) if a else {} for a in inside))
     ys = jnp.split(y, _ends(_widths(how, ws)), axis=-1)
     for i, (w, adapter) in enumerate(zip(ws, adapters, strict=True)):
         if adapter and not inside[i]:
             z = x[..., : w.shape[0]]
             z = z if key is None else _dropped(z, adapter.method.dropout, jax.random.fold_in(key, i))
-            ys[i] = ys[i] + padded(adapter.method.delta(adapter.arrays, z, w.shape[1]), -1, tile)
+            arrays = _whole(adapter.arrays, known[i])
+            ys[i] = ys[i] + padded(adapter.method.delta(arrays, z, w.shape[1]), -1, tile)
     return ys
 
 
 class How(NamedTuple):
-    """What is static of a product: each kernel's method or None, the path, and the tile of its outputs."""
+    """What is static of a product: each kernel's method or None, the path, the tile of its outputs, and each
+    kernel's name where there is a mesh."""
 
     methods: tuple[Method | None, ...]
     path: Path
     tile: int
+    names: tuple[str | None, ...]
+
+
+def _whole(arrays: Arrays, name: str | None) -> Arrays:
+    """An adapter's arrays on every device, wherever they lie."""
+    return {key: sharding.gathered(a, f"{name}/{key}") for key, a in arrays.items()} if name else arrays
 
 
 def _dropped(x: Array, rate: float, key: PRNGKeyArray) -> Array:
@@ -99,9 +112,11 @@ def _product(how: How, x: Array, ws: tuple[Array, ...], arrays: tuple[Arrays, ..
 
 def _effective(how: How, x: Array, ws: Sequence[Array], arrays: Sequence[Arrays]) -> Array:
     """The effective kernels in x's type, with rows of zeros up to x's width, columns up to whole tiles."""
-    merged = [m.weight(a, w) if m else w for m, w, a in zip(how.methods, ws, arrays, strict=True)]
-    parts = [padded(padded(w.astype(x.dtype), 0, x.shape[-1]), 1, how.tile) for w in merged]
-    return jnp.concatenate(parts, axis=-1)
+    each = zip(how.methods, ws, arrays, how.names, strict=True)
+    merged = [m.weight(_whole(a, name), w) if m else w for m, w, a, name in each]
+    cast = [w.astype(x.dtype) for w in merged]
+    used = [sharding.gathered(w, name) if name else w for w, name in zip(cast, how.names, strict=True)]
+    return jnp.concatenate([padded(padded(w, 0, x.shape[-1]), 1, how.tile) for w in used], axis=-1)
 
 
 def _product_forward(how: How, x: Array, ws: tuple[Array, ...], arrays: tuple[Arrays, ...]) -> Any:
@@ -110,6 +125,8 @@ def _product_forward(how: How, x: Array, ws: tuple[Array, ...], arrays: tuple[Ar
 
 
 def _product_backward(how: How, saved: Any, dy: Array) -> Any:
+    if any(how.names) and sharding.gathers():  # kernels are gathered again, and not kept since the forward
+        saved = jax.lax.optimization_barrier(saved)
     x, ws, arrays = saved
     # Without the barrier XLA computes what made dy again for each sum over it, instead of reading dy.
     dy = jax.lax.optimization_barrier(dy)
@@ -124,6 +141,7 @@ def _kernel_gradients(
     how: How, x: Array, ws: Sequence[Array], arrays: Sequence[Arrays], dy: Array
 ) -> tuple[tuple[Array, ...], tuple[Arrays, ...]]:
     """The gradients of the kernels and of their adapters' arrays, from the gradients of all outputs."""
+    arrays = [_whole(a, name) for a, name in zip(arrays, how.names, strict=True)]
     x, widths = x[..., : ws[0].shape[0]], _widths(how, ws)
     # Of this product XLA removes what is not used; it is one for all kernels, as the forward pass is.
     dws = jnp.split(outer(x, dy), _ends(widths), axis=-1)
@@ -139,7 +157,15 @@ def _kernel_gradients(
         gradients = method.compressed_gradients if how.path == "compressed" else method.gradients
         for i, gradient in zip(at, gradients(own, x, _stacked(dy, widths, at, ws)), strict=True):
             found[i] = gradient
-    return tuple(dws), tuple(found)
+    return tuple(_placed(dw, name) for dw, name in zip(dws, how.names, strict=True)), tuple(
+        {key: _placed(g, f"{name}/{key}" if name else None) for key, g in of_one.items()}
+        for of_one, name in zip(found, how.names, strict=True)
+    )
+
+
+def _placed(g: Array, name: str | None) -> Array:
+    """A gradient where its array lies."""
+    return sharding.scattered(g, name) if name else g
 
 
 def _stacked(dy: Array, widths: Sequence[int], at: Sequence[int], ws: Sequence[Array]) -> Array:

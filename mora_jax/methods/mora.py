@@ -8,8 +8,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_rank, outer, padded
+from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_rank, outer_by_parts, padded
 from mora_jax.methods.operators import Operator, Share
 
 # The floating-point operations that take as long as moving one byte: products run at about 650 TFLOP/s, sums
@@ -70,16 +71,18 @@ class MoRA(Method):
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """w + the operator's matrix of m, (k, d) in w's type."""
         r_hat = self._used(arrays, *w.shape)
-        return w + self.operator.matrix(arrays["m_RR"][:r_hat, :r_hat].astype(w.dtype), *w.shape)
+        m_RR = sharding.undivided(arrays["m_RR"])[:r_hat, :r_hat]
+        return w + sharding.undivided(self.operator.matrix(m_RR.astype(w.dtype), *w.shape))
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
         """f_decomp(f_comp(x) @ m), Eq. 3: (..., k) -> (..., d)."""
         m_RR = arrays["m_RR"]
         r_hat = self._used(arrays, x.shape[-1], d)
-        z = self.operator.compress(x, r_hat, d)
+        # Groups and blocks do not end where a mesh divides a width.
+        z = sharding.whole(self.operator.compress(sharding.whole(x), r_hat, d))
         z = padded(z, -1, m_RR.shape[0])
-        y = (z @ m_RR.astype(x.dtype))[..., :r_hat]
-        return self.operator.decompress(y, d)
+        y = sharding.whole(z @ m_RR.astype(x.dtype))[..., :r_hat]
+        return sharding.whole(self.operator.decompress(y, d))
 
     def gradients(
         self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
@@ -95,12 +98,15 @@ class MoRA(Method):
             return self.compressed_gradients(arrays, x, dy)
         sum_x, sum_dy = sums
         first_x, first_dy = _summed_first(k, d, n, side)
+        x, dy = sharding.whole(x), sharding.whole(dy)
         x = sum_x(x) if first_x else x
         dy = sum_dy(dy) if first_dy else dy
-        g = outer(x, dy.reshape(*dy.shape[:-2], -1)).reshape(x.shape[-1], n, -1)
-        g = g if first_dy else sum_dy(g)
-        gs = [g[:, i] for i in range(n)]
-        return [{"m_RR": g if first_x else sum_x(g.T).T} for g in gs]
+        g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))
+        g_GKND = g_GKD.reshape(*g_GKD.shape[:2], n, -1)
+        g_GKND = g_GKND if first_dy else sum_dy(g_GKND)
+        gs = [g_GKND[:, :, i] for i in range(n)]
+        gs = gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
+        return [{"m_RR": g.sum(axis=0)} for g in gs]
 
     def after_restart(self) -> "MoRA":
         """Sharing switches its group type, so that the next update spans other directions; others cannot."""

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from mora_jax import sharding
 from mora_jax.errors import InputError
 
 Group: TypeAlias = Literal[0, 1]
@@ -73,11 +74,12 @@ class GroupSums:
     width: int
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B S"]:
+        x = sharding.whole(x)  # groups do not end where a mesh divides a width
         if self.group == 1:
             sums = _contiguous_sums(x, self.r_hat)
         else:
             sums = _blocks(x, self.r_hat, self.pad).sum(axis=-2)
-        return _resized(sums, self.width, axis=x.ndim - 1)
+        return sharding.whole(_resized(sums, self.width, axis=x.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
