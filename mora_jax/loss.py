@@ -1,8 +1,7 @@
 """Next-token cross-entropy over token chunks, loss and gradient in one pass: full logits are never held.
 
 Legend of shapes in names: T tokens, C tokens of a chunk, G parts that a mesh makes of a batch, D model
-width, V vocabulary, P vocabulary padded to
-whole tiles of a matrix unit.
+width, V vocabulary, P vocabulary padded to whole tiles of a matrix unit.
 """
 
 import functools
