@@ -51,7 +51,11 @@ def launched(config: Path, processes: int, devices: int, *words: str) -> list[su
 
 def finished(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
     """What each printed to stdout and stderr; all must have ended well."""
-    said = [process.communicate(timeout=240) for process in processes]
+    try:
+        said = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # does nothing to one that has ended
     for process, (_, err) in zip(processes, said, strict=True):
         assert process.returncode == 0, err[-3000:]
     return said
