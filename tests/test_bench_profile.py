@@ -35,20 +35,20 @@ def test_kernels_are_traced_to_what_asked_for_them(seen: tuple[Profile, dict]):
     matmuls = [kernel.op for kernel in found.kernels if kernel.op.kind == "matmul"]
     assert {"attention", "mlp", "loss"} <= {op.part for op in matmuls}
     assert {"forward", "backward"} <= {op.direction for op in matmuls}
-    assert any(op.source.partition(":")[0].endswith("mora_jax/methods/base.py") for op in matmuls)
+    assert any(op.source.partition(":")[0].endswith("mora_jax/methods/linear.py") for op in matmuls)
     assert "optimizer" in {kernel.op.part for kernel in found.kernels}
 
 
 def test_every_layer_is_counted_in_every_step(seen: tuple[Profile, dict]):
     found, _ = seen
     model = SIZES["tiny"]().config.model
-    down = [
+    products = [
         kernel.count
         for kernel in found.kernels
         if kernel.op.kind == "matmul" and kernel.op.part == "mlp" and kernel.op.direction == "forward"
     ]
-    # gate and up are one product, down is another
-    assert sum(down) == 2 * model.num_hidden_layers
+    # gate, up and down; in float32 no two of them are one product
+    assert sum(products) == 3 * model.num_hidden_layers
 
 
 def test_the_table_names_as_many_as_asked_for(seen: tuple[Profile, dict], capsys: pytest.CaptureFixture[str]):
