@@ -3,6 +3,9 @@
 Imported only where PyTorch is installed.
 """
 
+# Types are checked without PyTorch, too: it is an extra.
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
+
 import math
 
 import torch

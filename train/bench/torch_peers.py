@@ -5,6 +5,9 @@ attention, fused AdamW, TensorFloat32 where float32 products are left, no gradie
 allows.
 """
 
+# Types are checked without PyTorch, too: it is an extra.
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
+
 import importlib.metadata
 import itertools
 import time
