@@ -282,6 +282,28 @@ def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkey
     equal_runs(free, folder, tiny_run.folder)
 
 
+def test_an_evaluation_made_up_for_is_told_of_once(free, tiny_run, monkeypatch):
+    """It is made up for, then the program dies before the next checkpoint: the next one makes it again."""
+    folder, real = Path(free.run_dir), loop.evaluate
+
+    def evaluate(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", evaluate)
+        with pytest.raises(exits.Preempted, match="stopped after 11 of 22"):
+            loop.pretrain(free)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(Interrupted):
+            loop.pretrain(free)
+    assert sum("validation_loss" in line for line in lines(folder)) == 1
+    loop.pretrain(free)
+    equal_runs(free, folder, tiny_run.folder)
+
+
 def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
     """A learning rate that is far too high, for real; the next start tries again, and stops again."""
     config = dataclasses.replace(

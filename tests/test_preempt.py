@@ -87,7 +87,10 @@ def test_a_second_signal_ends_at_once_what_no_handler_can_interrupt():
         assert process.poll() is None
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == SIGNALLED + signal.SIGTERM
+        try:
+            assert process.wait(30) == SIGNALLED + signal.SIGTERM
+        finally:
+            process.kill()
         assert time.monotonic() - asked < 5
 
 
