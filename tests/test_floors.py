@@ -48,6 +48,7 @@ FLOORS = (
     ("train.bench.program", "train.bench.options"),
     ("train.bench",),
     ("train.demo",),
+    ("train.commands",),
     ("train.cli",),
 )
 

@@ -355,6 +355,21 @@ def test_dropout_spares_the_base_takes_the_activation_path_and_has_the_right_mea
     np.testing.assert_allclose(dense(x, [w], [silent], "auto", jax.random.key(0))[0], x @ w, atol=1e-5)
 
 
+def test_dropout_draws_the_same_whether_or_not_kernels_share_a_product():
+    """As under a mesh that divides them, where each has a product of its own."""
+    method, key = LoRA(4, dropout=0.5), jax.random.key(0)
+    ws = [kernel(i, 24, 20) for i in range(3)]
+    adapters = [Adapter(random_arrays(method, w, i), method) for i, w in enumerate(ws)]
+    x = jnp.ones((8, 24), jnp.bfloat16)
+    together = dense(x, ws, adapters, dropout_key=key)
+    for i, (w, a) in enumerate(zip(ws, adapters, strict=True)):
+        (alone,) = dense(x, [w], [a], dropout_key=jax.random.fold_in(key, i))
+        assert relative_error(alone, together[i]) < 1e-2
+    apart = dense(x, [w.astype(jnp.bfloat16) for w in ws], adapters, dropout_key=key)
+    for y, other in zip(together, apart, strict=True):
+        assert relative_error(y, other) < 2e-2
+
+
 def test_the_frozen_factor_of_asylora_gets_no_group():
     params = {"w": kernel(0, 24, 20)}
     methods = transform.assign([("w", LoRA(3, train="b", b_lr_scale=2.0))], params)

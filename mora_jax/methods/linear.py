@@ -56,22 +56,21 @@ def dense(
       One output a kernel, in x's type.
     """
     known = tuple(names) if names and sharding.in_use() else (None,) * len(ws)
+    keys = _keys(dropout_key, len(ws))
     if len(ws) > 1 and (sharding.divides_products() or all(w.dtype == x.dtype for w in ws)):
         # Kernels that need no cast would be copied only to stand side by side; the parts of those that a mesh
         # divides along their widths would all change places.
-        keys = [None if dropout_key is None else jax.random.fold_in(dropout_key, i) for i in range(len(ws))]
         each = zip(ws, adapters, keys, known, strict=True)
         return [y for w, a, key, n in each for y in dense(x, [w], [a], path, key, tile, [n] if n else None)]
-    key = dropout_key if any(a.method.dropout for a in adapters if a) else None
-    merges = key is None and _merges(x, ws, path)
+    drops = dropout_key is not None and any(a.method.dropout for a in adapters if a)
+    merges = not drops and _merges(x, ws, path)
     inside = [a if a and (merges or not a.method.additive) else None for a in adapters]
     how = How(tuple(a.method if a else None for a in inside), path, tile, known)
     y: Any = _product(how, x, tuple(ws), tuple(dict(a.arrays) if a else {} for a in inside))
     ys = jnp.split(y, _ends(_widths(how, ws)), axis=-1)
     for i, (w, adapter) in enumerate(zip(ws, adapters, strict=True)):
         if adapter and not inside[i]:
-            z = x[..., : w.shape[0]]
-            z = z if key is None else _dropped(z, adapter.method.dropout, jax.random.fold_in(key, i))
+            z = _dropped(x[..., : w.shape[0]], adapter.method.dropout, keys[i])
             arrays = _whole(adapter.arrays, known[i])
             ys[i] = ys[i] + padded(adapter.method.delta(arrays, z, w.shape[1]), -1, tile)
     return ys
@@ -92,7 +91,16 @@ def _whole(arrays: Arrays, name: str | None) -> Arrays:
     return {key: sharding.gathered(a, f"{name}/{key}") for key, a in arrays.items()} if name else arrays
 
 
-def _dropped(x: Array, rate: float, key: PRNGKeyArray) -> Array:
+def _keys(key: PRNGKeyArray | None, kernels: int) -> list[PRNGKeyArray | None]:
+    """One for each kernel, the same whether the kernels share a product or not."""
+    if key is None or kernels == 1:
+        return [key] * kernels
+    return [jax.random.fold_in(key, i) for i in range(kernels)]
+
+
+def _dropped(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
+    if key is None or not rate:
+        return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
