@@ -87,7 +87,8 @@ def _program(program: Program, plan: Plan) -> Table:
         table.add_row("inputs", _size(program.arguments))
         table.add_row("temporary", _size(program.temporary))
         table.add_row("peak", _size(program.peak) + (f" of {_size(plan.usable)}" if plan.usable else ""))
-    table.add_row("products", f"{program.flops / 1e9:,.6g} GFLOP")
+    share = f"{program.flops / 1e9:,.6g} GFLOP"
+    table.add_row("products", f"{share}: of the whole step, over {plan.devices} devices")
     table.add_row("compiled in", f"{program.seconds:,.1f} s")
     return table
 
