@@ -23,6 +23,7 @@ MODEL = LlamaConfig(
     num_key_value_heads=8, max_position_embeddings=16, initializer_range=0.1,
 )  # fmt: skip
 SHARE, ROTATE, LORA, DORA = MoRA(4, Share(), 8), MoRA(4, Rotate(), 8), LoRA(8, 8.0), DoRA(8, 8.0)
+RUNS = MoRA(4, Share(1), 8)  # groups of neighbours, which lie on both sides of where a mesh divides a width
 REST = ("embed_tokens/embedding|(layers/)?.*norm/scale|lm_head/kernel", "train")
 
 
@@ -32,8 +33,8 @@ def rules(**choices: object) -> tuple:
 
 # Every method in projections of both kinds, side by side in one product with others, and what has no restart.
 MIXTURES = {
-    "share, rotate and LoRA": rules(q=SHARE, k=ROTATE, v=LORA, o=SHARE, gate=LORA, up=SHARE, down=ROTATE),
-    "DoRA, full and share": rules(q=DORA, k="train", v=DORA, o=DORA, gate=SHARE, up="train", down="train"),
+    "share, rotate and LoRA": rules(q=SHARE, k=ROTATE, v=LORA, o=RUNS, gate=LORA, up=RUNS, down=ROTATE),
+    "DoRA, full and share": rules(q=DORA, k="train", v=DORA, o=DORA, gate=RUNS, up="train", down="train"),
 }
 
 
@@ -109,6 +110,7 @@ def on_one(config: RunConfig):
     [
         ("share, rotate and LoRA", STEPS, "merged"),
         ("share, rotate and LoRA", 2, "activation"),
+        ("share, rotate and LoRA", 2, "compressed"),
         ("DoRA, full and share", STEPS, "merged"),
     ],
 )
