@@ -7,6 +7,7 @@ import os
 import re
 import statistics
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,16 @@ def _events(data: Any) -> Iterator[tuple[str, str, float]]:
             if devices and not str(line.name).startswith(("Stream", "XLA Ops")):
                 continue  # what these lines hold, others sum up
             for event in line.events:
-                stats = dict(event.stats)
+                stats = _stats(event)
                 if devices or "hlo_op" in stats:
                     yield event.name, str(stats.get("hlo_op", event.name)), event.duration_ns / 1e9
+
+
+def _stats(event: Any) -> dict[str, Any]:
+    """What is known of an event. Its type in JAX warns as it is made; as an error that would abort."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return dict(event.stats)
 
 
 def _family(name: str) -> str:
