@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,13 +159,50 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(free, tiny_run
     folder = Path(free.run_dir)
     shutil.copytree(tiny_run.folder, folder)
     largest = max((folder / "checkpoints/22").rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    flip_a_bit(largest)
     loop.pretrain(free)
     assert "is damaged" in capsys.readouterr().err
     for ours, theirs in zip(arrays(free, folder, 22), arrays(free, tiny_run.folder, 22), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize("lost", ["damaged", "without manifests"])
+def test_a_run_none_of_whose_checkpoints_is_good_is_not_begun_anew(free, tiny_run, lost):
+    folder = Path(shutil.copytree(tiny_run.folder, free.run_dir))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if lost == "damaged":
+            flip_a_bit(max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size))
+        else:
+            (checkpoint / "manifest.json").unlink()
+    before = contents(folder)
+    message = (
+        "has 8 checkpoints and none is good" if lost == "damaged" else "22 updates, saved every 3, and has no"
+    )
+    with pytest.raises(InputError, match=message):
+        loop.pretrain(free)
+    assert contents(folder) == before
+
+
+def test_a_run_killed_in_its_first_save_is_begun_anew(free, tiny_run, monkeypatch):
+    folder = Path(free.run_dir)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(Interrupted):
+            loop.pretrain(free)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    loop.pretrain(dataclasses.replace(free, checkpoint=dataclasses.replace(free.checkpoint, every=1)))
+    assert without_times(folder) == without_times(tiny_run.folder)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +276,37 @@ def signalled_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
         return real(*args)
 
     monkeypatch.setattr(loop, "next_batch", next_batch)
+
+
+ENDED_IN_ITS_LAST_SAVE = """
+import os, signal, sys, time
+from train import cli, loop, manifest
+real = loop.next_batch
+def asked(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)  # for the thread that hears it
+    return real(*args)
+def sealing(*args):
+    time.sleep(1)  # the program is on its way out
+    print("sealing", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+loop.next_batch, manifest.seal = asked, sealing
+cli.main(["pretrain", *sys.argv[1:]])
+"""
+
+
+def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
+    words = [str(tiny_yaml), "--run-dir", str(tmp_path / "run"), "--checkpoint.every", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDED_IN_ITS_LAST_SAVE, *words], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"sealing\n"
+        try:
+            assert process.wait(20) == exits.INTERRUPTED
+        finally:
+            process.kill()
 
 
 def equal_runs(config, folder: Path, other: Path) -> None:
@@ -355,19 +425,26 @@ def blank(shard: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
-    [(cut, r"the train rows take \d+ bytes, not"), (blank, "cannot be read: Corrupted"), (Path.unlink, "")],
-    ids=["cut off", "overwritten", "removed"],
+    ("split", "harm", "message"),
+    [
+        ("train", cut, r"the train rows take \d+ bytes, not"),
+        ("train", blank, "cannot be read: Corrupted"),
+        ("train", Path.unlink, ""),
+        ("validation", cut, r"the validation rows take \d+ bytes, not"),
+        ("validation", blank, "cannot be read: "),
+        ("validation", Path.unlink, r"the validation rows take \d+ bytes, not"),
+    ],
 )
-def test_a_shard_that_is_harmed_in_mid_run(free, large_data, tmp_path, monkeypatch, harm, message):
-    """The run stops and says so. One that is removed is open and still read; the next start misses it."""
+def test_a_shard_that_is_harmed_in_mid_run(free, large_data, tmp_path, monkeypatch, split, harm, message):
+    """The run stops and says so. A training shard that is removed is open and still read; the next start
+    misses it. Validation shards are opened for each evaluation."""
     data = Path(shutil.copytree(large_data, tmp_path / "data"))
     config = dataclasses.replace(free, data=dataclasses.replace(free.data, directory=str(data)))
     real, asked = loop.next_batch, iter(range(22))
 
     def next_batch(*args):
         if next(asked) == 4:
-            harm(next(data.glob("*-train.array_record-*")))
+            harm(next(data.glob(f"*-{split}.array_record-*")))
         return real(*args)
 
     with monkeypatch.context() as patch:
@@ -380,5 +457,5 @@ def test_a_shard_that_is_harmed_in_mid_run(free, large_data, tmp_path, monkeypat
     assert step is not None
     assert step >= 3
     if harm is not blank:
-        with pytest.raises(InputError, match=r"the train rows take \d+ bytes, not"):
+        with pytest.raises(InputError, match=rf"the {split} rows take \d+ bytes, not"):
             loop.pretrain(config)

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
 from train.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.exits import Diverged, Preempted, Stopped, naming
-from train.metrics import Metrics
+from train.metrics import LINES, Metrics, read_metrics
 from train.plot import plot_loss
 from train.preempt import Stop
 from train.step import TrainState, restart_step, train_step
@@ -60,50 +61,53 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
         jax.set_mesh(mesh),
         lock.alone(config.run_dir),
         backend.compiled_programs(config),
+        Stop(mesh) as stop,  # outside of the checkpoints: their last save can be cut short, too
         runs.checkpoints(config) as saved,
-        Stop(mesh) as stop,
     ):
-        state, methods, score = start(config, saved, info, mesh)
-        first, folder = int(state.step), epath.Path(config.run_dir)
-        if first == config.steps and (folder / SUMMARY).exists():
-            return json.loads((folder / SUMMARY).read_text())
-        held = sharding.local_rows(mesh, config.batch_size)
-        batches = train_batches(info, config.batch_size, config.seed, first, held)
-        batches = on_devices(batches, mesh, config.batch_size)
-        metrics = Metrics(config.run_dir, config.steps, first, config.log.wandb, evaluated=score is not None)
-        with metrics:
-            runs.claim(config)  # only now, so that bad input leaves no half-made run behind
-            saved.remove_unfinished()
-            watch = Watch(metrics, config.tokens_per_step())
-            for step in itertools.count(first):  # so many updates are done
-                if due(config.eval.every, step, config) and score is None:
-                    watch.drain()
-                    score = score_of(config, methods, state, info, mesh, stop)
-                    if score:
-                        watch.note(step - 1, evaluation_note(score))
-                ending = early_end(config, watch, stop, step)
-                if step > first and (ending or due(config.checkpoint.every, step, config)):
-                    watch.drain()
-                    saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
-                if ending:
-                    raise ending
-                if step == config.steps:
-                    break
-                if config.restarts_at(step):
-                    watch.drain()
-                    state, cleared = restart_step(config, methods, state)
-                    methods = methods.after_restart()
-                    watch.note(step, restart_note(config, methods, step, float(cleared)))
-                asked = time.perf_counter()
-                tokens_BT = next_batch(batches, info)
-                data_wait = time.perf_counter() - asked
-                state, scalars = train_step(config, methods, state, tokens_BT)
-                watch.follow(step, scalars, data_wait)
-                saved.poll()
-                score = None  # of the state before
-        assert score is not None
-        saved.wait()  # a run with a summary is one whose last checkpoint is there
-        return conclude(config, info, score, watch.median_rate())
+        return train(config, info, mesh, stop, saved)
+
+
+def train(config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Checkpoints) -> dict[str, Any]:
+    """What `pretrain` does, once the run's folder is its own; the summary."""
+    state, methods, score = start(config, saved, info, mesh)
+    first, folder = int(state.step), epath.Path(config.run_dir)
+    if first == config.steps and (folder / SUMMARY).exists():
+        return json.loads((folder / SUMMARY).read_text())
+    held = sharding.local_rows(mesh, config.batch_size)
+    batches = train_batches(info, config.batch_size, config.seed, first, held)
+    batches = on_devices(batches, mesh, config.batch_size)
+    metrics = Metrics(config.run_dir, config.steps, first, config.log.wandb, evaluated=score is not None)
+    with metrics:
+        runs.claim(config)  # only now, so that bad input leaves no half-made run behind
+        saved.remove_unfinished()
+        watch = Watch(metrics, config.tokens_per_step())
+        for step in itertools.count(first):  # so many updates are done
+            if due(config.eval.every, step, config) and score is None:
+                watch.drain()
+                score = score_of(config, methods, state, info, mesh, stop)
+                if score:
+                    watch.note(step - 1, evaluation_note(score))
+            ending = early_end(config, watch, stop, step)
+            if step > first and (ending or due(config.checkpoint.every, step, config)):
+                watch.drain()
+                saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
+            if ending:
+                raise ending
+            if step == config.steps:
+                break
+            if config.restarts_at(step):
+                watch.drain()
+                state, cleared = restart_step(config, methods, state)
+                methods = methods.after_restart()
+                watch.note(step, restart_note(config, methods, step, float(cleared)))
+            tokens_BT, data_wait = next_batch(batches)
+            state, scalars = train_step(config, methods, state, tokens_BT)
+            watch.follow(step, scalars, data_wait)
+            saved.poll()
+            score = None  # of the state before
+    assert score is not None
+    saved.wait()  # a run with a summary is one whose last checkpoint is there
+    return conclude(config, info, score, watch.median_rate())
 
 
 def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
@@ -126,6 +130,8 @@ def start(
 ) -> tuple[TrainState, Methods, Score | None]:
     """The state to go on from, the newest good checkpoint's or a fresh one, and its score if there is one."""
     step, damaged = saved.latest_good()
+    if step is None:
+        check_nothing_lost(config, saved, damaged)
     warn(f"{what}; going back to an older checkpoint" for what in damaged)
     if step is None:
         methods = runs.assign_methods(config)
@@ -136,6 +142,25 @@ def start(
     found = runs.saved_meta(saved, step)["evaluation"]
     seen = guard.try_again(config.bad_steps, state.guard)
     return dataclasses.replace(state, guard=seen), methods, Score(**found) if found else None
+
+
+def check_nothing_lost(config: RunConfig, saved: Checkpoints, damaged: list[str]) -> None:
+    """Raises InputError where a run had checkpoints and none is good: beginning anew would erase it."""
+    mend, sealed = "put back the files, or choose another --run-dir", len(saved.steps())
+    if sealed:
+        problem = damaged[-1] if damaged else "process 0 says why"
+        raise InputError(
+            f"{config.run_dir} has {sealed} checkpoints and none is good, such as: {problem}; {mend}"
+        )
+    told = Path(config.run_dir) / LINES
+    if not told.exists():
+        return
+    updates = max((line["step"] + 1 for line in read_metrics(str(told)) if "loss" in line), default=0)
+    every = runs.read_config(config.run_dir).checkpoint.every
+    if 0 < 2 * every < updates:  # the second save waits for the first
+        raise InputError(
+            f"{config.run_dir} tells of {updates} updates, saved every {every}, and has no checkpoint; {mend}"
+        )
 
 
 def early_end(config: RunConfig, watch: Watch, stop: Stop, step: int) -> Stopped | None:
@@ -153,13 +178,10 @@ def early_end(config: RunConfig, watch: Watch, stop: Stop, step: int) -> Stopped
     return None
 
 
-def next_batch(batches: Iterator[jax.Array], info: DataInfo) -> jax.Array:
-    """The next batch. Raises InputError where the data set is no longer what it was."""
-    try:
-        return next(batches)
-    except (ValueError, RuntimeError, OSError) as error:  # what array_record and TFDS raise
-        load_info(info.directory)  # says it better, where a file is cut off or gone
-        raise InputError(f"{info.directory} cannot be read: {error}; copy or prepare it again") from error
+def next_batch(batches: Iterator[jax.Array]) -> tuple[jax.Array, float]:
+    """The next batch, and the seconds waited for it."""
+    asked = time.perf_counter()
+    return next(batches), time.perf_counter() - asked
 
 
 def warn(sentences: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ The global batch of a step is a pure function of the data set, the seed and the 
 processes nor an interruption changes it.
 """
 
+import contextlib
 import hashlib
 import io
 import sys
@@ -89,7 +90,7 @@ def train_batches(
       (R, T).
 
     Raises:
-      InputError: a batch that is larger than the split.
+      InputError: a batch that is larger than the split, or, as they are read, rows that are damaged or gone.
     """
     here = np.arange(batch_size) if rows is None else rows
     if info.rows["train"] < batch_size:
@@ -130,7 +131,7 @@ def eval_batches(
       equally often whatever rows are wanted.
 
     Raises:
-      InputError: no such split.
+      InputError: no such split, or, as they are read, rows that are damaged or gone.
     """
     if split not in info.rows:
         raise InputError(f"{info.directory} has no split {split!r}; it has {', '.join(info.rows)}")
@@ -157,13 +158,33 @@ def _order(rows: int, seed: int) -> grain.MapDataset:
 
 def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.ndarray]:
     """The rows whose numbers `steps` gives as lists, one batch each, fetched in one call."""
-    source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
+    with _told(info):
+        source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
 
     def fetch(numbers: list[int]) -> np.ndarray:
         return np.stack([row[layout.FIELD] for row in source.__getitems__(numbers)]).astype(np.int32)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
-    return iter(steps.map(fetch).to_iter_dataset(options))  # pyright: ignore[reportCallIssue]
+    return _all(info, iter(steps.map(fetch).to_iter_dataset(options)))  # pyright: ignore[reportCallIssue]
+
+
+def _all(info: DataInfo, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    while True:
+        with _told(info):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def _told(info: DataInfo) -> Iterator[None]:
+    """Raises InputError for what array_record and TFDS raise where rows are no longer what they were."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        load_info(info.directory)  # says it better, where a file is cut off or gone
+        raise InputError(f"{info.directory} cannot be read: {error}; copy or prepare it again") from error
 
 
 def _unigram(info: DataInfo) -> list[np.ndarray]:
