@@ -91,9 +91,7 @@ def _change_mapping(rng: random.Random, value: dict) -> dict:
     if kind == 1:
         return {_another_key(rng, k) if k == key else k: v for k, v in value.items()}
     if kind == 2:
-        return value | {
-            rng.choice(("name", "x", "rank", "sha256", "__metadata__", "<<")): _another(rng, value[key])
-        }
+        return value | {rng.choice(NEW_KEYS): _another(rng, value[key])}
     return value | {key: change(rng, value[key])}
 
 
@@ -138,9 +136,7 @@ def _another_key(rng: random.Random, key: Any) -> Any:
 
 def _another_text(rng: random.Random, text: str) -> str:
     i = rng.randrange(len(text) + 1)
-    inserted = rng.choice(
-        ("x", "0", "/", "..", "\\", "[", "(", "*", "\\0", "\n", "é", "\ud800", " ", "9" * 30)
-    )
+    inserted = rng.choice(INSERTED)
     return rng.choice((text[:i] + inserted + text[i:], text[:i], text[i:], text * 3, text.upper()))
 
 
@@ -165,11 +161,7 @@ def change_bytes(rng: random.Random, content: bytes) -> bytes:
     if kind == 5:
         return content[:i] + rng.randbytes(j - i) + content[j:]
     if kind == 6:
-        return (
-            content[:i]
-            + rng.choice((b"\0", b"\xff" * 8, b"[" * 2000, b"{" * 500, b'"', b"\n", b"\xef\xbb\xbf"))
-            + content[i:]
-        )
+        return content[:i] + rng.choice(INSERTED_BYTES) + content[i:]
     return content[:i] + struct.pack("<q", rng.choice((0, -1, 2**31, 2**62))) + content[i + 8 :]
 
 

@@ -9,6 +9,7 @@ before begins again from nothing. Every line that any of the killed programs wro
 finished run, must be those of the undisturbed one. The status is 1 if anything differs.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gzip
@@ -103,6 +104,7 @@ class Figures:
     lines_compared: int = 0
     differing_losses: int = 0
     differing_lines: int = 0
+    lines_lost_or_doubled: int = 0
     undisturbed_hash: str = ""
     final_hashes: list[str] = dataclasses.field(default_factory=list)
     prepared_alike: bool = False
@@ -114,7 +116,11 @@ class Figures:
     def alike(self) -> bool:
         """Whether nothing at all differs."""
         hashes = set(self.final_hashes) == {self.undisturbed_hash}
-        return hashes and self.prepared_alike and not self.differing_losses + self.differing_lines
+        return (
+            hashes
+            and self.prepared_alike
+            and not (self.differing_losses + self.differing_lines + self.lines_lost_or_doubled)
+        )
 
 
 def main(options: Soak) -> int:
@@ -177,6 +183,7 @@ def disturb(
             say(f"kill {figures.kills} of {kills}: {strike.kind}, {updates(run_dir)} updates told of")
         elif status == 0:
             figures.final_hashes.append(hash_of_arrays(run_dir))
+            figures.lines_lost_or_doubled += unmatched(run_dir, folder / "undisturbed")
             if figures.kills >= kills:
                 return
             shutil.rmtree(run_dir)
@@ -299,8 +306,18 @@ def count_kill(run_dir: Path, kind: str, figures: Figures) -> None:
 
 def told(run_dir: Path) -> dict[str, dict]:
     """All whole lines of a run by what they tell of, without what differs from run to run."""
-    lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
-    return {subject(line): line for line in map(without_times, lines)}
+    return {subject(line): line for line in whole_lines(run_dir)}
+
+
+def whole_lines(run_dir: Path) -> list[dict]:
+    """All whole lines of a run, in their order."""
+    return [without_times(line) for line in (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def unmatched(run_dir: Path, other: Path) -> int:
+    """How many lines of two finished runs tell of what the other's do not, or tell of it more often."""
+    ours, theirs = (collections.Counter(map(subject, whole_lines(folder))) for folder in (run_dir, other))
+    return ((ours - theirs) + (theirs - ours)).total()
 
 
 def without_times(line: str) -> dict:

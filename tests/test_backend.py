@@ -95,6 +95,32 @@ def test_programs_looked_at_before_are_not_read_again(config, tmp_path):
     assert old.exists()
 
 
+def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
+    compile_something(config, 7)
+    folder = tmp_path / "runs/jax_cache"
+    (folder / "checked").unlink(missing_ok=True)
+    (folder / "cut-cache").write_bytes(b"cut off")
+
+    def fail(program: bytes) -> bool:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_whole", fail)
+        compile_something(config, 7)
+    assert (folder / "cut-cache").exists()
+    compile_something(config, 7)
+    assert not (folder / "cut-cache").exists()
+
+
+def test_a_program_that_cannot_be_unpacked_here_is_left_alone(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    folder = tmp_path / "runs/jax_cache"
+    folder.mkdir(parents=True)
+    (folder / "other-cache").write_bytes(backend._ZSTD + b"whatever")
+    compile_something(config, 8)
+    assert (folder / "other-cache").exists()
+
+
 @pytest.fixture
 def gpu_expected(monkeypatch):
     """As if a GPU's plugin were installed, and JAX had not started."""

@@ -21,8 +21,9 @@ FLOORS = (
     ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
-    ("train.progress", "train.sections", "train.exits", "train.lock"),
-    ("train.preempt",),
+    ("train.progress", "train.sections", "train.exits"),
+    ("train.preempt", "train.files"),
+    ("train.lock",),
     ("train.data", "train.config", "train.manifest", "train.metrics", "train.plot"),
     (
         "train.flags",

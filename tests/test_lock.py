@@ -1,10 +1,12 @@
 """One run at a time in a folder, whatever became of the one before."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +57,16 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / lock.LOCK).mkdir()
     with pytest.raises(InputError, match="cannot be written to: Is a directory"):
         enter(tmp_path)
+
+
+def test_a_disk_without_room_is_no_bad_input(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space left") as told:
+        enter(tmp_path)
+    assert told.value.filename == str(tmp_path / lock.LOCK)
 
 
 def test_a_bucket_has_no_lock():

@@ -401,6 +401,43 @@ def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run)
         assert leaf.ndim < 2 or np.array_equal(leaf, last)  # nothing moved
 
 
+def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
+    """Not an update later, and not only after the run has passed for finished."""
+    config = dataclasses.replace(
+        free,
+        optimizer=dataclasses.replace(free.optimizer, learning_rate=300.0),
+        restart=Restart(),
+        schedule=Schedule("cosine", warmup=2),
+        bad_steps=BadSteps(window=2, factor=3.0, patience=4),
+        checkpoint=dataclasses.replace(free.checkpoint, every=0),
+    )
+    folder = Path(config.run_dir)
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    streaks = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line]
+    ends = streaks.index(4) + 1
+    shutil.rmtree(folder)
+    with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
+        loop.pretrain(
+            dataclasses.replace(config, checkpoint=dataclasses.replace(free.checkpoint, every=ends))
+        )
+    assert [line["bad_in_a_row"] for line in lines(folder) if "loss" in line] == streaks[:ends]
+
+
+@pytest.mark.parametrize("summary", [None, "", "{", "[]"], ids=["absent", "empty", "cut off", "a list"])
+def test_a_run_that_only_had_to_conclude(free, tiny_run, summary):
+    folder = Path(shutil.copytree(tiny_run.folder, free.run_dir))
+    (folder / "summary.json").unlink()
+    if summary is not None:
+        (folder / "summary.json").write_text(summary)
+    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told = [line | ({"tokens_per_second": float(line["step"])} if "loss" in line else {}) for line in told]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    expected = tiny_run.summary | {"tokens_per_second": 10.5}  # of 0 to 21
+    assert loop.pretrain(free) == expected
+    assert json.loads((folder / "summary.json").read_text()) == expected
+
+
 @pytest.fixture(scope="module")
 def large_data(tiny_text, tmp_path_factory) -> Path:
     """Rows that do not fit into what a reader holds in memory."""

@@ -15,6 +15,7 @@ from mora_jax.transform import Methods
 from train import manifest, runs
 from train.checkpoint import Checkpoints
 from train.data.read import load_info
+from train.sections import Checkpoint
 
 
 @pytest.fixture
@@ -36,6 +37,17 @@ def test_a_folder_is_claimed_once(tiny_run, tmp_path):
     with pytest.raises(InputError, match="holds a run already; leave out --no-resume"):
         runs.check_free(config, resume=False)
     runs.check_free(config, resume=True)
+
+
+def test_a_config_that_is_the_same_is_not_written_again(tiny_run, tmp_path):
+    config = here(tiny_run, tmp_path / "run")
+    runs.check_free(config, resume=True)
+    runs.claim(config)
+    before = (tmp_path / "run" / runs.CONFIG).stat()
+    runs.claim(config)
+    assert (tmp_path / "run" / runs.CONFIG).stat().st_ino == before.st_ino
+    runs.claim(dataclasses.replace(config, checkpoint=Checkpoint(every=17)))
+    assert runs.read_config(config.run_dir).checkpoint.every == 17
 
 
 def test_a_run_of_another_config_is_not_resumed(tiny_run, copy):

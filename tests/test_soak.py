@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import soak
+
 SOAK = Path(__file__).parent / "soak.py"
 
 
@@ -25,4 +28,14 @@ def test_a_run_that_is_killed_becomes_the_undisturbed_one(tmp_path):
     assert figures["preparation_kills"] == 1
     assert set(figures["final_hashes"]) == {figures["undisturbed_hash"]}
     assert figures["lines_compared"] >= 40
-    assert figures["differing_losses"] == figures["differing_lines"] == 0
+    assert figures["differing_losses"] == figures["differing_lines"] == figures["lines_lost_or_doubled"] == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "counted"), [((0, 1, 2), 0), ((0, 2), 1), ((0, 1, 1, 2), 1), ((0, 1, 1), 2)]
+)
+def test_lines_that_are_lost_or_doubled_are_counted(tmp_path, steps, counted):
+    for name, of in (("ours", steps), ("theirs", (0, 1, 2))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1}}\n' for n in of))
+    assert soak.unmatched(tmp_path / "ours", tmp_path / "theirs") == counted

@@ -102,21 +102,24 @@ def _gpu_expected() -> bool:
 def _remove_cut_off(folder: epath.Path) -> None:
     """Removes programs that a kill cut off as they were written: JAX would compile them at every start, and
     never replace them."""
-    checked = folder / _CHECKED
+    checked, checking = folder / _CHECKED, folder / f"{_CHECKED}.part"
     since = checked.stat().mtime if checked.exists() else 0
     with contextlib.suppress(OSError):  # a folder that cannot be written to may still be read
         folder.mkdir(parents=True, exist_ok=True)
-        checked.write_bytes(b"")
+        checking.write_bytes(b"")  # its age is that of the beginning: what is written meanwhile is not known
         for program in folder.glob("*-cache"):
             if program.stat().mtime >= since - 1 and not _whole(program.read_bytes()):
                 program.unlink(missing_ok=True)
+        checking.replace(checked)
 
 
 def _whole(program: bytes) -> bool:
-    """Whether the compressed stream of a program reaches its end."""
+    """Whether the compressed stream of a program reaches its end, where that can be said."""
     if program.startswith(_ZSTD):
-        import zstandard  # pyright: ignore[reportMissingImports]
-
+        try:
+            import zstandard  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError:  # it was kept by another installation
+            return True
         reader, errors = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
     else:
         reader, errors = zlib.decompressobj(), zlib.error

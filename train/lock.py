@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mora_jax.errors import InputError
+from train.files import writable
 
 LOCK = "lock"
 
@@ -24,15 +25,14 @@ def alone(run_dir: str) -> Iterator[None]:
 
     Raises:
       InputError: if another program has the folder, or nothing can be written there.
+      OSError: if the disk is in trouble.
     """
     if "://" in run_dir or jax.process_index() > 0:
         yield
         return
     path = Path(run_dir) / LOCK
-    try:
+    with writable(path, f"run_dir {run_dir} cannot be written to"):
         file = path.open("a+b", buffering=0)
-    except OSError as error:
-        raise InputError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from error
     with file:
         _lock(file, run_dir)
         with contextlib.suppress(OSError):  # on a full disk; it is only for the message

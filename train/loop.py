@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,12 +21,14 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
 from mora_jax.transform import Methods
+from mora_jax.untrusted import read_json
 from train import backend, guard, lock, runs
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, load_info, train_batches, unigram_perplexity
 from train.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.exits import Diverged, Preempted, Stopped, naming
+from train.files import write_whole
 from train.metrics import LINES, Metrics, read_metrics
 from train.plot import plot_loss
 from train.preempt import Stop
@@ -70,9 +73,9 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
 def train(config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Checkpoints) -> dict[str, Any]:
     """What `pretrain` does, once the run's folder is its own; the summary."""
     state, methods, score = start(config, saved, info, mesh)
-    first, folder = int(state.step), epath.Path(config.run_dir)
-    if first == config.steps and (folder / SUMMARY).exists():
-        return json.loads((folder / SUMMARY).read_text())
+    first = int(state.step)
+    if first == config.steps and (summary := told_summary(config)):
+        return summary
     held = sharding.local_rows(mesh, config.batch_size)
     batches = train_batches(info, config.batch_size, config.seed, first, held)
     batches = on_devices(batches, mesh, config.batch_size)
@@ -87,8 +90,11 @@ def train(config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Chec
                 score = score_of(config, methods, state, info, mesh, stop)
                 if score:
                     watch.note(step - 1, evaluation_note(score))
+            saving = step > first and due(config.checkpoint.every, step, config)
+            if saving:
+                watch.drain()  # first: the bad step that ends the run may be among those in flight
             ending = early_end(config, watch, stop, step)
-            if step > first and (ending or due(config.checkpoint.every, step, config)):
+            if saving or (ending and step > first):
                 watch.drain()
                 saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
             if ending:
@@ -240,6 +246,23 @@ def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float)
     }
 
 
+def told_summary(config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that has ended; None where there is none that can be read."""
+    try:
+        found = read_json(epath.Path(config.run_dir) / SUMMARY)
+    except InputError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def told_rate(folder: epath.Path) -> float:
+    """Tokens a second of the median update that programs before this one told of; 0 where none did."""
+    told = read_metrics(str(folder / LINES))
+    return statistics.median(
+        [line["tokens_per_second"] for line in told if "tokens_per_second" in line] or [0]
+    )
+
+
 def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second: float) -> dict[str, Any]:
     """Process 0 draws loss.png and writes summary.json; the summary is returned."""
     folder = epath.Path(config.run_dir)
@@ -250,15 +273,12 @@ def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second:
         "validation_loss": score.loss,
         "validation_perplexity": score.perplexity,
         "unigram_perplexity": unigram_perplexity(info),
-        "tokens_per_second": tokens_per_second,
+        "tokens_per_second": tokens_per_second or told_rate(folder),
         "device": jax.devices()[0].device_kind,
     }
     if jax.process_index() > 0:
         return summary
     with naming(folder / "loss.png"):
         plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
-    part = folder / f"{SUMMARY}.part"
-    with naming(part):
-        part.write_text(json.dumps(summary, indent=2) + "\n")
-    part.replace(folder / SUMMARY)
+    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary

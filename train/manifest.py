@@ -4,7 +4,6 @@ The manifest is written last, and in one piece: a folder without one was not fin
 """
 
 import concurrent.futures
-import errno
 import hashlib
 import json
 import os
@@ -16,14 +15,13 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
+from train.files import sync, write_whole
 
 MANIFEST = "manifest.json"
 # A manifest is read whole; a larger file is not one of ours.
 _LIMIT = 1 << 26
 _CHUNK = 1 << 22
 _HASHERS = 4
-# What some mounted file systems answer where they cannot sync.
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 Json = dict[str, Any]
 Advance = Callable[[float], None]
@@ -38,13 +36,9 @@ def seal(folder: epath.Path, content: Json) -> None:
     with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
         found = list(pool.map(_fingerprint, files))
     for inner in (*{path.parent for path in files}, folder.parent):
-        _sync(inner)
+        sync(inner)
     names = {path.relative_to(folder).as_posix(): print_ for path, print_ in zip(files, found, strict=True)}
-    unsealed = folder / f"{MANIFEST}.part"
-    unsealed.write_text(render(content | {"files": names}))
-    _sync(unsealed)
-    unsealed.replace(folder / MANIFEST)
-    _sync(folder)
+    write_whole(folder / MANIFEST, render(content | {"files": names}))
 
 
 def read(folder: epath.Path, step: int) -> Json:
@@ -166,7 +160,7 @@ def _fingerprint(path: epath.Path) -> Json:
         size += int(n)
 
     digest = _sha256(path, count)
-    _sync(path)
+    sync(path)
     return {"bytes": size, "sha256": digest}
 
 
@@ -189,17 +183,3 @@ def _sha256(path: epath.Path, advance: Advance) -> str:
             digest.update(chunk)
             advance(len(chunk))
     return digest.hexdigest()
-
-
-def _sync(path: epath.Path) -> None:
-    """Brings a file or folder onto the disk, where it outlives a loss of power; remote stores see to it."""
-    if not _is_local(path):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
-            raise
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from mora_jax.errors import InputError
 from train.exits import naming
+from train.files import write_whole
 from train.progress import Bar
 
 LINES = "metrics.jsonl"
@@ -153,9 +154,7 @@ def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated
 def _forget(path: Path, start: int, evaluated: bool) -> None:
     """Drops what will be told again, and a last line cut off; a kill leaves the old or the new."""
     kept = [line for line in read_metrics(str(path)) if _stays(line, start, evaluated)]
-    part = path.with_suffix(".part")
-    part.write_text("".join(_render(line.pop("step"), line) for line in kept), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(_render(line.pop("step"), line) for line in kept))
 
 
 def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:

@@ -18,7 +18,7 @@ from train import flags
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, first_rows
-from train.exits import naming
+from train.files import writable, write_whole
 from train.step import TrainState, init_params, init_state, random_state
 
 CONFIG = "config.yaml"
@@ -45,20 +45,18 @@ def check_free(config: RunConfig, resume: bool) -> None:
         raise InputError(
             f"{folder} holds checkpoints of no known run (its {CONFIG} is gone); choose another --run-dir"
         )
-    try:
+    with writable(folder, f"run_dir {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run_dir {folder} cannot be made: {error.strerror}") from error
 
 
 def claim(config: RunConfig) -> None:
     """Process 0 writes the config into the run's folder, which holds a run from then on."""
     if jax.process_index() > 0:
         return
-    part = epath.Path(config.run_dir) / f"{CONFIG}.part"
-    with naming(part):
-        part.write_text(yaml.safe_dump(run_config.to_plain(config), sort_keys=False))
-    part.replace(epath.Path(config.run_dir) / CONFIG)
+    path = epath.Path(config.run_dir) / CONFIG
+    text = yaml.safe_dump(run_config.to_plain(config), sort_keys=False)
+    if not path.exists() or path.read_text() != text:
+        write_whole(path, text)
 
 
 def read_config(run_dir: str) -> RunConfig:

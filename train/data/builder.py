@@ -25,6 +25,7 @@ from train.data.read import DataInfo, load_info
 from train.data.shard import Advance, Counts, Job, TextShard
 from train.data.tfds_text import PREFIX, tfds_shards
 from train.data.tokenizer import Tokenizer
+from train.files import writable
 from train.progress import Bar
 
 
@@ -126,14 +127,12 @@ def _claim(out: str, settings: Settings) -> Path:
     if mark.exists():
         _compare(folder, _held(mark), asdict(settings))
         return folder
-    try:
+    with writable(folder, f"out {out} cannot be written"):
         (folder / layout.UNFINISHED).mkdir(parents=True, exist_ok=True)
         if any(entry.name != layout.UNFINISHED for entry in folder.iterdir()):
             raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
         (folder / layout.UNFINISHED / layout.SETTINGS).write_text(json.dumps(asdict(settings)))
         (folder / layout.UNFINISHED / layout.SETTINGS).replace(mark)
-    except OSError as error:
-        raise InputError(f"out {out} cannot be written: {error.strerror}") from error
     return folder
 
 

@@ -1,0 +1,63 @@
+"""Small files that are there whole or not at all, and what it means where nothing can be written."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from mora_jax.errors import InputError
+from train.exits import naming
+
+# What some mounted file systems answer where they cannot sync.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
+# The same command will fail again; anything else, such as a full disk, may be mended beside it.
+_BAD_PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
+
+def write_whole(path: epath.PathLike, text: str) -> None:
+    """Writes a file or replaces one: a kill or a loss of power leaves the old one or the new one.
+
+    Raises:
+      OSError: naming the file, which is then as it was.
+    """
+    path = epath.Path(path)
+    part = path.parent / f"{path.name}.part"
+    with naming(part):
+        part.write_text(text)
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+
+
+def sync(path: epath.PathLike) -> None:
+    """Brings a file or folder onto the disk, where it outlives a loss of power; remote stores see to it."""
+    if "://" in str(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writable(path: Any, refusal: str) -> Iterator[None]:
+    """Tells a place that cannot be written to from a disk in trouble.
+
+    Raises:
+      InputError: `refusal` and the reason, for a place where the same command will fail again.
+      OSError: naming `path`, for anything else.
+    """
+    with naming(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _BAD_PLACES:
+                raise InputError(f"{refusal}: {error.strerror}") from error
+            raise
