@@ -76,7 +76,7 @@ def refused(mora):
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--seed", "-1"], "seed must lie in [0, 2**32), not -1"),
         (["--microbatches", "3"], "batch_size 4 does not divide into 3 microbatches"),
-        (["--mesh.data", "64"], "mesh.data asks for 64 devices; 4 (cpu) are here"),
+        (["--mesh.data", "64"], "mesh.data 64 needs 64 devices; 8 (cpu) are here"),
         (["--mesh.data", "4", "--batch-size", "6"], "6 does not divide among 4 devices"),
         (["--model.vocab-size", "300"], "vocabulary of 384 tokens, more than model.vocab_size 300"),
         (["--batch-size", "100000"], "fewer than one batch of 100000"),
