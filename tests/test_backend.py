@@ -100,6 +100,8 @@ def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
     folder = tmp_path / "runs/jax_cache"
     (folder / "checked").unlink(missing_ok=True)
     (folder / "cut-cache").write_bytes(b"cut off")
+    long_ago = time.time() - 3600
+    os.utime(folder / "cut-cache", (long_ago, long_ago))
 
     def fail(program: bytes) -> bool:
         raise OSError
