@@ -147,10 +147,10 @@ def test_mora_gathers_activations_over_tensor(abstract, config):
 def test_simulated_devices(capsys, tiny_yaml, tmp_path):
     out = tmp_path / "plan.json"
     cli.main(["plan", str(tiny_yaml), "--devices", "2", "--mesh.data", "2", "--out", str(out)])
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # lines break where the path's length has them break
     assert "2 simulated devices" in shown
     assert "the CPU compiler's" in shown
-    assert shown.rstrip().endswith("It fits.")
+    assert shown.endswith("It fits.")
     figures = json.loads(out.read_text())
     assert figures["fits"] is True
     assert figures["mesh"]["data"] == 2

@@ -221,14 +221,17 @@ def test_a_spike_is_skipped_and_training_goes_on():
 
 @pytest.mark.parametrize("name", ["mora", "lora"])
 def test_two_hundred_updates_by_either_path_are_one_curve(name):
-    """Rounding alone sets the paths apart: by a part in ten thousand of the loss at most."""
+    """Rounding alone sets the paths apart: by a part in ten thousand of the loss at most.
+
+    At three times this rate LoRA's curve is chaotic: weights changed by a ten millionth move it by 3%.
+    """
     curves = {}
     for path in ("merged", "activation"):
         config = dataclasses.replace(
             with_method(name),
             steps=200,
             compute=dataclasses.replace(CONFIG.compute, adapter_path=path),
-            optimizer=Optimizer(learning_rate=3e-3),
+            optimizer=Optimizer(learning_rate=1e-3),
             schedule=Schedule("jagged-cosine", warmup=10),
             restart=Restart(every=80, warmup=10),
         )
