@@ -21,7 +21,7 @@ FLOORS = (
     ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
-    ("train.progress", "train.sections", "train.exits"),
+    ("train.progress", "train.sections", "train.exits", "train.hlo"),
     ("train.preempt", "train.files"),
     ("train.lock",),
     ("train.data", "train.config", "train.manifest", "train.metrics", "train.plot"),

@@ -1,16 +1,13 @@
-"""What each operation of a compiled program is and where it comes from, read from its text."""
+"""What each operation of a compiled program is and where it comes from."""
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Literal
+
+from train.hlo import Instruction, parse
 
 Kind = Literal["matmul", "attention", "scatter", "reduction", "copy", "elementwise", "control"]
 
-COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
-# The result's type may be a tuple with spaces and comments in it; the operation is the first word behind it.
-OPCODE = re.compile(r"(?:^|[\s})\]])([a-z][\w\-]*)\(")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 CALLS = re.compile(r"calls=%?([\w.\-]+)")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -95,41 +92,37 @@ def kind_by_name(kernel: str) -> Kind:
 def operations(text: str) -> dict[str, Op]:
     """Every instruction of a compiled program's text by its name."""
     frames = _frames(text)
-    lines = list(_instructions(text))
+    computations = parse(text).computations
     bodies: dict[str, set[str]] = {}
-    for computation, _, rest in lines:  # what is called stands before what calls it
-        called = CALLS.search(rest)
-        inside = bodies.get(called[1], set()) if called else {_opcode(rest)}
-        bodies.setdefault(computation, set()).update(inside)
-    return {name: _operation(rest, bodies, frames) for _, name, rest in lines}
+    for name, computation in computations.items():  # what is called stands before what calls it
+        bodies[name] = set().union(*(_inside(each, bodies) for each in computation.values()))
+    return {
+        name: _operation(instruction, bodies, frames)
+        for computation in computations.values()
+        for name, instruction in computation.items()
+    }
 
 
-def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
-    """(computation, name, the rest of the line) of every instruction."""
-    computation = ""
-    for line in text.splitlines():
-        if match := INSTRUCTION.match(line):
-            yield computation, match[1], line[match.end() :]
-        elif match := COMPUTATION.match(line):
-            computation = match[1]
-
-
-def _operation(rest: str, bodies: dict[str, set[str]], frames: dict[int, str]) -> Op:
-    name, file, frame = OP_NAME.search(rest), SOURCE.search(rest), FRAME.search(rest)
+def _operation(instruction: Instruction, bodies: dict[str, set[str]], frames: dict[int, str]) -> Op:
+    text = instruction.text
+    name, file, frame = OP_NAME.search(text), SOURCE.search(text), FRAME.search(text)
     source = f"{file[1]}:{file[2]}" if file else frames.get(int(frame[1]), "") if frame else ""
     op_name = name[1] if name else ""
-    return Op(_kind(rest, op_name, bodies), op_name, source)
+    return Op(_kind(instruction, op_name, bodies), op_name, source)
 
 
-def _kind(rest: str, op_name: str, bodies: dict[str, set[str]]) -> Kind:
-    opcode, target, called = _opcode(rest), TARGET.search(rest), CALLS.search(rest)
-    inside = bodies.get(called[1], set()) if called else {opcode}
+def _kind(instruction: Instruction, op_name: str, bodies: dict[str, set[str]]) -> Kind:
+    inside, target = _inside(instruction, bodies), TARGET.search(instruction.text)
     label = target[1].lower() if target else ""
-    if opcode in CONTROL:
+    if instruction.opcode in CONTROL:
         return "control"
     if any(word in label for word in ATTENTION):
         return "attention"
-    if any(word in label for word in MATMUL) or inside & {"dot", "convolution"} or TRITON.search(rest):
+    if (
+        any(word in label for word in MATMUL)
+        or inside & {"dot", "convolution"}
+        or TRITON.search(instruction.text)
+    ):
         return "matmul"
     if "scatter" in inside or "scatter" in label:
         return "scatter"
@@ -140,9 +133,10 @@ def _kind(rest: str, op_name: str, bodies: dict[str, set[str]]) -> Kind:
     return "matmul" if op_name.endswith("dot_general") else "elementwise"
 
 
-def _opcode(rest: str) -> str:
-    match = OPCODE.search(rest.partition(", metadata=")[0])
-    return match[1] if match else ""
+def _inside(instruction: Instruction, bodies: dict[str, set[str]]) -> set[str]:
+    """The opcodes of what an instruction calls, or its own."""
+    called = CALLS.search(instruction.text)
+    return bodies.get(called[1], set()) if called else {instruction.opcode}
 
 
 def _frames(text: str) -> dict[int, str]:

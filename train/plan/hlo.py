@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from train.hlo import Computation, Instruction, parse
+
 # What each device sends of a whole array of one byte when n take part, by the ring algorithms.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
@@ -22,9 +24,6 @@ SENT = {
 }
 KINDS = tuple(SENT)
 
-_HEADER = re.compile(r"^(?:ENTRY )?%?([^\s(]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*)$")
-_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([^\s,)}]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
@@ -49,13 +48,6 @@ class Collective:
     sent: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    opcode: str
-    kind: str  # the type of what it gives, as text
-    text: str  # all after the type
-
-
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """What a program sends, by kind and axes.
 
@@ -66,9 +58,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     Raises:
       ValueError: for HLO that is not understood: a count too low would be worse.
     """
-    computations, entry = _parse(text)
+    program = parse(text)
     found: dict[tuple[str, str], Collective] = {}
-    for kind, instruction, times in _walk(computations, entry, 1):
+    for kind, instruction, times in _walk(program.computations, program.entry, 1):
         groups = _groups(instruction.text, math.prod(mesh.values()))
         axes, size = _axes(groups, mesh), max(len(g) for g in groups)
         if not axes:
@@ -80,23 +72,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(found.values(), key=lambda c: -c.sent)
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Computations by name, each its instructions by name; and the name of the entry."""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    entry, inside = "", {}
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            inside = computations.setdefault(header[1], {})
-            entry = header[1] if line.startswith("ENTRY") else entry
-        elif (instruction := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(instruction[2])):
-            kind, rest = instruction[2][: opcode.start()], instruction[2][opcode.start() :]
-            inside[instruction[1]] = _Instruction(opcode[1], kind, rest)
-    if not entry:
-        raise ValueError("no ENTRY computation in the HLO")
-    return computations, entry
-
-
-def _walk(computations: Mapping, name: str, times: int) -> Iterator[tuple[str, _Instruction, int]]:
+def _walk(
+    computations: Mapping[str, Computation], name: str, times: int
+) -> Iterator[tuple[str, Instruction, int]]:
     """(kind, instruction, runs) of every collective that a computation runs `times` times over."""
     in_fusions: set[str] = set()
     for instruction in computations[name].values():
@@ -122,7 +100,7 @@ def _walk(computations: Mapping, name: str, times: int) -> Iterator[tuple[str, _
                 yield from _walk(computations, called, times)
 
 
-def _trip_count(computations: Mapping, text: str) -> int:
+def _trip_count(computations: Mapping[str, Computation], text: str) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text):
         return int(known[1])
     condition = re.search(r"\bcondition=%?([^\s,)}]+)", text)
@@ -136,9 +114,9 @@ def _trip_count(computations: Mapping, text: str) -> int:
     raise ValueError(f"a loop whose length is not known: {text[:200]}")
 
 
-def _bytes(instruction: _Instruction, size: int) -> int:
+def _bytes(instruction: Instruction, size: int) -> int:
     """Of the whole array."""
-    shapes = [_shape_bytes(*shape) for shape in _SHAPE.findall(instruction.kind)]
+    shapes = [_shape_bytes(*shape) for shape in _SHAPE.findall(instruction.type)]
     if instruction.opcode == "collective-permute-start":
         return shapes[1]  # (input, output, two semaphores)
     if instruction.opcode == "all-gather-start":
