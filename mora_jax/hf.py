@@ -6,20 +6,20 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
+from jax.sharding import Mesh
 
-from mora_jax import safetensors_files
+from mora_jax import safetensors_files, sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama, LlamaConfig
-from mora_jax.safetensors_files import INDEX, WEIGHTS, Shapes, some
+from mora_jax.safetensors_files import INDEX, WEIGHTS, Stored, some
+from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
 
 
@@ -37,8 +37,10 @@ class Name(NamedTuple):
     transpose: bool
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 NAMES = (
-    Name("embed_tokens/embedding", "model.embed_tokens.weight", False),
+    Name("embed_tokens/embedding", EMBEDDING, False),
     Name("layers/input_layernorm/scale", "model.layers.{}.input_layernorm.weight", False),
     Name("layers/self_attn/q_proj/kernel", "model.layers.{}.self_attn.q_proj.weight", True),
     Name("layers/self_attn/k_proj/kernel", "model.layers.{}.self_attn.k_proj.weight", True),
@@ -49,7 +51,7 @@ NAMES = (
     Name("layers/mlp/up_proj/kernel", "model.layers.{}.mlp.up_proj.weight", True),
     Name("layers/mlp/down_proj/kernel", "model.layers.{}.mlp.down_proj.weight", True),
     Name("norm/scale", "model.norm.weight", False),
-    Name("lm_head/kernel", "lm_head.weight", True),
+    Name("lm_head/kernel", HEAD, True),
 )
 
 CONFIG = "config.json"
@@ -69,9 +71,8 @@ _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 # A table of rotary frequencies that old exports carry and that the config determines.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-HEAD = "lm_head.weight"
-
 Params = Mapping[str, Any]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def save_hf(
@@ -84,8 +85,9 @@ def save_hf(
 ) -> None:
     """Writes a folder that `transformers.LlamaForCausalLM.from_pretrained` reads.
 
-    The folder takes its name only when it is whole. In a job of several processes one process calls this,
-    with arrays that it holds entirely.
+    The folder takes its name only when it is whole. Arrays may be divided over the devices of this process:
+    one layer of one of them is brought together at a time. In a job of several processes one process calls
+    this, with arrays that it holds entirely.
 
     Args:
       path: the folder to make; local or any place that `etils.epath` knows.
@@ -105,32 +107,47 @@ def save_hf(
         _write_json(folder / CONFIG, _config_to_json(config, dtype, special_ids or {}))
 
 
-def load_hf(path: epath.PathLike) -> tuple[dict[str, Any], LlamaConfig]:
-    """The parameters (float32 numpy arrays, layers stacked) and the config of a Hugging Face LLaMA folder.
+def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, Any], LlamaConfig]:
+    """The parameters (float32, layers stacked) and the config of a Hugging Face LLaMA folder.
 
     Args:
       path: a folder with config.json and safetensors (float32, bfloat16 or float16; one file or several).
+      mesh: the devices to divide the parameters over, by the rules of `sharding`. This process holds, beside
+        what its devices get of one parameter at a time, one tensor of one layer. Without a mesh the
+        parameters are numpy arrays.
 
     Raises:
       InputError: for a folder that is incomplete or damaged, a model that is not a plain LLaMA, and tensors
         that are missing, unexpected or of another shape. Each is named.
     """
     folder = epath.Path(path)
-    config = _config_from_json(safetensors_files.read_object(folder / CONFIG), folder / CONFIG)
-    places, headers = _places(config), safetensors_files.read_headers(folder)
-    _check_headers(headers, places, config, folder)  # before any memory is taken for the weights
-    flat = {name: np.empty(shape, np.float32) for name, shape in _shapes(config).items()}
-    doubled = []
-    for file, header in headers.items():
-        for name, tensor in safetensors_files.read_tensors(file, header):
-            if name in places:
-                place = places[name]
-                flat[place.path][place.index] = tensor.T if place.transpose else tensor
-            elif name == HEAD:
-                doubled.append(tensor)
-    if any(not np.array_equal(tensor, flat["embed_tokens/embedding"]) for tensor in doubled):
-        raise InputError("tie_word_embeddings is true, but lm_head.weight differs from the embedding")
+    config = read_config(folder)
+    places, stored = _places(config), safetensors_files.read_headers(folder)
+    _check_stored(stored, places, config, folder)  # before any memory is taken for the weights
+    sources: dict[str, list[tuple[_Place, Stored]]] = {}
+    for name, place in places.items():
+        sources.setdefault(place.path, []).append((place, stored[name]))
+    flat = {}
+    for name, shape in _shapes(config).items():
+        fill = functools.partial(_fill, sources[name])
+        if mesh is None:
+            fill({tuple((0, n) for n in shape): (whole := np.empty(shape, np.float32))})
+            flat[name] = whole
+        else:
+            flat[name] = sharding.assembled(name, shape, mesh, fill)
     return unflatten(flat), config
+
+
+def read_config(path: epath.PathLike) -> LlamaConfig:
+    """The config of a Hugging Face LLaMA folder. Raises InputError for what is not a plain LLaMA."""
+    file = epath.Path(path) / CONFIG
+    return _config_from_json(safetensors_files.read_object(file), file)
+
+
+def abstract_params(config: LlamaConfig) -> Any:
+    """The shapes of a model's parameters, layers stacked, without computing them."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Llama(config, Compute(layers="scan")).init, jax.random.key(0), tokens)["params"]
 
 
 @contextlib.contextmanager
@@ -164,9 +181,7 @@ class _Place(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _shapes(config: LlamaConfig) -> Shapes:
     """The shape of every parameter, by path."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(Llama(config, Compute(layers="scan")).init, jax.random.key(0), tokens)
-    return {path: leaf.shape for path, leaf in flatten(variables["params"]).items()}
+    return {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
 
 
 def _places(config: LlamaConfig) -> dict[str, _Place]:
@@ -210,8 +225,9 @@ def _write_weights(
     files = {}
     for i, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _tensor(flat, places[name], dtype) for name in names}
-        (folder / file).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        shapes = {name: places[name].shape for name in names}
+        tensors = (_tensor(flat, places[name]) for name in names)
+        safetensors_files.write_tensors(folder / file, shapes, dtype, tensors)
         files.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
@@ -230,9 +246,9 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _tensor(flat: Mapping[str, Any], place: _Place, dtype: np.dtype) -> np.ndarray:
+def _tensor(flat: Mapping[str, Any], place: _Place) -> np.ndarray:
     ours = np.asarray(flat[place.path][place.index])
-    return np.ascontiguousarray(ours.T if place.transpose else ours, dtype)
+    return ours.T if place.transpose else ours
 
 
 def _config_to_json(config: LlamaConfig, dtype: str, special_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -316,18 +332,43 @@ def _is_plain(rope: Any) -> bool:
     )
 
 
-def _check_headers(
-    headers: Mapping[epath.Path, Shapes],
-    places: Mapping[str, _Place],
-    config: LlamaConfig,
-    folder: epath.Path,
+def _check_stored(
+    stored: Mapping[str, Stored], places: Mapping[str, _Place], config: LlamaConfig, folder: epath.Path
 ) -> None:
     """Raises InputError unless the files hold the model's tensors, and else only what it implies."""
-    found = {name: shape for header in headers.values() for name, shape in header.items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
     for name in [name for name in found if _DERIVED.fullmatch(name)]:
         if math.prod(found.pop(name)) > config.hidden_size:
             raise InputError(f"{folder}: {name} is larger than a table of rotary frequencies")
     expected = {name: place.shape for name, place in places.items()}
-    if config.tie_word_embeddings and HEAD in found:  # stored twice
-        expected[HEAD] = expected["model.embed_tokens.weight"]
+    doubled = config.tie_word_embeddings and HEAD in found
+    if doubled:
+        expected[HEAD] = expected[EMBEDDING]
     _compare(found, expected, f"the weights in {folder}")
+    if doubled and not _equal(stored[HEAD], stored[EMBEDDING]):
+        raise InputError(f"tie_word_embeddings is true, but {HEAD} differs from the embedding")
+
+
+def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
+    """Whether two tensors of one shape hold the same numbers, looked at some rows at a time."""
+    ends = [(start, min(start + rows, a.shape[0])) for start in range(0, a.shape[0], rows)]
+    return all(np.array_equal(a.rows(*end), b.rows(*end)) for end in ends)
+
+
+def _fill(sources: Sequence[tuple[_Place, Stored]], parts: Mapping[Box, np.ndarray]) -> None:
+    """Reads parts of one parameter, rows that several of them need only once.
+
+    Args:
+      sources: its tensors, one a layer where layers are stacked.
+      parts: buffers to fill, by the first and the last index, exclusive, of each axis of the parameter.
+    """
+    for place, tensor in sources:
+        by_rows: dict[Any, list[tuple[Any, np.ndarray]]] = {}
+        for box, part in parts.items():
+            rows, *columns = box[len(place.index) :][:: -1 if place.transpose else 1]
+            by_rows.setdefault(rows, []).append((columns, part[place.index]))
+        for rows, wanted in by_rows.items():
+            read = tensor.rows(*rows)
+            for columns, part in wanted:
+                cut = read[:, slice(*columns[0])] if columns else read
+                part[...] = cut.T if place.transpose else cut

@@ -25,6 +25,8 @@ STATE = ("fsdp", "tensor")
 
 Sizes: TypeAlias = Mapping[str, int]
 Rules: TypeAlias = Sequence[tuple[str, tuple[P, ...]]]
+# A part of an array: of each axis the first index and the last one, exclusive.
+Box: TypeAlias = tuple[tuple[int, int], ...]
 
 # Kernels whose outputs are divided over `tensor`, and those whose inputs are.
 _COLUMNS = (P("fsdp", "tensor"), P(STATE, None))
@@ -126,6 +128,29 @@ def spec(name: str, shape: Sequence[int], sizes: Sizes, rules: Rules = RULES) ->
     by = ", ".join(f"mesh.{axis} {sizes[axis]}" for axis in AXES if sizes[axis] > 1)
     hint = "method.align 128 makes it divisible" if name.endswith("m_RR") else "use sizes that divide one"
     raise InputError(f"{by}: no axis of {name} {tuple(shape)} can be divided so; {hint}")
+
+
+def assembled(
+    name: str, shape: Sequence[int], mesh: Mesh, fill: Callable[[Mapping[Box, np.ndarray]], None]
+) -> jax.Array:
+    """A float32 array laid out by the rules for its path, of which no process makes more than it holds.
+
+    Args:
+      name: its path.
+      shape: of the whole array.
+      mesh: the devices.
+      fill: writes the parts that this process's devices hold into their buffers.
+    """
+    place = NamedSharding(mesh, spec(name, shape, mesh.shape))
+    indices = place.addressable_devices_indices_map(tuple(shape))
+    boxes = {
+        device: tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
+        for device, index in indices.items()
+    }
+    parts = {box: np.empty([stop - start for start, stop in box], np.float32) for box in boxes.values()}
+    fill(parts)
+    held = [jax.device_put(parts[box], device) for device, box in boxes.items()]
+    return jax.make_array_from_single_device_arrays(tuple(shape), place, held)
 
 
 def pin(tree: Any) -> Any:

@@ -29,7 +29,7 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
         if size > limit:
             raise InputError(f"{file}: it has {size:,} bytes, and at most {limit:,} are read")
         with file.open("rb") as stream:
-            return stream.read(limit)
+            return stream.read(size)  # asked for more, Python would take memory for it
     except InputError:
         raise
     except (OSError, ImportError, ValueError) as error:  # an unknown file system, or a name that is none

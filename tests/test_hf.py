@@ -1,18 +1,24 @@
 """The Hugging Face folder: round trips, transformers' own reading and writing, and every refusal."""
 
+import collections
 import dataclasses
 import json
 import os
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
+from jax.sharding import NamedSharding
 
+from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.hf import load_hf, save_hf, whole_folder
 from mora_jax.llama import Compute, Llama, LlamaConfig
+from mora_jax.safetensors_files import Stored, read_headers
 from mora_jax.trees import flatten, unflatten
 
 CONFIG = LlamaConfig(
@@ -114,6 +120,77 @@ def test_save_takes_jax_arrays(tmp_path):
     params = random_params(CONFIG)
     save_hf(tmp_path / "hf", jax.tree.map(jnp.asarray, params), CONFIG)
     assert_same(params, load_hf(tmp_path / "hf")[0])
+
+
+# Divided over devices
+
+
+@both
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
+def test_what_is_read_onto_a_mesh_is_the_same_model(tmp_path, config, sizes):
+    params, mesh = random_params(config), sharding.make_mesh(*sizes)
+    save_hf(tmp_path / "hf", params, config, max_shard_bytes=20_000)
+    loaded, _ = load_hf(tmp_path / "hf", mesh)
+    assert_same(params, loaded)
+    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == sharding.shardings(loaded, mesh)
+    save_hf(tmp_path / "again", loaded, config, max_shard_bytes=20_000)  # from the mesh
+    for file in (tmp_path / "hf").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_process_reads_what_its_devices_hold(folder, monkeypatch):
+    """Rows, and each of them once; columns of rows are cut out of them."""
+    read = collections.Counter()
+    real = Stored.rows
+
+    def rows(self, start, stop):
+        read[self.start] += (stop - start) * self.nbytes // self.shape[0]
+        return real(self, start, stop)
+
+    monkeypatch.setattr(Stored, "rows", rows)
+    stored = read_headers(epath.Path(folder))
+    load_hf(folder, sharding.make_mesh(1, 4, 2))
+    assert read == {tensor.start: tensor.nbytes for tensor in stored.values()}
+    # As if this process had the first half of the devices alone.
+    read.clear()
+    mesh, real_map = sharding.make_mesh(1, 4, 2), NamedSharding.addressable_devices_indices_map
+
+    def half(self, shape):
+        return dict(list(real_map(self, shape).items())[:4])
+
+    monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", half)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, place, held: held)
+    held, _ = load_hf(folder, mesh)
+    for name, path in (("o_proj", "self_attn"), ("down_proj", "mlp")):
+        ours = flatten(random_params(CONFIG))[f"layers/{path}/{name}/kernel"]
+        parts = held["layers"][path][name]["kernel"]
+        assert sum(part.nbytes for part in parts) == ours.nbytes // 2
+        tensor = stored[f"model.layers.1.{path}.{name}.weight"]
+        assert read[tensor.start] == tensor.nbytes // 2
+
+
+def test_the_model_is_never_whole_on_the_host(tmp_path, monkeypatch):
+    """What numpy holds at most: of reading, one parameter's parts, and a few tensors of one layer."""
+    wide = LlamaConfig(97, 512, 1024, 8, 4, 4)
+    params = random_params(wide)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    tensor = 512 * 1024 * 4
+    assert largest == 8 * tensor
+    tracemalloc.start()
+    try:
+        save_hf(tmp_path / "hf", params, wide)
+        assert tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0] < 4 * tensor
+        # Simulated devices would use the host's buffers as they are: these take nothing.
+        monkeypatch.setattr(jax, "device_put", lambda part, device: part.nbytes)
+        monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda shape, place, held: sum(held))
+        del params
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        loaded, _ = load_hf(tmp_path / "hf", sharding.make_mesh(1, 8))
+        assert tracemalloc.get_traced_memory()[1] - before < largest + 4 * tensor
+    finally:
+        tracemalloc.stop()
+    assert loaded["layers"]["mlp"]["down_proj"]["kernel"] == largest
 
 
 # With transformers
@@ -309,7 +386,10 @@ def with_header(folder, header, data=b""):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"w": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 0]}}, "and by its header"),
+        ({"w": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 2**64]}}, "and by its header"),
+        ({"w": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 0]}}, "not as many bytes"),
+        ({"w": {"dtype": "F32", "shape": [0], "data_offsets": [0]}}, "'w' has no place"),
+        ({"w": {"dtype": "F32", "shape": [0], "data_offsets": [0, None]}}, "'w' has no place"),
         ({"w": {"dtype": "F32", "shape": [2**80], "data_offsets": [0, 0]}}, "'w' has no shape"),
         ({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}}, "'w' has no shape"),
         ({"w": {"dtype": "F32", "shape": "x"}}, "'w' has no shape"),
@@ -324,6 +404,26 @@ def test_headers_are_refused_before_memory_is_taken(folder, header, message):
     with_header(folder, header)
     with pytest.raises(InputError, match=message):
         load_hf(folder)
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (1, 5), (-4, 8), (2**70, 4)], ids=str)
+def test_tensors_that_do_not_lie_side_by_side_are_refused(folder, offsets):
+    """All sizes fit, but what is read as one tensor would be another's bytes, or none of the file's."""
+    places = {
+        f"w{i}": {"dtype": "F32", "shape": [1], "data_offsets": [o, o + 4]} for i, o in enumerate(offsets)
+    }
+    with_header(folder, places, bytes(8))
+    with pytest.raises(InputError, match="does not begin where the tensor before it ends"):
+        load_hf(folder)
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder):
+    file = epath.Path(folder / "model.safetensors")
+    tensor = read_headers(epath.Path(folder))["model.norm.weight"]
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.truncate(tensor.start + 4)
+    with pytest.raises(InputError, match=f"{file} is damaged: it ends before"):
+        tensor.rows(0, 32)
 
 
 def test_a_header_that_says_it_is_endless(folder):

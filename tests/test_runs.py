@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what its checkpoints must hold, and the model it gives to others."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,52 @@ def test_a_run_without_a_checkpoint_has_no_model(copy):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         runs.load_model(str(copy))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
+    mesh = sharding.make_mesh(*sizes)
+    params, model = runs.load_model(str(tiny_run.folder if kind == "run" else hf_folder), mesh=mesh)
+    expected, _ = runs.load_model(str(tiny_run.folder))
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == sharding.shardings(params, mesh)
+    assert model == tiny_run.config.model
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "mlp", "devices"),
+    [(0, 48, 8), (64, 48, 8), (12, 48, 4), (3, 48, 1), (64, 50, 8)],
+    ids=str,
+)
+def test_the_widest_mesh_for_a_model(tiny_run, hf_folder, batch_size, mlp, devices):
+    """The widths of the MLP need not divide, the hidden size does."""
+    config = json.loads((hf_folder / hf.CONFIG).read_text())
+    (hf_folder / hf.CONFIG).write_text(json.dumps(config | {"intermediate_size": mlp}))
+    assert dict(runs.widest_mesh(str(hf_folder), batch_size).shape) == {
+        "data": 1,
+        "fsdp": devices,
+        "tensor": 1,
+    }
+    assert runs.widest_mesh(str(tiny_run.folder), batch_size).size == devices
+
+
+def test_a_run_that_few_devices_divide_has_a_mesh_too(tiny_run, tmp_path):
+    """Its M are 16 x 16 or 17 x 17, and have no padding."""
+    sizes = dataclasses.replace(tiny_run.config.model, intermediate_size=42)
+    method = dataclasses.replace(tiny_run.config.method, align=1)
+    config = dataclasses.replace(here(tiny_run, tmp_path), model=sizes, method=method)
+    runs.check_free(config, resume=False)
+    runs.claim(config)
+    assert runs.widest_mesh(str(tmp_path)).size == 1
+
+
+@pytest.fixture
+def hf_folder(tiny_run, tmp_path) -> Path:
+    """The finished tiny run as a Hugging Face folder."""
+    hf.save_hf(tmp_path / "hf", *runs.load_model(str(tiny_run.folder)))
+    return tmp_path / "hf"
 
 
 @pytest.mark.parametrize("kind", ["run", "Hugging Face"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mora_jax.errors import InputError
+from train.evaluate import evaluate
 from train.export import export
 from train.scoring import score_path
 
@@ -33,6 +34,19 @@ def test_products_in_bfloat16_are_near(tiny_run, exported):
     exact, rounded = (score_path(exported, data, how, dtype) for dtype in ("float32", "bfloat16"))
     assert rounded.loss != exact.loss
     np.testing.assert_allclose(rounded.loss, exact.loss, rtol=2e-3)
+
+
+def test_a_model_is_divided_over_all_devices(tiny_run, monkeypatch):
+    seen = []
+
+    def noted(model, methods, params, *rest):
+        seen.append(params["layers"]["mlp"]["up_proj"]["kernel"].sharding.shard_shape((2, 32, 48)))
+        return evaluate(model, methods, params, *rest)
+
+    monkeypatch.setattr("train.scoring.evaluate", noted)
+    how = dataclasses.replace(tiny_run.config.eval, batch_size=8, max_batches=1)
+    score_path(str(tiny_run.folder), "", how, "float32")
+    assert seen == [(2, 4, 48)]
 
 
 def test_a_batch_that_the_devices_cannot_share_runs_on_one(tiny_run):

@@ -13,7 +13,9 @@ from train.data.read import load_info
 def export(
     run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> tuple[Any, LlamaConfig]:
-    """Writes config.json, model.safetensors and the tokenizer's files.
+    """Writes config.json, model.safetensors and the tokenizer's files, from one process with any devices.
+
+    The state is read divided over them, and the host holds one layer of one kernel at a time.
 
     Args:
       run_dir: the run; its newest good checkpoint is taken and its adapters are merged in float32.
@@ -30,7 +32,7 @@ def export(
     info = load_info(runs.read_config(run_dir).data.directory)
     tokenizer = epath.Path(info.tokenizer).read_bytes()
     with hf.whole_folder(out) as folder:
-        params, model = runs.load_model(run_dir, info)
+        params, model = runs.load_model(run_dir, info, runs.widest_mesh(run_dir))
         hf.save_hf(folder, params, model, dtype, hf_tokenizer.special_ids(tokenizer))
         hf_tokenizer.save_tokenizer(folder, tokenizer)
     return params, model

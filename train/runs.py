@@ -1,6 +1,8 @@
 """A run's folder: who may write to it, the state to go on from, and the merged model it holds."""
 
+import contextlib
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -176,7 +178,7 @@ def check_text(saved: Checkpoints, step: int, info: DataInfo, resume: bool = Fal
 
 def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the state, without computing it."""
-    shapes = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+    shapes = _state_shapes(config, methods)
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         shapes,
@@ -184,8 +186,14 @@ def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     )
 
 
+def _state_shapes(config: RunConfig, methods: Methods) -> Any:
+    return jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+
+
 def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None) -> tuple[Any, LlamaConfig]:
     """The merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder.
+
+    Each process reads what its devices hold.
 
     Args:
       path: the folder.
@@ -209,8 +217,31 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
         )
         with jax.set_mesh(mesh):
             return merge(state.params, state.adapters), config.model
-    params, model = hf.load_hf(path)
-    return jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh)), model
+    return hf.load_hf(path, mesh)
+
+
+def widest_mesh(path: str, batch_size: int = 0) -> Mesh:
+    """As many devices as the model in a folder, and a batch if one is given, can be divided over: `fsdp`.
+
+    Args:
+      path: folder of a run, or Hugging Face folder.
+      batch_size: sequences; 0 where none are computed.
+
+    Raises:
+      InputError: if there is no model.
+    """
+    if (epath.Path(path) / CONFIG).exists():
+        config = read_config(path)
+        shapes = _state_shapes(config, assign_methods(config))
+    else:
+        shapes = hf.abstract_params(hf.read_config(path))
+    together = math.gcd(jax.device_count(), batch_size)
+    for count in [n for n in range(together, 1, -1) if together % n == 0]:
+        mesh = sharding.make_mesh(1, count)
+        with contextlib.suppress(InputError):  # an array may have no axis that so many divide
+            sharding.shardings(shapes, mesh)
+            return mesh
+    return sharding.make_mesh(1)
 
 
 def newest(saved: Checkpoints, path: str) -> int:

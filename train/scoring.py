@@ -2,9 +2,6 @@
 
 from typing import Literal
 
-import jax
-
-from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama
 from mora_jax.transform import Methods
@@ -17,6 +14,8 @@ from train.sections import Evaluation
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
     """Evaluates the merged model in `path` on the validation split of `data`, or of the run's own data set.
 
+    Model and batches are divided over all devices, or over as many as divide both.
+
     Raises:
       InputError: if the folder holds no model, or is no run and `data` is empty.
     """
@@ -26,7 +25,6 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
         except InputError as error:
             raise InputError(f"{error}; for a Hugging Face folder, --data must name a data set") from error
     info = load_info(data)
-    params, model = runs.load_model(path, info)
-    mesh = sharding.make_mesh(-1 if how.batch_size % jax.device_count() == 0 else 1)
-    params = jax.device_put(params, sharding.replicated(mesh))
+    mesh = runs.widest_mesh(path, how.batch_size)
+    params, model = runs.load_model(path, info, mesh)
     return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)
