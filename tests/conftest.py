@@ -63,6 +63,7 @@ method: {name: mora, rank: 4, align: 8}
 optimizer: {learning_rate: 1e-2}
 schedule: {kind: jagged-cosine, warmup: 2}
 restart: {every: 2, warmup: 1}
+bad_steps: {window: 1}
 eval: {every: 11, batch_size: 4, max_batches: 3}
 checkpoint: {every: 3, keep: 0}
 mesh: {data: 1}

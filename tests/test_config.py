@@ -218,3 +218,14 @@ def test_a_name_gives_its_method():
     for name in typing.get_type_hints(s.MethodFlags)["name"].__args__:
         method = s.MethodFlags(name).method()
         assert method == ("train" if name == "full" else "frozen") or method.name == name
+
+
+@pytest.mark.parametrize(("window", "warned"), [(99, False), (100, True), (101, True), (0, False)])
+def test_a_window_that_is_never_full_is_warned_of(window, warned):
+    config = RunConfig(**RESTARTED, bad_steps=s.BadSteps(window=window))
+    assert any("no spike of the gradient can be seen" in told for told in config.warnings()) == warned
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_here_warn_of_nothing(path):
+    assert flags.read_config(str(path)).warnings() == []

@@ -139,11 +139,17 @@ class RunConfig:
             if self.restart.every
             else ()
         )
-        return [
+        told = [
             f"operator {o.name} has one pattern only: restarts add no rank to the sum of updates"
             for o in operators
             if o.switched() == o
         ]
+        if 0 < self.restart.every <= self.bad_steps.window:
+            told.append(
+                f"no spike of the gradient can be seen: bad_steps.window {self.bad_steps.window} is not full "
+                f"before the next restart; choose one below restart.every {self.restart.every}"
+            )
+        return told
 
     def parameter_rules(self) -> transform.Rules:
         """The rules for `mora_jax.assign`, from `rules` or from `method`."""

@@ -31,8 +31,6 @@ class Watch:
         self.rates: list[float] = []
         self.bad_in_a_row = 0
         self.last_bad = ""
-        self.bad_in_a_row = 0
-        self.last_bad = ""
 
     def follow(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
         """Takes a dispatched step's metrics, and writes those of the steps before that are done.
