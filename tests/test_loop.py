@@ -331,20 +331,21 @@ def test_a_signal_saves_the_update_it_comes_in_and_the_same_command_goes_on(
     equal_runs(free, folder, tiny_run.folder)
 
 
+def evaluate_signalled(*args, real=loop.evaluate):
+    """An evaluation that a signal comes into."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+    return real(*args)
+
+
 def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkeypatch):
     """At the first one and at the last one; twice each, so that a run also goes on without an update."""
-    folder, real = Path(free.run_dir), loop.evaluate
-
-    def evaluate(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)
-        return real(*args)
-
+    folder = Path(free.run_dir)
     for done, evaluations in ((11, 0), (11, 0), (22, 1), (22, 1)):
         with monkeypatch.context() as patch:
             evaluated = sum("validation_loss" in line for line in lines(folder)) if folder.exists() else 0
-            later = iter([real] if done == 22 and evaluated == 0 else [])
-            patch.setattr(loop, "evaluate", lambda *args, later=later: next(later, evaluate)(*args))
+            later = iter([loop.evaluate] if done == 22 and evaluated == 0 else [])
+            patch.setattr(loop, "evaluate", lambda *args, later=later: next(later, evaluate_signalled)(*args))
             with pytest.raises(exits.Preempted, match=f"stopped after {done} of 22"):
                 loop.pretrain(free)
         assert sum("validation_loss" in line for line in lines(folder)) == evaluations
@@ -354,15 +355,9 @@ def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkey
 
 def test_an_evaluation_made_up_for_is_told_of_once(free, tiny_run, monkeypatch):
     """It is made up for, then the program dies before the next checkpoint: the next one makes it again."""
-    folder, real = Path(free.run_dir), loop.evaluate
-
-    def evaluate(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)
-        return real(*args)
-
+    folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", evaluate)
+        patch.setattr(loop, "evaluate", evaluate_signalled)
         with pytest.raises(exits.Preempted, match="stopped after 11 of 22"):
             loop.pretrain(free)
     with monkeypatch.context() as patch:
@@ -374,15 +369,20 @@ def test_an_evaluation_made_up_for_is_told_of_once(free, tiny_run, monkeypatch):
     equal_runs(free, folder, tiny_run.folder)
 
 
-def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
-    """A learning rate that is far too high, for real; the next start tries again, and stops again."""
-    config = dataclasses.replace(
-        free,
-        optimizer=dataclasses.replace(free.optimizer, learning_rate=300.0),
+def diverging(config):
+    """A learning rate that is far too high."""
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=300.0),
         restart=Restart(),
         schedule=Schedule("cosine", warmup=2),
         bad_steps=BadSteps(window=2, factor=3.0, patience=4),
     )
+
+
+def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
+    """For real; the next start tries again, and stops again."""
+    config = diverging(free)
     folder = Path(config.run_dir)
     for _ in range(2):
         with pytest.raises(exits.Diverged, match=r"4 bad steps in a row \(update \d+: .* skipped so far"):
@@ -403,14 +403,7 @@ def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run)
 
 def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
     """Not an update later, and not only after the run has passed for finished."""
-    config = dataclasses.replace(
-        free,
-        optimizer=dataclasses.replace(free.optimizer, learning_rate=300.0),
-        restart=Restart(),
-        schedule=Schedule("cosine", warmup=2),
-        bad_steps=BadSteps(window=2, factor=3.0, patience=4),
-        checkpoint=dataclasses.replace(free.checkpoint, every=0),
-    )
+    config = dataclasses.replace(diverging(free), checkpoint=dataclasses.replace(free.checkpoint, every=0))
     folder = Path(config.run_dir)
     with pytest.raises(exits.Diverged):
         loop.pretrain(config)
