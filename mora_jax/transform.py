@@ -7,15 +7,16 @@ depends on it.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import methods as method_table
-from mora_jax import trees
+from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods.base import Adapter, Method
 
@@ -117,7 +118,7 @@ def merge(params: Tree, adapters: Tree, methods: Methods) -> Tree:
     flat = trees.flatten(params)
     for path, method, arrays in _adapters(adapters, methods):
         w = flat[path]
-        flat[path] = _stacked(method.weight, w.ndim - 2)(arrays, w.astype(jnp.float32)).astype(w.dtype)
+        flat[path] = _each_layer(method.weight, arrays, w.astype(jnp.float32)).astype(w.dtype)
     return trees.unflatten(flat)
 
 
@@ -194,7 +195,18 @@ def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:
     return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), arrays)
 
 
-def _stacked(function: Any, axes: int) -> Any:
-    for _ in range(axes):
-        function = jax.vmap(function)
-    return function
+def _each_layer(function: Callable[..., Array], arrays: dict[str, Array], w: Array) -> Array:
+    """The kernels of a stack after a function of their adapters' arrays and themselves.
+
+    On a mesh layers come one after another, in place: one gathers what it needs at a time.
+    """
+    if w.ndim == 2:
+        return function(arrays, w)
+    inner = functools.partial(_each_layer, function)
+    if not sharding.in_use():
+        return jax.vmap(inner)(arrays, w)
+
+    def one(i: Array, w: Array) -> Array:
+        return w.at[i].set(inner(jax.tree.map(lambda a: a[i], arrays), w[i]))
+
+    return jax.lax.fori_loop(0, w.shape[0], one, w)
