@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from typing import Any
 
 import jax
@@ -143,15 +144,18 @@ def test_a_method_is_a_frozen_dataclass_with_a_name_and_a_docstring(method):
     assert len(inspect.getdoc(method)) > 40
 
 
-def test_one_product_serves_kernels_of_different_methods():
-    x = jax.random.normal(jax.random.key(5), (6, 24))
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_kernels_of_different_methods_stand_side_by_side(dtype, tolerance):
+    """In one product where they are cast for it, else in one each."""
+    x = jax.random.normal(jax.random.key(5), (6, 24)).astype(dtype)
     ws = [kernel(i, 24, d) for i, d in enumerate((24, 8, 40))]
     methods = [MoRA(4), None, LoRA(4)]
     adapters = [Adapter(random_arrays(m, w), m) if m else None for m, w in zip(methods, ws, strict=True)]
     for path in PATHS:
         ys = dense(x, ws, adapters, path)
         for y, w, a in zip(ys, ws, adapters, strict=True):
-            np.testing.assert_allclose(y, x @ (a.method.weight(a.arrays, w) if a else w), atol=1e-4)
+            expected = x.astype(jnp.float32) @ (a.method.weight(a.arrays, w) if a else w)
+            assert relative_error(y, expected) < tolerance
 
 
 @pytest.mark.parametrize("path", ["auto", "merged"])
@@ -165,7 +169,7 @@ def test_a_small_update_survives_a_bfloat16_base(path):
     assert relative_error(update, method.delta(arrays, x, 24)) < 0.1
 
 
-@pytest.mark.parametrize(("tokens", "merges"), [(64, False), (4096, True)])
+@pytest.mark.parametrize(("tokens", "merges"), [(2047, False), (2048, True)])
 def test_auto_takes_the_merged_path_for_many_tokens_only(tokens, merges, monkeypatch):
     calls = []
     delta = MoRA.delta
@@ -180,21 +184,28 @@ def test_auto_takes_the_merged_path_for_many_tokens_only(tokens, merges, monkeyp
 def test_sums_over_groups_before_or_after_the_product_give_one_gradient(
     operator, flops_per_byte, monkeypatch
 ):
-    """Every combination of sides, for kernels that share a product and one of another shape."""
+    """Every combination of sides, for kernels that share a product and one of another shape.
+
+    Of small whole numbers, whose products and sums are exact in bfloat16, too.
+    """
     monkeypatch.setattr(mora, "FLOPS_PER_BYTE", flops_per_byte)
     method = MoRA(4, operator, align=8)
     ws = [kernel(i, 90, d) for i, d in enumerate((90, 90, 60))]
     arrays = [random_arrays(method, w, seed) for seed, w in enumerate(ws)]
-    x = jax.random.normal(jax.random.key(5), (50, 90))
-    dys = [jax.random.normal(jax.random.key(6 + i), (50, w.shape[1])) for i, w in enumerate(ws)]
+    x, *dys = (
+        jax.random.randint(jax.random.key(i), (50, width), -2, 3).astype(jnp.float32)
+        for i, width in enumerate((90, 90, 90, 60))
+    )
 
-    def through(arrays, path):
-        ys = dense(x, ws, [Adapter(a, method) for a in arrays], path)
-        return sum(jnp.sum(dy * y) for y, dy in zip(ys, dys, strict=True))
+    def through(arrays, path, dtype):
+        ys = dense(x.astype(dtype), ws, [Adapter(a, method) for a in arrays], path)
+        return sum(jnp.sum(dy * y.astype(jnp.float32)) for y, dy in zip(ys, dys, strict=True))
 
-    got, expected = (jax.grad(through)(arrays, path) for path in ("merged", "activation"))
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert relative_error(g, e) < 1e-5
+    expected = jax.grad(through)(arrays, "activation", "float32")
+    for path, dtype in itertools.product(("merged", "compressed", "folded"), ("float32", "bfloat16")):
+        got = jax.grad(through)(arrays, path, dtype)
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert relative_error(g, e) < 1e-5, (path, dtype)
 
 
 def test_the_cheapest_order_of_sums_and_product_follows_the_sizes():
@@ -209,24 +220,30 @@ def test_the_cheapest_order_of_sums_and_product_follows_the_sizes():
 
 @every_case
 @pytest.mark.parametrize("path", PATHS)
-def test_whole_tiles_change_nothing_but_add_zeros(method, path):
-    """Outputs widened, and an input that was widened before, against the kernels as they are."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_whole_tiles_change_nothing_but_add_zeros(method, path, dtype, tolerance):
+    """Outputs widened, and an input that was widened before, against the kernels as they are.
+
+    Kernels of float32 share a product where it is computed in bfloat16.
+    """
     ws = [kernel(i, 20, 33) for i in range(2)]
     adapters = [Adapter(random_arrays(method, w, i), method) for i, w in enumerate(ws)]
-    x, wide = jax.random.normal(jax.random.key(5), (6, 20)), [(0, 0), (0, 12)]
+    x, wide = jax.random.normal(jax.random.key(5), (6, 20)).astype(dtype), [(0, 0), (0, 12)]
 
     def total(x, ws, arrays, tile):
         ys = dense(x, ws, [Adapter(a, method) for a in arrays], path, tile=tile)
         assert [y.shape[-1] for y in ys] == [-(-33 // tile) * tile] * 2
-        return sum(jnp.sum(jnp.sin(y)) for y in ys)  # sin(0) = 0
+        return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in ys)  # sin(0) = 0
 
     arrays = [a.arrays for a in adapters]
     plain = jax.grad(total, argnums=(0, 1, 2))(x, ws, arrays, 1)
     tiled = jax.grad(total, argnums=(0, 1, 2))(jnp.pad(x, wide), ws, arrays, 16)
-    np.testing.assert_allclose(total(jnp.pad(x, wide), ws, arrays, 16), total(x, ws, arrays, 1), rtol=1e-5)
-    np.testing.assert_allclose(tiled[0][:, :20], plain[0], atol=1e-4)
+    np.testing.assert_allclose(
+        total(jnp.pad(x, wide), ws, arrays, 16), total(x, ws, arrays, 1), rtol=tolerance
+    )
+    assert relative_error(tiled[0][:, :20], plain[0]) < tolerance
     for t, p in zip(jax.tree.leaves(tiled[1:]), jax.tree.leaves(plain[1:]), strict=True):
-        assert relative_error(t, p) < 1e-5
+        assert relative_error(t, p) < tolerance
 
 
 def test_kernels_that_need_no_cast_are_not_copied_side_by_side():
@@ -341,7 +358,7 @@ def test_the_sum_of_updates_gains_rank_after_a_restart_only_where_the_group_type
     assert (ranks[2] > side) == grows
 
 
-@pytest.mark.parametrize("method", [LoRA(4, dropout=0.5), MoRA(4, dropout=0.5)], ids=str)
+@pytest.mark.parametrize("method", [LoRA(4, dropout=0.25), MoRA(4, dropout=0.25)], ids=str)
 def test_dropout_spares_the_base_takes_the_activation_path_and_has_the_right_mean(method):
     w, x = kernel(0, 24, 20), jnp.ones((4000, 24))
     adapter = Adapter(random_arrays(method, w), method)
