@@ -87,6 +87,13 @@ def test_stacked_layers_start_differently(methods):
     assert not np.allclose(a_LKR[0], a_LKR[1])
 
 
+def test_kernels_of_one_shape_start_differently():
+    params = {"q": {"kernel": jnp.ones((16, 16))}, "k": {"kernel": jnp.ones((16, 16))}}
+    methods = transform.assign([(".*", LoRA(3))], params)
+    adapters = transform.attach(jax.random.key(2), params, methods)
+    assert not np.allclose(adapters["q"]["kernel"]["a_KR"], adapters["k"]["kernel"]["a_KR"])
+
+
 def test_bind_puts_methods_beside_their_arrays(adapters, methods):
     bound = transform.bind(adapters, methods)["layers"]["q"]["kernel"]
     assert isinstance(bound, Adapter)
@@ -107,6 +114,14 @@ def test_merge_of_a_stack_is_a_loop_over_its_layers(adapters, methods):
             np.testing.assert_allclose(trees.flatten(merged)[path][i], expected, atol=1e-6)
             assert float(jnp.abs(expected - w[i]).max()) > 0.05
     np.testing.assert_array_equal(merged["norm"]["scale"], PARAMS["norm"]["scale"])
+
+
+def test_a_merge_adds_in_float32_and_rounds_once(adapters, methods):
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    merged = transform.merge(rounded, adapters, methods)
+    again = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    for path, leaf in trees.flatten(transform.merge(again, adapters, methods)).items():
+        np.testing.assert_array_equal(trees.flatten(merged)[path], leaf.astype(jnp.bfloat16), err_msg=path)
 
 
 def test_a_restart_changes_no_weight_and_switches_the_group_type(adapters, methods):
