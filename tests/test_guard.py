@@ -83,7 +83,7 @@ def test_a_restart_forgets_gradients_and_not_losses():
 def test_without_a_window_only_what_is_not_finite_is_bad():
     verdicts, seen = run([*GOOD, (99.0, 1e9), (np.nan, 1.0)], BadSteps(window=0))
     assert verdicts == [False] * 5 + [True]
-    assert seen.losses_W.size == 0
+    assert all(leaf.size for leaf in jax.tree.leaves(seen))  # orbax saves no empty arrays
 
 
 def test_after_a_bad_step_the_old_tree_stays_bit_for_bit():

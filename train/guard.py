@@ -77,8 +77,8 @@ def try_again(config: BadSteps, guard: Guard) -> Guard:
 
 
 def _unseen(config: BadSteps) -> Array:
-    return jnp.full(config.window, jnp.nan, jnp.float32)
+    return jnp.full(max(config.window, 1), jnp.nan, jnp.float32)  # a checkpoint cannot hold empty arrays
 
 
 def _remember(seen_W: Array, value: Array, bad: Array) -> Array:
-    return jnp.where(bad, seen_W, jnp.append(seen_W, value)[1:]) if seen_W.size else seen_W
+    return jnp.where(bad, seen_W, jnp.append(seen_W, value)[1:])
