@@ -6,6 +6,8 @@ import functools
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -154,12 +156,20 @@ def abstract_params(config: LlamaConfig) -> Any:
 def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """A folder to fill under a temporary name; it takes the name `path` when the block ends without error.
 
+    One in a bucket, which renames nothing, is filled in a temporary folder here and copied: config.json,
+    which makes it a model, comes last.
+
     Raises:
       InputError: if `path` is there already and is not an empty folder.
     """
     target = epath.Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already; choose another name or remove it")
+    if "://" in str(target):
+        with tempfile.TemporaryDirectory() as local:
+            yield epath.Path(local)
+            _copy(epath.Path(local), target)
+        return
     partial = target.parent / f"{target.name}.partial"
     partial.rmtree(missing_ok=True)
     partial.mkdir(parents=True)
@@ -267,6 +277,13 @@ def _config_to_json(config: LlamaConfig, dtype: str, special_ids: Mapping[str, i
         "torch_dtype": dtype,
         "dtype": dtype,
     }
+
+
+def _copy(folder: epath.Path, target: epath.Path) -> None:
+    """Copies the files of a folder, a piece at a time."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == CONFIG):
+        with file.open("rb") as source, (target / file.name).open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 24)
 
 
 def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
