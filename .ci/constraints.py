@@ -13,7 +13,7 @@ HEADER = """\
 # The versions the project is tested with: `pip install -c constraints.txt`. Written by `make constraints`.
 # The CUDA libraries are left out: jax and torch each name the versions they want, and these differ.
 """
-EXTRAS = ["cuda13", "tpu", "wandb", "test"]
+EXTRAS = ["cuda13", "tpu", "wandb", "cloud", "test"]
 # Parity is resolved, and tested, on one Python only, and its torch is held at one version.
 PARITY_PYTHON = "3.11"
 PARITY = [".[parity]", "torch==2.13.0"]

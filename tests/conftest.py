@@ -139,6 +139,17 @@ def tiny_run(tiny_yaml: Path) -> TinyRun:
     return TinyRun(config, folder, summary, compilations)
 
 
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket of an object store that stands in for s3://, and a cache of its own."""
+    import fake_store
+
+    monkeypatch.setenv("MORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(fake_store.ROOT, str(tmp_path / "store"))
+    fake_store.install(tmp_path / "store")
+    return "s3://bucket"
+
+
 class Disk:
     """A small disk of its own, for what happens when one is full or read-only.
 

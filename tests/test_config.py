@@ -29,8 +29,14 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: s.Data("gs://bucket/c4"), r"data\.directory gs://bucket/c4 is no folder: mount the bucket"),
-        (lambda: RunConfig(run_dir="s3://bucket/run"), r"run_dir s3://bucket/run is no folder"),
+        (
+            lambda: s.Data("az://bucket/c4"),
+            r"data\.directory az://bucket/c4 must be a folder, or one",
+        ),
+        (
+            lambda: RunConfig(run_dir="http://host/run"),
+            r"run_dir http://host/run must be a folder, or one",
+        ),
         (
             lambda: RunConfig(compute=Compute(attention="splash"), data=s.Data(sequence_length=200)),
             r"compute\.attention splash needs sequences of a multiple of 128 tokens, not 200",

@@ -21,10 +21,12 @@ FLOORS = (
     ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
-    ("train.progress", "train.sections", "train.exits", "train.hlo"),
+    ("train.progress", "train.exits", "train.hlo", "train.buckets"),
+    ("train.sections",),
     ("train.preempt", "train.files"),
     ("train.lock",),
     ("train.data", "train.config", "train.manifest", "train.metrics", "train.plot"),
+    ("train.mirror",),
     (
         "train.flags",
         "train.distributed",

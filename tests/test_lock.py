@@ -3,12 +3,14 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from mora_jax.errors import InputError
 from train import lock
@@ -69,6 +71,30 @@ def test_a_disk_without_room_is_no_bad_input(tmp_path, monkeypatch):
     assert told.value.filename == str(tmp_path / lock.LOCK)
 
 
-def test_a_bucket_has_no_lock():
-    with lock.alone("gs://nowhere/run"):
-        pass
+def test_a_bucket_has_no_lock_and_this_machine_has(bucket, capfd):
+    run = f"{bucket}/runs/a"
+    with lock.alone(run):
+        assert f"process {os.getpid()} on " in (epath.Path(run) / lock.LOCK).read_text()
+        assert (lock.place(run) / lock.LOCK).exists()
+    assert not (epath.Path(run) / lock.LOCK).exists()
+    with holder(lock.place(run)) as process:
+        with pytest.raises(InputError, match=rf"{run} is in use by process {process.pid} on "):
+            enter(run)
+        process.kill()
+    enter(run)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("host", ["another-host", socket.gethostname()])
+def test_a_note_in_the_bucket_tells_of_another_machine(bucket, capfd, host):
+    run = f"{bucket}/run"
+    (epath.Path(run) / lock.LOCK).write_text(f"process 7 on {host}")
+    enter(run)
+    told = capfd.readouterr().err
+    assert ("was not left by process 7 on another-host" in told) == (host == "another-host")
+    assert "warning" in told or host == socket.gethostname()
+
+
+def test_a_bucket_that_is_not_there(bucket):
+    with pytest.raises(InputError, match="s3://none/run cannot be written to: there is no bucket none"):
+        enter("s3://none/run")

@@ -19,6 +19,7 @@ from jax._src import xla_bridge  # whether JAX has started is said nowhere else
 from jax.experimental.compilation_cache import compilation_cache
 
 from mora_jax.errors import InputError
+from train.buckets import in_bucket
 from train.config import RunConfig
 
 CACHE = "jax_cache"
@@ -59,7 +60,7 @@ def compiled_programs(config: RunConfig) -> Iterator[None]:
     """Keeps what is compiled inside in the folder that `compilation.cache` names, and takes it from there."""
     folder = cache_folder(config)
     before = {name: getattr(jax.config, name) for name in _OPTIONS}
-    if folder is not None and jax.process_index() == 0:
+    if folder is not None and jax.process_index() == 0 and not in_bucket(folder):  # there, each is put whole
         _remove_cut_off(folder)
     # Deterministic is only what is kept: a program compiled again may be another one.
     least = 0.0 if config.deterministic else _WORTH_KEEPING

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,13 +26,16 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from mora_jax.errors import InputError
-from train import manifest
+from train import buckets, manifest
+from train.files import make_folder
 from train.manifest import MANIFEST, Advance, Json
 from train.progress import progress
 
 # In the name of the folder that orbax writes to before it moves it into place.
 _UNFINISHED = "orbax-checkpoint-tmp"
 _LARGEST_STEP = 2**31 - 1
+# Where orbax cannot write: a checkpoint is saved on this machine's disk and sent there, and brought back.
+_SENT = "s3://"
 
 
 class SaveError(OSError):
@@ -47,16 +52,35 @@ class Checkpoints:
     remove older ones for it.
     """
 
-    def __init__(self, directory: str, keep: int | None = None, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str,
+        keep: int | None = None,
+        keep_every: int = 0,
+        before_sealing: Callable[[], None] = lambda: None,
+    ) -> None:
         """Args:
-        directory: the folder of the checkpoints, any etils.epath path; made by the first save.
-        keep: how many of the newest are kept; None for all.
-        keep_every: those of steps that this divides are kept too; 0 for none.
+          directory: the folder of the checkpoints, on a disk or in a bucket; made by the first save.
+          keep: how many of the newest are kept; None for all.
+          keep_every: those of steps that this divides are kept too; 0 for none.
+          before_sealing: called in the background, on process 0, when all of a checkpoint but its manifest
+            is there.
+
+        Raises:
+          InputError: if none is to be kept, or several processes are to write to s3://.
         """
         if keep is not None and keep < 1:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
         # Orbax asks for absolute paths.
-        self._directory = epath.Path(directory if "://" in directory else Path(directory).absolute())
+        bucket = buckets.in_bucket(directory)
+        self._directory = epath.Path(directory if bucket else Path(directory).absolute())
+        self._sent = directory.startswith(_SENT)
+        if self._sent and jax.process_count() > 1:
+            raise InputError(
+                f"{directory}: several processes cannot write checkpoints to {_SENT}; give them gs:// or a "
+                "disk that they share"
+            )
+        self._before_sealing = before_sealing
         self._keep = keep
         self._keep_every = keep_every
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -86,10 +110,10 @@ class Checkpoints:
             "arrays": _layout(state),
         }
         if jax.process_index() == 0:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self._directory)
             _remove(folder)
             self.remove_unfinished()
-        response = ocp.save_async(folder, state, overwrite=True)
+        response = ocp.save_async(self._place(step), state, overwrite=True)
         self._pending = self._thread.submit(self._finish, response, sealed)
 
     def folder(self, step: int) -> epath.Path:
@@ -118,9 +142,7 @@ class Checkpoints:
         folder = self.folder(step)
         if advance is not None:
             return manifest.damage(folder, step, advance)
-        total = sum(size or 0 for size in manifest.sizes(folder).values()) / 1e6
-        with progress(f"verifying checkpoint {step}", total, "MB") as megabytes:
-            return manifest.damage(folder, step, lambda n: megabytes(n / 1e6))
+        return _damage(folder, step)
 
     def latest_good(self) -> tuple[int | None, list[str]]:
         """The newest step that is wholly as it was saved, None if there is none.
@@ -159,23 +181,29 @@ class Checkpoints:
         Raises:
           InputError: if any file is not as it was saved, or names, shapes or types of the arrays are others.
         """
-        problems = self.damage(step) if jax.process_index() == 0 else []
-        if _from_first_process(len(problems)):
-            raise InputError(
-                f"checkpoint {step} cannot be restored: {_some(problems) or 'process 0 says why'}"
-            )
-        folder = self.folder(step)
-        _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
-        try:
-            return ocp.load(folder, abstract_state)
-        except Exception as error:  # orbax and TensorStore raise what they come upon in files made to harm
-            raise InputError(f"{folder} cannot be restored: {_reason(error)[1]}") from error
+        with self._brought(step) as folder:
+            problems = _damage(folder, step) if jax.process_index() == 0 else []
+            if _from_first_process(len(problems)):
+                raise InputError(
+                    f"checkpoint {step} cannot be restored: {_some(problems) or 'process 0 says why'}"
+                )
+            _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
+            try:
+                return ocp.load(folder, abstract_state)
+            except (
+                Exception
+            ) as error:  # orbax and TensorStore raise what they come upon in files made to harm
+                raise InputError(f"{folder} cannot be restored: {_reason(error)[1]}") from error
 
     def remove_unfinished(self) -> None:
         """Removes what saves that were killed or failed left behind. No other process may be saving."""
-        if jax.process_index() or not self._directory.exists():
+        if jax.process_index():
             return
         self.wait()
+        if self._sent:
+            shutil.rmtree(self._unsent(), ignore_errors=True)
+        if not self._directory.exists():
+            return
         for path in list(self._directory.iterdir()):
             if _UNFINISHED in path.name:
                 _remove(path)
@@ -217,11 +245,45 @@ class Checkpoints:
         with _told(self.folder(step), "could not be saved"):
             response.result()
             if jax.process_index() == 0:
-                manifest.seal(self.folder(step), sealed)
+                self._before_sealing()
+                manifest.seal(self._place(step), sealed)
+                if self._sent:
+                    self._send(step)
         if jax.process_index() == 0:
             self._damaged.discard(step)
             with _told(self.folder(step), "was saved, but older ones could not be removed"):
                 self._remove_old(step)
+
+    def _unsent(self) -> Path:
+        return buckets.stand_in("checkpoints", str(self._directory))
+
+    def _place(self, step: int) -> epath.Path:
+        """Where orbax writes a checkpoint."""
+        return epath.Path(self._unsent() / str(step)) if self._sent else self.folder(step)
+
+    def _send(self, step: int) -> None:
+        """Takes a sealed checkpoint to where it belongs, its manifest last."""
+        place, folder = Path(self._place(step)), str(self.folder(step))
+        names = set(buckets.files(place)) - {MANIFEST}
+        for these in (names, {MANIFEST}):
+            buckets.upload(place, folder, these, lambda n: None)
+        shutil.rmtree(place)
+
+    @contextlib.contextmanager
+    def _brought(self, step: int) -> Iterator[epath.Path]:
+        """A checkpoint where orbax can read it."""
+        folder = self.folder(step)
+        if not self._sent:
+            yield folder
+            return
+        there = {name: found.size for name, found in buckets.objects(folder).items()}
+        buckets.check_room(sum(there.values()), buckets.cache_folder())
+        with tempfile.TemporaryDirectory(prefix="reading-", dir=buckets.cache_folder()) as here:
+            place = Path(here) / str(step)
+            with progress(f"copying checkpoint {step}", sum(there.values()) / 1e6, "MB") as megabytes:
+                for _ in buckets.download(str(folder), place, there, lambda n: megabytes(n / 1e6)):
+                    pass
+            yield epath.Path(place)
 
     def _remove_old(self, saved: int) -> None:
         """Removes what is not to be kept of what is not newer than the saved one."""
@@ -232,6 +294,12 @@ class Checkpoints:
             if step <= saved and step not in kept:
                 _remove(self.folder(step))
                 self._damaged.discard(step)
+
+
+def _damage(folder: epath.Path, step: int) -> list[str]:
+    total = sum(size or 0 for size in manifest.sizes(folder).values()) / 1e6
+    with progress(f"verifying checkpoint {step}", total, "MB") as megabytes:
+        return manifest.damage(folder, step, lambda n: megabytes(n / 1e6))
 
 
 @contextlib.contextmanager

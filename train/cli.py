@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
-from train import exits, flags
+from train import buckets, exits, flags
 from train.bench import options
 from train.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
 from train.commands import (
@@ -165,6 +165,9 @@ def demo(command: Demo) -> None:
     run(command.config, command.folder)
 
 
+# What `explain` has a line for, beside the errors of object stores.
+_TOLD = (InputError, exits.Stopped, OSError, KeyboardInterrupt)
+
 # Functions import what they run only then, so that `mora --help` answers at once.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prepare-data": (PrepareData, prepare_data),
@@ -189,7 +192,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. What ends it early is one line on stderr and a status of `train.exits`."""
     try:
         run(sys.argv[1:] if args is None else list(args))
-    except (InputError, exits.Stopped, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, _TOLD) and not buckets.trouble(error):
+            raise  # a bug
         raise SystemExit(explain(error)) from None
 
 
@@ -207,6 +212,8 @@ def explain(error: BaseException) -> int:
             status = exits.DISK
         case KeyboardInterrupt():
             line, status = "interrupted", exits.INTERRUPTED
+        case _ if line := buckets.trouble(error):
+            status = exits.BAD_INPUT if isinstance(error, ImportError) else exits.DISK
         case _:
             traceback.print_exception(error)
             return exits.BUG

@@ -14,6 +14,7 @@ from mora_jax.attention import check_splash
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, LlamaConfig
 from mora_jax.methods import Method, MoRA
+from train.buckets import reachable
 from train.sections import (
     MOST_SEQUENCES,
     BadSteps,
@@ -29,7 +30,6 @@ from train.sections import (
     Restart,
     Schedule,
     at_least,
-    on_disk,
 )
 
 Rule = tuple[str, "Method | str"]
@@ -40,7 +40,7 @@ class RunConfig:
     """One pretraining run.
 
     Attributes:
-      run_dir: folder the run is written to.
+      run_dir: folder the run is written to, on a disk or in a bucket of gs:// or s3://.
       seed: of the initialisation, the order of the data and the restarts.
       steps: optimizer steps.
       batch_size: sequences of an optimizer step, over all devices.
@@ -90,7 +90,7 @@ class RunConfig:
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
-        on_disk("run_dir", self.run_dir)
+        reachable("run_dir", self.run_dir)
         if not 0 <= self.seed < 2**32:  # what JAX's keys can tell apart
             raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         at_least("steps", self.steps, 1)

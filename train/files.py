@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
+from train.buckets import in_bucket, told
 from train.exits import naming
 
 # What some mounted file systems answer where they cannot sync.
@@ -17,24 +18,34 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _BAD_PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
-def write_whole(path: epath.PathLike, text: str) -> None:
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     """Writes a file or replaces one: a kill or a loss of power leaves the old one or the new one.
 
     Raises:
       OSError: naming the file, which is then as it was.
     """
-    path = epath.Path(path)
+    path, data = epath.Path(path), content.encode() if isinstance(content, str) else content
+    if in_bucket(path):  # an object is put whole or not at all
+        with told(str(path)):
+            path.write_bytes(data)
+        return
     part = path.parent / f"{path.name}.part"
     with naming(part):
-        part.write_text(text)
+        part.write_bytes(data)
         sync(part)
         part.replace(path)
         sync(path.parent)
 
 
+def make_folder(path: epath.PathLike) -> None:
+    """Makes a folder and those above it. In a bucket there are none; a bucket that is missing is not made."""
+    if not in_bucket(path):
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def sync(path: epath.PathLike) -> None:
     """Brings a file or folder onto the disk, where it outlives a loss of power; remote stores see to it."""
-    if "://" in str(path):
+    if in_bucket(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

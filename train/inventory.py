@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mora_jax.errors import InputError
 from mora_jax.transform import Methods
-from train import manifest, runs
+from train import buckets, manifest, runs
 from train.checkpoint import Checkpoints
 from train.progress import progress
 
@@ -109,7 +109,6 @@ def _bytes(saved: Checkpoints, step: int) -> int:
 
 def _date(saved: Checkpoints, step: int) -> datetime.datetime | None:
     try:
-        seconds = (saved.folder(step) / manifest.MANIFEST).stat().mtime
+        return buckets.modified(saved.folder(step) / manifest.MANIFEST).astimezone()
     except OSError:
         return None
-    return datetime.datetime.fromtimestamp(seconds).astimezone()

@@ -30,6 +30,7 @@ from train.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evalu
 from train.exits import Diverged, Preempted, Stopped, naming
 from train.files import write_whole
 from train.metrics import LINES, Metrics, read_metrics
+from train.mirror import mirrored
 from train.plot import plot_loss
 from train.preempt import Stop
 from train.step import TrainState, restart_step, train_step
@@ -65,13 +66,16 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
         lock.alone(config.run_dir),
         backend.compiled_programs(config),
         Stop(mesh) as stop,  # outside of the checkpoints: their last save can be cut short, too
-        runs.checkpoints(config) as saved,
+        mirrored(config.run_dir) as mirror,
+        runs.checkpoints(config, mirror.take_up) as saved,
     ):
-        return train(config, info, mesh, stop, saved)
+        return train(config, info, mesh, stop, saved, mirror.folder)
 
 
-def train(config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Checkpoints) -> dict[str, Any]:
-    """What `pretrain` does, once the run's folder is its own; the summary."""
+def train(
+    config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Checkpoints, growing: Path
+) -> dict[str, Any]:
+    """What `pretrain` does, once the run's folder is its own; the summary. `growing` is for what grows."""
     state, methods, score = start(config, saved, info, mesh)
     first = int(state.step)
     if first == config.steps and (summary := told_summary(config)):
@@ -79,7 +83,7 @@ def train(config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Chec
     held = sharding.local_rows(mesh, config.batch_size)
     batches = train_batches(info, config.batch_size, config.seed, first, held)
     batches = on_devices(batches, mesh, config.batch_size)
-    metrics = Metrics(config.run_dir, config.steps, first, config.log.wandb, evaluated=score is not None)
+    metrics = Metrics(str(growing), config.steps, first, config.log.wandb, evaluated=score is not None)
     with metrics:
         runs.claim(config)  # only now, so that bad input leaves no half-made run behind
         saved.remove_unfinished()
@@ -158,7 +162,7 @@ def check_nothing_lost(config: RunConfig, saved: Checkpoints, damaged: list[str]
         raise InputError(
             f"{config.run_dir} has {sealed} checkpoints and none is good, such as: {problem}; {mend}"
         )
-    told = Path(config.run_dir) / LINES
+    told = epath.Path(config.run_dir) / LINES
     if not told.exists():
         return
     updates = max((line["step"] + 1 for line in read_metrics(str(told)) if "loss" in line), default=0)
@@ -279,6 +283,6 @@ def conclude(config: RunConfig, info: DataInfo, score: Score, tokens_per_second:
     if jax.process_index() > 0:
         return summary
     with naming(folder / "loss.png"):
-        plot_loss(str(folder / "metrics.jsonl"), str(folder / "loss.png"))
+        plot_loss(str(folder / LINES), str(folder / "loss.png"))
     write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary

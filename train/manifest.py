@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
+from train import buckets
 from train.files import sync, write_whole
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,7 @@ def seal(folder: epath.Path, content: Json) -> None:
 
     On a local disk all files are on the disk before the manifest is, and the manifest when this returns.
     """
-    files = [path for path in _walk(folder) if path.name != MANIFEST or path.parent != folder]
+    files = [folder / name for name in sizes(folder)]
     with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
         found = list(pool.map(_fingerprint, files))
     for inner in (*{path.parent for path in files}, folder.parent):
@@ -55,7 +56,7 @@ def read(folder: epath.Path, step: int) -> Json:
         raise InputError(f"{path} is damaged: it is no plain file of at most {_LIMIT} bytes")
     try:
         manifest = parse(path.read_bytes())
-    except OSError as error:
+    except _harm(path) as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     if manifest is None:
         raise InputError(f"{path} is damaged: its content is not what was saved")
@@ -66,7 +67,8 @@ def read(folder: epath.Path, step: int) -> Json:
 
 def is_sealed(folder: epath.Path) -> bool:
     """Whether there is a manifest, of whatever content."""
-    return os.path.lexists(folder / MANIFEST) if _is_local(folder) else (folder / MANIFEST).exists()
+    path = folder / MANIFEST
+    return path.exists() if buckets.in_bucket(path) else os.path.lexists(path)
 
 
 def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
@@ -98,13 +100,16 @@ def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
 
 def sizes(folder: epath.Path) -> dict[str, int | None]:
     """Relative path of every file but the manifest -> its bytes; None for a link, a pipe or a device."""
-    found = {path.relative_to(folder).as_posix(): _size(path) for path in _walk(folder)}
-    return {name: size for name, size in found.items() if name != MANIFEST}
+    if buckets.in_bucket(folder):
+        found = {name: there.size for name, there in buckets.objects(folder).items()}
+    else:
+        found = {path.relative_to(folder).as_posix(): _size(path) for path in _walk(folder)}
+    return {name: found[name] for name in sorted(found) if name != MANIFEST}
 
 
 def is_link(path: epath.Path) -> bool:
     """Whether a path is a symbolic link, which no save makes."""
-    return _is_local(path) and Path(path).is_symlink()
+    return not buckets.in_bucket(path) and Path(path).is_symlink()
 
 
 def render(manifest: Json) -> str:
@@ -129,8 +134,9 @@ def parse(content: bytes) -> Json | None:
     return manifest if intact and well_formed else None
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
+def _harm(path: epath.Path) -> type[OSError]:
+    """The errors that say that a file is not what it was; in a bucket most tell of the way there."""
+    return FileNotFoundError if buckets.in_bucket(path) else OSError
 
 
 def _walk(folder: epath.Path) -> list[epath.Path]:
@@ -143,7 +149,7 @@ def _walk(folder: epath.Path) -> list[epath.Path]:
 
 def _size(path: epath.Path) -> int | None:
     """Bytes of a plain file; None for anything else, and what has gone in the meantime."""
-    if not _is_local(path):
+    if buckets.in_bucket(path):
         return path.stat().length
     try:
         status = os.lstat(path)
@@ -171,7 +177,7 @@ def _problem(path: epath.Path, want: Json, size: int | None, advance: Advance) -
         return f"is damaged: it has {size} bytes and was saved with {want['bytes']}"
     try:
         same = _sha256(path, advance) == want["sha256"]
-    except OSError as error:
+    except _harm(path) as error:
         return f"cannot be read: {error.strerror or error}"
     return "" if same else "is damaged: its content is not what was saved"
 

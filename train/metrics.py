@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter
@@ -27,6 +28,10 @@ from train.files import write_whole
 from train.progress import Bar
 
 LINES = "metrics.jsonl"
+EVENTS = "tensorboard"
+_WANDB_ID = "wandb_id.txt"
+# What is written bit by bit, and so cannot lie in a bucket while it is.
+GROWING = (LINES, EVENTS, _WANDB_ID)
 # Seconds between two times that TensorBoard's events are brought to the disk.
 EVENTS_EVERY = 30.0
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -70,7 +75,7 @@ class Metrics:
             folder.mkdir(parents=True, exist_ok=True)
             with self._closing:
                 self._sinks.append(_json_lines(self._closing, folder / LINES, start, evaluated))
-                self._sinks.append(_tensorboard(self._closing, folder / "tensorboard", start))
+                self._sinks.append(_tensorboard(self._closing, folder / EVENTS, start))
                 if wandb:
                     self._sinks.append(_wandb(self._closing, folder, wandb))
                 self._sinks.append(_bar(self._closing, total, start))
@@ -108,7 +113,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
       InputError: if there is no such file, or another line is not a JSON object with a step.
     """
     try:
-        *lines, rest = Path(path).read_bytes().split(b"\n")
+        *lines, rest = epath.Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     del rest  # what follows the last line end was cut off, or is nothing
@@ -206,7 +211,7 @@ def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
-    named = folder / "wandb_id.txt"
+    named = folder / _WANDB_ID
     if not named.exists():
         named.write_text(uuid.uuid4().hex)
     run = wandb.init(project=project, name=folder.name, dir=str(folder), id=named.read_text(), resume="allow")

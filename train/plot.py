@@ -1,17 +1,19 @@
 """Pictures of runs, drawn from their metrics.jsonl."""
 
 import dataclasses
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mora_jax.errors import InputError
+from train.files import make_folder, write_whole
 from train.metrics import read_metrics
 
 # Told apart also by the colour-blind; the first is for what matters most.
@@ -147,5 +149,7 @@ def _save(figure: Figure, upper: Axes, png_path: str) -> None:
     upper.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     upper.yaxis.set_minor_locator(ticker.NullLocator())
     figure.legend(loc="outside upper left", ncols=4, fontsize=11, frameon=False)
-    Path(png_path).parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(png_path)
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    make_folder(epath.Path(png_path).parent)
+    write_whole(png_path, png.getvalue())

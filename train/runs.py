@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from train import flags
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.read import DataInfo, first_rows
-from train.files import writable, write_whole
+from train.files import make_folder, writable, write_whole
 from train.step import TrainState, init_params, init_state, random_state
 
 CONFIG = "config.yaml"
@@ -48,7 +49,7 @@ def check_free(config: RunConfig, resume: bool) -> None:
             f"{folder} holds checkpoints of no known run (its {CONFIG} is gone); choose another --run-dir"
         )
     with writable(folder, f"run_dir {folder} cannot be made"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
 
 def claim(config: RunConfig) -> None:
@@ -69,10 +70,10 @@ def read_config(run_dir: str) -> RunConfig:
     return dataclasses.replace(flags.read_config(str(path)), run_dir=run_dir)
 
 
-def checkpoints(config: RunConfig) -> Checkpoints:
+def checkpoints(config: RunConfig, before_sealing: Callable[[], None] = lambda: None) -> Checkpoints:
     """The run's checkpoints."""
     folder, rule = epath.Path(config.run_dir) / CHECKPOINTS, config.checkpoint
-    return Checkpoints(str(folder), rule.keep or None, rule.keep_every)
+    return Checkpoints(str(folder), rule.keep or None, rule.keep_every, before_sealing)
 
 
 def assign_methods(config: RunConfig) -> Methods:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mora_jax.errors import InputError
 from mora_jax.methods import Decouple, DoRA, LoRA, Method, MoRA, Operator, Rotate, Share, Truncate
+from train.buckets import reachable
 
 LINEARS = "layers/.*_proj/kernel"
 REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
@@ -31,20 +32,13 @@ def above(name: str, value: float, bound: float) -> None:
         raise InputError(f"{name} must be above {bound}, not {value}")
 
 
-def on_disk(name: str, folder: str) -> None:
-    """Raises InputError for a folder in a bucket: what grows or is read at random must lie on a disk."""
-    if "://" in folder:
-        raise InputError(
-            f"{name} {folder} is no folder: mount the bucket (docs/scaling.md) and give its place"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where the prepared text is.
 
     Attributes:
-      directory: data set made by `mora prepare-data`, a local or mounted folder.
+      directory: data set made by `mora prepare-data`; one of gs:// or s3:// is copied to this machine's disk
+        first, into MORA_CACHE or ~/.cache/mora_jax.
       sequence_length: tokens of a row; must be the data set's.
     """
 
@@ -52,7 +46,7 @@ class Data:
     sequence_length: int = 512
 
     def __post_init__(self) -> None:
-        on_disk("data.directory", self.directory)
+        reachable("data.directory", self.directory)
         at_least("data.sequence_length", self.sequence_length, 2)
 
 
