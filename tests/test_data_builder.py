@@ -247,9 +247,9 @@ def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_bucket_is_no_place_for_rows(text: Path):
-    with pytest.raises(InputError, match="local or mounted folder"):
-        prepared(text, "gs://bucket/data")  # type: ignore[arg-type]
+def test_a_store_that_is_not_known(text: Path):
+    with pytest.raises(InputError, match="out http://host/data must be a folder, or one in a bucket"):
+        prepared(text, "http://host/data")  # type: ignore[arg-type]
 
 
 def test_a_file_is_no_place_for_rows(text: Path, tmp_path: Path):

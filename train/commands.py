@@ -23,7 +23,8 @@ class PrepareData:
         data set that TFDS has prepared (tfds:c4/en, or tfds:/path/to/it).
       validation: validation text, likewise; not used with tfds:, whose own validation split is taken.
       tokenizer: SentencePiece model file.
-      out: folder of the data set.
+      out: folder of the data set; one of gs:// or s3:// is prepared on this machine's disk, in MORA_CACHE or
+        ~/.cache/mora_jax, and copied there in the end.
       sequence_length: tokens of a row.
       skip_lines: bad lines (not JSON, no text) to skip before giving up.
       workers: processes; 0 for one a core.

@@ -29,7 +29,7 @@ def export(
       InputError: if the run has no complete checkpoint, its data set is gone, or its tokenizer cannot be
         written as tokenizer.json exactly.
     """
-    info = load_info(runs.read_config(run_dir).data.directory)
+    info = load_info(runs.read_config(run_dir).data.directory, splits=())
     tokenizer = epath.Path(info.tokenizer).read_bytes()
     with hf.whole_folder(out) as folder:
         params, model = runs.load_model(run_dir, info, runs.widest_mesh(run_dir))

@@ -24,7 +24,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
             data = runs.read_config(path).data.directory
         except InputError as error:
             raise InputError(f"{error}; for a Hugging Face folder, --data must name a data set") from error
-    info = load_info(data)
+    info = load_info(data, splits=("validation",))
     mesh = runs.widest_mesh(path, how.batch_size)
     params, model = runs.load_model(path, info, mesh)
     return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)

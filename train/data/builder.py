@@ -18,6 +18,8 @@ from etils import epath
 
 from mora_jax.errors import InputError
 from mora_jax.untrusted import read_json
+from train import buckets
+from train.buckets import in_bucket, reachable
 from train.data import format as layout
 from train.data import workers as pool
 from train.data.c4 import file_shards
@@ -58,7 +60,8 @@ def prepare(
       validation: validation text, likewise; empty for a `tfds:` source: its own validation split.
       tokenizer: a SentencePiece `.model` file.
       sequence_length: tokens of a row.
-      out: a folder on a local or mounted disk. One prepared with other settings is refused.
+      out: a folder on a disk, or in a bucket of gs:// or s3://: the rows are then written on this machine's
+        disk and copied there in the end. One prepared with other settings is refused.
       skip_lines: bad lines that may be skipped, over all files together.
       workers: processes; 0 for one a core. The result does not depend on it.
       tfds_data_dir: where `tfds:NAME` is looked for; empty for TFDS's default.
@@ -71,16 +74,23 @@ def prepare(
         data set in `out`. Shards finished until then are kept, and not done again.
     """
     _check_numbers(sequence_length, skip_lines, workers)
+    reachable("out", out)
     model = Tokenizer.load(tokenizer)
     text = _open(source, validation, tfds_data_dir)
-    folder = _claim(out, _settings(sequence_length, model, text))
+    settings = _settings(sequence_length, model, text)
+    if in_bucket(out) and _in_bucket_already(out, settings):
+        return load_info(out, splits=())
+    folder = _claim(out, settings)
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
     if not (folder / layout.DESCRIBED).exists():
         (folder / layout.TOKENIZER).write_bytes(epath.Path(tokenizer).read_bytes())
         _run([*jobs["train"], *jobs["validation"]], workers or os.cpu_count() or 1)
         _describe(folder, jobs, skip_lines)
     shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
-    return load_info(str(folder))
+    if in_bucket(out):
+        load_info(str(folder))
+        _send(folder, out)
+    return load_info(out, splits=() if in_bucket(out) else layout.SPLITS)
 
 
 def _check_numbers(sequence_length: int, skip_lines: int, workers: int) -> None:
@@ -119,10 +129,8 @@ def _settings(sequence_length: int, model: Tokenizer, text: dict[str, list[TextS
 
 
 def _claim(out: str, settings: Settings) -> Path:
-    """The output folder, new or begun with the same settings."""
-    if "://" in out or out.startswith("/bigstore"):
-        raise InputError(f"out {out}: rows are read at random, which needs a local or mounted folder")
-    folder = Path(out)
+    """The folder of a disk to write to, new or begun with the same settings."""
+    folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
     mark = folder / layout.SETTINGS
     if mark.exists():
         _compare(folder, _held(mark), asdict(settings))
@@ -136,14 +144,35 @@ def _claim(out: str, settings: Settings) -> Path:
     return folder
 
 
-def _held(mark: Path) -> dict:
+def _in_bucket_already(out: str, settings: Settings) -> bool:
+    """Whether the data set is there whole; in part it may be, nothing else may."""
+    there = buckets.objects(out)
+    if layout.SETTINGS in there:
+        _compare(out, _held(epath.Path(out) / layout.SETTINGS), asdict(settings))
+    elif there:
+        raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
+    return layout.DESCRIBED in there
+
+
+def _send(folder: Path, out: str) -> None:
+    """Copies a finished data set to its bucket: what it is made of first, its description last."""
+    here, there = buckets.files(folder), buckets.objects(out)
+    first, last = {layout.SETTINGS}, {layout.DESCRIBED}
+    rest = {name for name, size in here.items() if name not in there or there[name].size != size}
+    with Bar(f"copying to {out}", sum(here[name] for name in rest) / 1e6, "MB") as bar:
+        for names in (first, rest - first - last, last):
+            buckets.upload(folder, out, names, lambda n: bar.advance(n / 1e6))
+    shutil.rmtree(folder)
+
+
+def _held(mark: epath.PathLike) -> dict:
     held = read_json(mark)
     if not isinstance(held, dict):
         raise InputError(f"{mark} is damaged; choose another folder")
     return held
 
 
-def _compare(folder: Path, held: dict, wanted: dict) -> None:
+def _compare(folder: epath.PathLike, held: dict, wanted: dict) -> None:
     for name, value in wanted.items():
         if held.get(name) != value:
             here, there = (

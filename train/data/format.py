@@ -9,6 +9,8 @@ settings.json                                    what the rows depend on, fixed 
 unfinished/                                      shard records, there until every shard is done
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -36,6 +38,11 @@ def row_features(sequence_length: int, vocab_size: int) -> tfds.features.Feature
     """TFDS's feature of one row: `{"tokens": (T,)}`, stored as raw bytes, which decode without a copy."""
     row = tfds.features.Tensor(shape=(sequence_length,), dtype=token_dtype(vocab_size), encoding="bytes")
     return tfds.features.FeaturesDict({FIELD: row})
+
+
+def is_rows(name: str, splits: Collection[str] = SPLITS) -> bool:
+    """Whether a file of this name holds rows of one of the splits."""
+    return any(name.startswith(f"{NAME}-{split}.array_record-") for split in splits)
 
 
 def shard_file(split: str, index: int, count: int) -> str:

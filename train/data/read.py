@@ -10,7 +10,7 @@ import io
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mora_jax.errors import InputError
 from mora_jax.untrusted import read_bytes, read_json
 from train.data import format as layout
 from train.data.description import check_description
+from train.data.staging import staged
 
 READ_THREADS = 2
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
@@ -44,28 +45,32 @@ class DataInfo:
     tokens: dict[str, int]
 
 
-def load_info(directory: str) -> DataInfo:
-    """Reads and checks what a prepared data set says of itself.
+def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataInfo:
+    """Reads and checks what a prepared data set says of itself; one in a bucket is copied to this machine.
+
+    Args:
+      directory: the data set.
+      splits: those whose rows are needed; others are neither checked nor copied.
 
     Raises:
       InputError: not a finished data set, row files missing or of another size than they were written
         with, or a tokenizer that is not the one it was prepared with.
     """
-    folder = Path(directory)
+    folder = staged(directory, splits)
     if (folder / layout.SETTINGS).exists() and not (folder / layout.DESCRIBED).exists():
         raise InputError(f"{directory} is not finished; run the same preparation again, it continues")
     try:
         facts = read_json(folder / "metadata.json")
-        splits = facts.pop("splits")
+        parts = facts.pop("splits")
         rows, tokens = (
-            {split: _count(splits[split][what]) for split in layout.SPLITS} for what in ("rows", "tokens")
+            {split: _count(parts[split][what]) for split in layout.SPLITS} for what in ("rows", "tokens")
         )
-        file_bytes = {split: _count(splits[split]["file_bytes"]) for split in layout.SPLITS}
-        info = DataInfo(directory, str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
+        file_bytes = {split: _count(parts[split]["file_bytes"]) for split in layout.SPLITS}
+        info = DataInfo(str(folder), str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
         _check_facts(info, file_bytes)
     except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
-    _check_files(folder, file_bytes)
+    _check_files(folder, {split: file_bytes[split] for split in splits})
     _check_tokenizer(info)
     check_description(folder)
     return info
@@ -158,19 +163,19 @@ def _order(rows: int, seed: int) -> grain.MapDataset:
 
 def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.ndarray]:
     """The rows whose numbers `steps` gives as lists, one batch each, fetched in one call."""
-    with _told(info):
+    with _told(info, split):
         source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
 
     def fetch(numbers: list[int]) -> np.ndarray:
         return np.stack([row[layout.FIELD] for row in source.__getitems__(numbers)]).astype(np.int32)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
-    return _all(info, iter(steps.map(fetch).to_iter_dataset(options)))  # pyright: ignore[reportCallIssue]
+    return _all(info, split, iter(steps.map(fetch).to_iter_dataset(options)))  # pyright: ignore[reportCallIssue]
 
 
-def _all(info: DataInfo, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _all(info: DataInfo, split: str, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     while True:
-        with _told(info):
+        with _told(info, split):
             batch = next(batches, None)
         if batch is None:
             return
@@ -178,12 +183,12 @@ def _all(info: DataInfo, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 @contextlib.contextmanager
-def _told(info: DataInfo) -> Iterator[None]:
+def _told(info: DataInfo, split: str) -> Iterator[None]:
     """Raises InputError for what array_record and TFDS raise where rows are no longer what they were."""
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
-        load_info(info.directory)  # says it better, where a file is cut off or gone
+        load_info(info.directory, (split,))  # says it better, where a file is cut off or gone
         raise InputError(f"{info.directory} cannot be read: {error}; copy or prepare it again") from error
 
 
