@@ -31,7 +31,14 @@ def test_files_are_good_before_they_are_changed(target: str, tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("target", "number"),
-    [("weights", 36), ("weights", 1752), ("config", 401), ("tokenizer", 142), ("tokenizer", 709)],
+    [
+        ("weights", 36),
+        ("weights", 1752),
+        ("config", 401),
+        ("config", 6141),
+        ("tokenizer", 142),
+        ("tokenizer", 709),
+    ],
 )
 def test_what_once_crashed(target: str, number: int, tmp_path: Path):
     assert not fuzz.crash(target, 0, number, tmp_path / "case")

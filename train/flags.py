@@ -95,7 +95,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         data = _construct(text)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the last two for !!int x, !!timestamp x
+    # All but the first are how PyYAML says that a tag, such as !!int, !!timestamp or !!bool, fits no value.
+    except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values")
