@@ -68,6 +68,8 @@ class FakeStore(fsspec.AbstractFileSystem):
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         place = _place(path)
         if mode == "rb":
+            if not place.is_file():
+                raise FileNotFoundError(path)  # without a number or words for it, as s3fs has it
             return place.open("rb")
         assert mode == "wb", f"{path}: {mode}: an object is written whole"
         bucket = _place(path.partition("/")[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from mora_jax.errors import InputError
 from train import buckets, mirror
 from train.metrics import LINES, Metrics, read_metrics
 from train.mirror import mirrored
@@ -50,6 +51,11 @@ def test_another_machine_goes_on_where_the_checkpoint_is(bucket: str, monkeypatc
     assert steps_in(run) == list(range(10))
     events = [name for name in buckets.objects(run) if name.startswith("tensorboard/")]
     assert len(events) == 2
+
+
+def test_metrics_that_are_not_there_are_told_of(bucket: str):
+    with pytest.raises(InputError, match=r"s3://bucket/run/metrics.jsonl cannot be read: bucket/run/metrics"):
+        read_metrics(f"{bucket}/run/{LINES}")
 
 
 def test_what_is_left_on_this_machine_does_not_count(bucket: str):

@@ -115,7 +115,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     try:
         *lines, rest = epath.Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     del rest  # what follows the last line end was cut off, or is nothing
     return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
 
