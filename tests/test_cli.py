@@ -27,8 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def program(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The real program in a process of its own, with one device."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(
         [sys.executable, "-m", "train.cli", *args], cwd=cwd, env=environment, capture_output=True, text=True
     )
