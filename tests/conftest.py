@@ -40,6 +40,19 @@ def _folder(name: str) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs() -> Iterator[None]:
+    """Lets go of compiled programs where there are many.
+
+    Each takes a part of the process's memory map, which by Linux's default has 65,530 parts. XLA crashes
+    where there are no more, which was after most of the tests.
+    """
+    yield
+    parts = Path("/proc/self/maps")
+    if parts.exists() and parts.read_bytes().count(b"\n") > 16_000:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def golden() -> Path:
     """The folder of numbers recorded from the authors' implementation."""
