@@ -64,7 +64,7 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, disk, update: int) -> None:
     [(0, r"run/metrics\.jsonl|run/tensorboard"), (3, "could not be saved: No space left")],
     ids=["in the metrics", "in a save"],
 )
-# Where several files of a save fail, orbax ends its loop with the first, and TensorStore tells it of the rest.
+# Where several files of a save fail, orbax ends its loop with the first; TensorStore tells of the rest later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_up_stops_the_run_and_it_goes_on(
     config, tiny_run, disk, monkeypatch, every, message
