@@ -115,7 +115,7 @@ def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Flo
     if parts == 1:
         return outer(x, dy)[None]
     x_GTK, dy_GTD = (sharding.whole(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
-    return jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32)
+    return sharding.whole(jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32))
 
 
 def check_dropout(rate: float) -> None:

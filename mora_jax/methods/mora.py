@@ -79,8 +79,9 @@ class MoRA(Method):
         m_RR = arrays["m_RR"]
         r_hat = self._used(arrays, x.shape[-1], d)
         # Groups and blocks do not end where a mesh divides a width.
-        z = padded(self.operator.compress(sharding.whole(x), r_hat, d), -1, m_RR.shape[0])
-        y = (z @ m_RR.astype(x.dtype))[..., :r_hat]
+        z = sharding.whole(self.operator.compress(sharding.whole(x), r_hat, d))
+        z = padded(z, -1, m_RR.shape[0])
+        y = sharding.whole(z @ m_RR.astype(x.dtype))[..., :r_hat]
         return sharding.whole(self.operator.decompress(y, d))
 
     def gradients(
@@ -97,6 +98,7 @@ class MoRA(Method):
             return self.compressed_gradients(arrays, x, dy)
         sum_x, sum_dy = sums
         first_x, first_dy = _summed_first(k, d, n, side)
+        x, dy = sharding.whole(x), sharding.whole(dy)
         x = sum_x(x) if first_x else x
         dy = sum_dy(dy) if first_dy else dy
         g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))

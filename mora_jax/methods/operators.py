@@ -79,7 +79,7 @@ class GroupSums:
             sums = _contiguous_sums(x, self.r_hat)
         else:
             sums = _blocks(x, self.r_hat, self.pad).sum(axis=-2)
-        return _resized(sums, self.width, axis=x.ndim - 1)
+        return sharding.whole(_resized(sums, self.width, axis=x.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
