@@ -167,8 +167,10 @@ def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         raise InputError(f"{target} exists already; choose another name or remove it")
     if "://" in str(target):
         with tempfile.TemporaryDirectory() as local:
-            yield epath.Path(local)
-            _copy(epath.Path(local), target)
+            folder = epath.Path(local) / target.name  # what is begun beside it goes with it
+            folder.mkdir()
+            yield folder
+            _copy(folder, target)
         return
     partial = target.parent / f"{target.name}.partial"
     partial.rmtree(missing_ok=True)

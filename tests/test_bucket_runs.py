@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mora_jax import sharding
+from mora_jax import hf, sharding
 from mora_jax.errors import InputError
-from train import buckets, exits, loop, runs
+from train import buckets, exits, loop, manifest, runs
 from train.checkpoint import Checkpoints, SaveError
 from train.evaluate import Evaluation
 from train.export import export
@@ -91,6 +92,23 @@ def test_a_store_out_of_reach_is_no_damage(bucket: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(fake_store.FakeStore, "_open", out_of_reach)
         with pytest.raises(OSError, match="Connection timed out"):
             saved.latest_good()
+        monkeypatch.setattr(fake_store.FakeStore, "find", out_of_reach)
+        with pytest.raises(OSError, match="Connection timed out"):
+            manifest.is_sealed(saved.folder(1))
+
+
+def test_an_export_that_fails_leaves_nothing_on_this_machine(bucket: str, tmp_path, monkeypatch):
+    def begin() -> None:
+        with hf.whole_folder(f"{bucket}/model") as folder, hf.whole_folder(folder) as inner:
+            (inner / "weights").write_text("half of them")
+            raise OSError("full")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(OSError, match="full"):
+        begin()
+    assert set(tmp_path.iterdir()) == before
+    assert not buckets.objects(f"{bucket}/model")
 
 
 def test_a_save_that_is_not_sent_is_no_checkpoint(bucket: str, monkeypatch: pytest.MonkeyPatch):

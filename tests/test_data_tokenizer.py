@@ -92,6 +92,11 @@ def test_limits_below_one(tmp_path: Path, name: str):
         train_tokenizer("any", str(tmp_path / "t.model"), 400, **{name: 0})
 
 
+def test_a_bucket_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"out gs://b/t\.model: a tokenizer is written to a disk"):
+        train_tokenizer(str(tmp_path / "*.jsonl"), "gs://b/t.model", 300)
+
+
 def test_no_text_to_train_on(tmp_path: Path):
     with pytest.raises(InputError, match="holds no text"):
         train_tokenizer(write(tmp_path / "a.json", [""]), str(tmp_path / "t.model"), 400)

@@ -18,7 +18,7 @@ import pytest
 from mora_jax import hf, sharding
 from mora_jax.errors import InputError
 from mora_jax.llama import Llama
-from train import exits, flags, runs, step
+from train import distributed, exits, flags, runs, step
 from train.checkpoint import Checkpoints
 from train.data.read import load_info, train_batches
 from train.distributed import joined, several
@@ -299,6 +299,14 @@ def test_what_the_environment_says(environment, expected):
 def test_processes_that_cannot_be(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Distributed(**fields)
+
+
+def test_what_began_in_jax_is_known_behind_other_errors():
+    lost = jax.errors.JaxRuntimeError("a task died")
+    saving, restoring = OSError("could not be saved"), InputError("cannot be restored")
+    saving.__cause__, restoring.__context__ = lost, saving
+    assert all(map(distributed._begins_in_jax, (lost, saving, restoring)))
+    assert not distributed._begins_in_jax(OSError("disk"))
 
 
 def test_one_process_joins_nobody_and_its_errors_go_on():

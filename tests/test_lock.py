@@ -95,6 +95,13 @@ def test_a_note_in_the_bucket_tells_of_another_machine(bucket, capfd, host):
     assert "warning" in told or host == socket.gethostname()
 
 
+def test_a_note_of_a_program_that_began_meanwhile_stays(bucket):
+    note = epath.Path(f"{bucket}/run") / lock.LOCK
+    with lock.alone(f"{bucket}/run"):
+        note.write_text("process 7 on another-host")
+    assert note.read_text() == "process 7 on another-host"
+
+
 def test_a_bucket_that_is_not_there(bucket):
     with pytest.raises(InputError, match="s3://none/run cannot be written to: there is no bucket none"):
         enter("s3://none/run")

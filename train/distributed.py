@@ -56,11 +56,18 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _begins_in_jax(error):
             time.sleep(config.heartbeat_timeout + _GRACE)  # if a process is gone, this one ends meanwhile
         _leave(explain(error))
     jax.distributed.shutdown()
     del handler
+
+
+def _begins_in_jax(error: BaseException | None) -> bool:
+    """Whether JAX's runtime raised an error, or one that led to it: then another process may be gone."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def several(config: Distributed, environment: Mapping[str, str]) -> bool:

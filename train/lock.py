@@ -67,7 +67,8 @@ def _noted(run_dir: str, me: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(Exception):
-            note.unlink()
+            if note.read_text() == me:  # not that of a program which began meanwhile
+                note.unlink()
 
 
 def _lock(file: Any, run_dir: str) -> None:

@@ -56,8 +56,9 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
     backend.be_deterministic(config)  # before anything starts JAX
-    info = load_info(config.data.directory)
+    # First: processes wait two minutes for each other's devices, and data may take longer to be copied.
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    info = load_info(config.data.directory)
     check(config, info, mesh)
     runs.check_free(config, resume)
     warn(config.warnings())

@@ -67,8 +67,9 @@ def read(folder: epath.Path, step: int) -> Json:
 
 def is_sealed(folder: epath.Path) -> bool:
     """Whether there is a manifest, of whatever content."""
-    path = folder / MANIFEST
-    return path.exists() if buckets.in_bucket(path) else os.path.lexists(path)
+    if buckets.in_bucket(folder):  # a listing fails where the bucket is out of reach; a question would say no
+        return MANIFEST in buckets.objects(folder)
+    return os.path.lexists(folder / MANIFEST)
 
 
 def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
@@ -150,7 +151,10 @@ def _walk(folder: epath.Path) -> list[epath.Path]:
 def _size(path: epath.Path) -> int | None:
     """Bytes of a plain file; None for anything else, and what has gone in the meantime."""
     if buckets.in_bucket(path):
-        return path.stat().length
+        try:
+            return path.stat().length
+        except FileNotFoundError:
+            return None
     try:
         status = os.lstat(path)
     except OSError:

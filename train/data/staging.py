@@ -86,4 +86,11 @@ def _alone(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             print(f"mora: {folder} is being filled by another process; waiting", file=sys.stderr, flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            print(
+                f"mora: warning: {folder} cannot be locked: {error.strerror}; no other process of this "
+                "machine may fill it",
+                file=sys.stderr,
+                flush=True,
+            )
         yield

@@ -13,6 +13,7 @@ from etils import epath
 
 from mora_jax.errors import InputError
 from mora_jax.untrusted import read_bytes
+from train.buckets import in_bucket
 from train.data.c4 import documents, shards
 from train.data.format import TOKENIZER_BYTES, token_dtype
 from train.progress import progress
@@ -71,6 +72,8 @@ def train_tokenizer(
     Raises:
       InputError: bad text (see `c4.records`), no text, or a vocabulary that cannot be made from it.
     """
+    if in_bucket(out):
+        raise InputError(f"out {out}: a tokenizer is written to a disk; copy it to the bucket then")
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(f"vocab_size must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
     for name, value in (("max_documents", max_documents), ("max_characters", max_characters)):
