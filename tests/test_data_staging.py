@@ -1,5 +1,7 @@
 """Data sets in buckets: copied once, checked, continued, and the same rows come out."""
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -110,6 +112,16 @@ def test_damaged_versions_fetch_all_again(remote: str, fetched: list[str]):
         (folder.parent / "versions.json").write_text(harm)
         assert load_info(remote).rows["train"] > 0
         assert len(fetched) == len(buckets.objects(remote))
+
+
+def test_a_disk_without_locks_is_warned_of(remote: str, monkeypatch: pytest.MonkeyPatch, capfd):
+    def none(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    place = staged(remote)
+    assert layout.DESCRIBED in {path.name for path in place.iterdir()}
+    assert f"warning: {place.parent} cannot be locked: No locks available" in capfd.readouterr().err
 
 
 def test_nothing_there(bucket: str):

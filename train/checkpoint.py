@@ -190,9 +190,8 @@ class Checkpoints:
             _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
             try:
                 return ocp.load(folder, abstract_state)
-            except (
-                Exception
-            ) as error:  # orbax and TensorStore raise what they come upon in files made to harm
+            # Orbax and TensorStore raise what they come upon in files made to harm.
+            except Exception as error:
                 raise InputError(f"{folder} cannot be restored: {_reason(error)[1]}") from error
 
     def remove_unfinished(self) -> None:
