@@ -236,7 +236,8 @@ class Llama(nn.Module):
         """The summed next-token loss in nats and the number of predictions, each row by its weight."""
         x_BTD = self.hidden(tokens_BT)
         # Every place is computed, so that shapes stay powers of two; the last of a row predicts nothing.
-        weights_BT = jnp.broadcast_to(weights_B[:, None], tokens_BT.shape).at[:, -1].set(0.0)
+        length = tokens_BT.shape[1]
+        weights_BT = weights_B[:, None] * (jnp.arange(length) < length - 1)[None, :]
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
         shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])

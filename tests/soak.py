@@ -408,7 +408,8 @@ def finish(words: list[str]) -> None:
 
 def environment() -> dict[str, str]:
     """That of the programs, which run from this source."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def say(sentence: str) -> None:

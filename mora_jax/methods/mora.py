@@ -15,7 +15,7 @@ from mora_jax.methods.operators import Operator, Share
 
 # The floating-point operations that take as long as moving one byte: products run at about 650 TFLOP/s, sums
 # over groups at 3.3 TB/s (H200), and the launch of a kernel costs as well.
-FLOPS_PER_BYTE = 350
+FLOPS_PER_BYTE = 250
 
 
 @dataclasses.dataclass(frozen=True)

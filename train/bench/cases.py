@@ -56,11 +56,16 @@ class Case:
     )
 
 
-def pretraining(name: str, model: LlamaConfig, batch_size: int) -> Case:
+def pretraining(name: str, model: LlamaConfig, batch_size: int, align: int = 128) -> Case:
     """The paper's pretraining, a batch of it as one GPU takes it: embedding, head and norms are trained."""
-    compute = Compute(attention="cudnn")
-    data = Data(sequence_length=512)
-    return Case(name, RunConfig(batch_size=batch_size, model=model, compute=compute, data=data))
+    config = RunConfig(
+        batch_size=batch_size,
+        model=model,
+        compute=Compute(attention="cudnn"),
+        data=Data(sequence_length=512),
+        method=MethodFlags(align=align),
+    )
+    return Case(name, config)
 
 
 def table_5() -> Case:
@@ -92,7 +97,8 @@ def tiny() -> Case:
 
 
 SIZES = {
-    "250m": lambda: pretraining("250m", LlamaConfig(), 64),
+    # M's sides are 443 and 652: padded to 448 and 704 they take 1% less of a step than padded to 512 and 768.
+    "250m": lambda: pretraining("250m", LlamaConfig(), 64, align=64),
     "1.3b": lambda: pretraining("1.3b", LlamaConfig(32_100, 2048, 5461, 24, 32, 32), 32),
     "7b": table_5,
     "tiny": tiny,

@@ -85,7 +85,8 @@ def setting(case: Case) -> dict[str, Any]:
     plain = run_config.to_plain(case.config)
     kept = {name: plain[name] for name in ("batch_size", "microbatches", "model", "compute", "optimizer")}
     kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.base_dtype}
-    kept |= {"rank": case.config.method.rank, "trained": case.config.method.train}
+    method = case.config.method
+    kept |= {"rank": method.rank, "align": method.align, "trained": method.train}
     return json.loads(json.dumps(kept))
 
 
