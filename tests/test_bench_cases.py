@@ -23,8 +23,8 @@ def test_sizes_have_the_parameters_of_the_models_they_are_named_after(size: str,
 
 def test_words_choose_method_rank_operator_and_path():
     config = SIZES["250m"]().config
-    assert with_method(config, "mora").method.method() == MoRA(128, Share(), align=128)
-    assert with_method(config, "mora-rotate:8").method.method() == MoRA(8, Rotate(), align=128)
+    assert with_method(config, "mora").method.method() == MoRA(128, Share(), align=64)
+    assert with_method(config, "mora-rotate:8").method.method() == MoRA(8, Rotate(), align=64)
     lora = with_method(config, "lora:256/activation")
     assert isinstance(lora.method.method(), LoRA)
     assert (lora.method.rank, lora.compute.adapter_path) == (256, "activation")

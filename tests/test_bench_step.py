@@ -10,9 +10,10 @@ import pytest
 
 from mora_jax.errors import InputError
 from train import cli
-from train.bench import children, options, record, step
+from train.bench import children, measure, options, record, step
 from train.bench.cases import SIZES, Case
 from train.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, peer_job
+from train.config import RunConfig
 
 RATE = {"device": "toy", "platform": "cpu", "matmul_side": 8, "matmul_tflops": 2.0, "versions": {"jax": "1"}}
 CHECKED = {"worst": {"merged float32": 1e-6}, "failures": [], "compared": 4}
@@ -211,3 +212,20 @@ def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest
     assert 0 < row["needed_tflop_base"] < row["needed_tflop"]
     assert 5 < row["loss"] < 7  # the logarithm of 384 is 5.95
     assert "MoRA r 8 (merged path)" in capsys.readouterr().out
+
+
+def test_a_deterministic_case_is_measured_as_such(monkeypatch: pytest.MonkeyPatch):
+    """XLA is told before JAX starts, as in a run, and the figures are of another setting."""
+    told = []
+
+    def stop(config: RunConfig) -> None:
+        told.append(config.deterministic)
+        raise InterruptedError
+
+    monkeypatch.setattr(measure.backend, "be_deterministic", stop)
+    case = SIZES["tiny"]()
+    deterministic = dataclasses.replace(case, config=dataclasses.replace(case.config, deterministic=True))
+    with pytest.raises(InterruptedError):
+        measure.run(StepJob(deterministic, "mora", 1, 2))
+    assert told == [True]
+    assert record.setting(case) != record.setting(deterministic)

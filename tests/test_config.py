@@ -232,6 +232,14 @@ def test_a_window_that_is_never_full_is_warned_of(window, warned):
     assert any("no spike of the gradient can be seen" in told for told in config.warnings()) == warned
 
 
+def test_a_deterministic_run_has_no_attention_of_cudnn():
+    cudnn = Compute(attention="cudnn")
+    RunConfig(compute=cudnn)
+    RunConfig(deterministic=True)
+    with pytest.raises(InputError, match=r"deterministic excludes compute\.attention cudnn"):
+        RunConfig(compute=cudnn, deterministic=True)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_here_warn_of_nothing(path):
     assert flags.read_config(str(path)).warnings() == []

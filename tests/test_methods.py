@@ -211,11 +211,14 @@ def test_sums_over_groups_before_or_after_the_product_give_one_gradient(
 def test_the_cheapest_order_of_sums_and_product_follows_the_sizes():
     """The layers of the 250M and 1.3B models: x, then dy."""
     order = mora._summed_first
-    assert order(768, 768, 3, 512) == (True, False)  # q, k and v
-    assert order(768, 768, 1, 512) == (False, False)  # o
-    assert order(768, 2560, 2, 768) == (False, True)  # gate and up
-    assert order(2560, 768, 1, 768) == (True, False)  # down
-    assert order(2048, 5461, 2, 1024) == (True, True)
+    for r_443, r_652 in ((448, 704), (512, 768)):  # padded to 64 and to 128
+        assert order(768, 768, 3, r_443) == (True, False)  # q, k and v
+        assert order(768, 768, 1, r_443) == (False, False)  # o
+        assert order(768, 2560, 2, r_652) == (False, True)  # gate and up
+        assert order(2560, 768, 1, r_652) == (True, False)  # down
+    for k, d, kernels, side in ((2048, 2048, 3, 768), (2048, 2048, 1, 768), (2048, 5461, 2, 1024)):
+        assert order(k, d, kernels, side) == (True, True)
+    assert order(5461, 2048, 1, 1024) == (True, True)
 
 
 @every_case

@@ -57,7 +57,7 @@ class RunConfig:
       eval: perplexity on the validation split.
       checkpoint: what is kept.
       deterministic: the same bits on a GPU, too, after going on from a checkpoint; programs are then kept in
-        the run's folder, and some are slower. Elsewhere it is so in any case.
+        the run's folder, some are slower, and attention is not cuDNN's. Elsewhere it is so in any case.
       compilation: how programs are compiled.
       log: who is told.
       mesh: how the devices are laid out.
@@ -116,6 +116,12 @@ class RunConfig:
         if self.deterministic and self.compilation.cache != "auto":
             raise InputError(
                 "deterministic keeps compiled programs in the run's folder; leave compilation.cache at auto"
+            )
+        if self.deterministic and self.compute.attention == "cudnn":
+            # With jaxlib 0.11.2 the first step of every head width tried ends in an IndexError of XLA.
+            raise InputError(
+                "deterministic excludes compute.attention cudnn, whose backward pass is another each time, "
+                "and which XLA cannot run deterministically; use xla"
             )
         self._check_restarts()
 

@@ -67,9 +67,6 @@ def train_step(
     """
     trainable, frozen = transform.partition(state.params, state.adapters, methods)
     loss, gradients = _mean_gradient(config, methods, trainable, frozen, tokens_BT, state.step)
-    # Each stacked over its layers first: XLA would read the parts of each where it needs them, three times,
-    # and copy the moments before they are replaced.
-    gradients = jax.lax.optimization_barrier(gradients)
     grad_norm = optax.tree.norm(gradients)
     if config.optimizer.clip_norm:
         shrink = jnp.minimum(1.0, config.optimizer.clip_norm / (grad_norm + 1e-6))

@@ -128,35 +128,21 @@ def _effective(how: How, x: Array, ws: Sequence[Array], arrays: Sequence[Arrays]
 
 
 def _product_forward(how: How, x: Array, ws: tuple[Array, ...], arrays: tuple[Arrays, ...]) -> Any:
-    w = _effective(how, x, ws, arrays)
-    if _gathers(how) or not _made(how, x, ws):
-        return x @ w, (x, ws, arrays, None)
-    # Kept for the backward pass. Without the barrier XLA keeps its parts, and joins them there again.
-    w = jax.lax.optimization_barrier(w)
-    return x @ w, (x, ws, arrays, w)
+    # The effective kernels are not saved: making them again costs O(k d), keeping them a copy of the model.
+    return _product(how, x, ws, arrays), (x, ws, arrays)
 
 
 def _product_backward(how: How, saved: Any, dy: Array) -> Any:
-    if _gathers(how):
+    if any(how.names) and sharding.gathers():  # kernels are gathered again, and not kept since the forward
         saved = jax.lax.optimization_barrier(saved)
-    x, ws, arrays, w = saved
+    x, ws, arrays = saved
     # Without the barrier XLA computes what made dy again for each sum over it, instead of reading dy.
     dy = jax.lax.optimization_barrier(dy)
-    dx = dy @ (_effective(how, x, ws, arrays) if w is None else w).T
+    dx = dy @ _effective(how, x, ws, arrays).T
     return dx, *_kernel_gradients(how, x, ws, arrays, dy)
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-def _gathers(how: How) -> bool:
-    """Whether a mesh divides the kernels, which are then gathered for either pass, and never kept whole."""
-    return any(how.names) and sharding.gathers()
-
-
-def _made(how: How, x: Array, ws: Sequence[Array]) -> bool:
-    """Whether the effective kernels are others than the stored ones, so that making them takes time."""
-    return any(how.methods) or any(w.dtype != x.dtype for w in ws)
 
 
 def _kernel_gradients(

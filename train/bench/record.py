@@ -83,7 +83,8 @@ def start(case: Case, path: str) -> Record:
 def setting(case: Case) -> dict[str, Any]:
     """What the figures depend on beside the methods, as plain data."""
     plain = run_config.to_plain(case.config)
-    kept = {name: plain[name] for name in ("batch_size", "microbatches", "model", "compute", "optimizer")}
+    names = ("batch_size", "microbatches", "model", "compute", "optimizer", "deterministic")
+    kept = {name: plain[name] for name in names}
     kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.base_dtype}
     method = case.config.method
     kept |= {"rank": method.rank, "align": method.align, "trained": method.train}
