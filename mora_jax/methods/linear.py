@@ -63,7 +63,8 @@ def dense(
         each = zip(ws, adapters, keys, known, strict=True)
         return [y for w, a, key, n in each for y in dense(x, [w], [a], path, key, tile, [n] if n else None)]
     drops = dropout_key is not None and any(a.method.dropout for a in adapters if a)
-    merges = not drops and _merges(x, ws, path)
+    tokens = x.size // x.shape[-1]
+    merges = not drops and all(w.dtype == jnp.float32 for w in ws) and merges_float32(tokens, path)
     inside = [a if a and (merges or not a.method.additive) else None for a in adapters]
     how = How(tuple(a.method if a else None for a in inside), path, tile, known)
     y: Any = _product(how, x, tuple(ws), tuple(dict(a.arrays) if a else {} for a in inside))
@@ -105,10 +106,8 @@ def _dropped(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
-def _merges(x: Array, ws: Sequence[Array], path: Path) -> bool:
-    if any(w.dtype != jnp.float32 for w in ws):
-        return False
-    tokens = x.size // x.shape[-1]
+def merges_float32(tokens: float, path: Path) -> bool:
+    """Whether adapters over a float32 base take the merged path, for so many tokens of a batch."""
     return path not in ("auto", "activation") or (path == "auto" and tokens >= MERGED_MIN_TOKENS)
 
 

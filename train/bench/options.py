@@ -85,7 +85,7 @@ class BenchStep:
     methods: tuple[str, ...] = ("all",)
     peers: tuple[str, ...] = ("none",)
     warmup_steps: int = 5
-    timed_steps: int = 20
+    timed_steps: int = 40
     no_check: tyro.conf.FlagCreatePairsOff[bool] = False
     missing: tyro.conf.FlagCreatePairsOff[bool] = False
     minutes: float = 0.0

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from mora_jax import transform, trees
 from mora_jax.methods import MoRA
-from mora_jax.methods.linear import MERGED_MIN_TOKENS
+from mora_jax.methods.linear import merges_float32
 from mora_jax.transform import Methods
 from train.config import RunConfig
 from train.plan.hlo import SENT
@@ -76,8 +76,8 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
 
 def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     """The bytes of a number of each trained array's gradient, as it is sent."""
-    tokens, path = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
-    merged = path == "merged" or (path == "auto" and tokens >= MERGED_MIN_TOKENS)
+    tokens, how = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
+    merged = merges_float32(tokens, how) and how != "compressed"
     in_float32 = {
         f"adapters/{path}/m_RR"
         for path, method in methods.adapted()
