@@ -13,9 +13,9 @@ from mora_jax.errors import InputError
 from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_rank, outer_by_parts, padded
 from mora_jax.methods.operators import Operator, Share
 
-# The floating-point operations that take as long as moving one byte. Products run at about 650 TFLOP/s and sums
-# over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. From 160 to 340 the fastest order
-# is taken for every layer of the 250M and 1.3B models (docs/performance.md).
+# The floating-point operations that take as long as moving one byte. Products run at about 650 TFLOP/s,
+# sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 160 to 340 the
+# fastest order is taken for every layer of the 250M and 1.3B models (docs/performance.md).
 FLOPS_PER_BYTE = 250
 
 
