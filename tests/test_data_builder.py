@@ -1,24 +1,32 @@
 """Preparation: exact rows, any number of workers, restarts, and every refusal."""
 
+import errno
+import fcntl
 import gzip
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from mora_jax.errors import InputError
+from train import buckets, lock
 from train.data import builder, shard, workers
+from train.data import format as layout
 from train.data.builder import prepare
+from train.data.read import load_info
 from train.data.tokenizer import Tokenizer, train_tokenizer
 
 T = 48
@@ -329,3 +337,175 @@ def test_real_text_with_a_real_tokenizer(corpus: Path, tokenizers: Path, tmp_pat
     stream = [t for line in lines[:40] for t in [*processor.encode(json.loads(line)["text"]), 2]]
     assert list(itertools.chain(*rows(tmp_path / "d", "train"))) == stream[: len(stream) // 128 * 128]
     assert info.tokens["train"] == len(stream) // 128 * 128
+
+
+def test_a_kill_while_the_description_is_written(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """TFDS writes it in place: a kill, or a full disk, leaves half a file."""
+    out, real = tmp_path / "d", type(epath.Path()).write_text
+
+    def cut_off(self: Any, content: str, *args: Any, **kwargs: Any) -> int:
+        if self.name != layout.DESCRIBED:
+            return real(self, content, *args, **kwargs)
+        real(self, content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path()), "write_text", cut_off)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                prepared(text, out)
+    with pytest.raises(InputError, match="is not finished; run the same preparation again"):
+        load_info(str(out))
+    monkeypatch.setattr(workers, "write_shard", None)  # no shard is done again
+    prepared(text, out)
+    monkeypatch.undo()
+    prepared(text, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moves", range(5))  # the last: when all of them are
+def test_a_kill_while_the_last_files_are_put_in_place(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+):
+    out, real, left = tmp_path / "d", Path.replace, iter(range(moves))
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.parent.name == "description" and next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        patch.setattr(shutil, "rmtree", stopping_at(out / layout.UNFINISHED))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, out)
+    monkeypatch.setattr(workers, "write_shard", None)
+    prepared(text, out)
+    monkeypatch.undo()
+    prepared(text, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def stopped(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def stopping_at(folder: Path):
+    """A `shutil.rmtree` that stops the program before that folder goes."""
+    real = shutil.rmtree
+
+    def rmtree(path: Path, **kwargs: Any) -> None:
+        if path == folder:
+            raise KeyboardInterrupt
+        real(path, **kwargs)
+
+    return rmtree
+
+
+def npy(shape: str, descr: str = "<i8") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("unfinished/train-00001.npy", npy("(10000000000000,)")),
+        ("unfinished/train-00001.npy", b""),
+        ("unfinished/train-00001.npy", None),
+        ("unfinished/train-00001.json", b'{"rows": "x"}'),
+        ("unfinished/train-00001.json", b'{"rows": 7, "file_bytes": -1}'),
+        ("unfinished/train-00001.json", b'{"lines": 7}'),
+        ("unfinished/train-00001.json", b"[1]"),
+        (f"rows-train.array_record-00001-of-0000{SHARDS}", b"cut off"),
+        (f"rows-train.array_record-00001-of-0000{SHARDS}", None),
+    ],
+)
+def test_a_damaged_piece_is_done_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None
+):
+    out, done = tmp_path / "d", []
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_describe", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, out)
+    (out / name).unlink()
+    if content is not None:
+        (out / name).write_bytes(content)
+    monkeypatch.setattr(workers, "write_shard", lambda job, _: (done.append(job), shard.write_shard(job, _)))
+    prepared(text, out)
+    assert [job.record.name for job in done] == ["train-00001.json"]
+    prepared(text, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from train import lock
+with lock.held(Path(sys.argv[1]), "out", ""):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_two_programs_at_once(text: Path, tmp_path: Path, bucket: str, place: str):
+    out = str(tmp_path / "d") if place == "disk" else f"{bucket}/d"
+    folder = buckets.stand_in("prepare", out) if place == "bucket" else Path(out)
+    words = [sys.executable, "-W", "ignore", "-c", HOLD, folder / layout.UNFINISHED / lock.LOCK]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"{out} is in use by process {other.pid} .* another --out"):
+            prepared(text, out)  # type: ignore[arg-type]
+        assert [entry.name for entry in folder.iterdir()] == [layout.UNFINISHED]
+        other.kill()
+    prepared(text, out)  # type: ignore[arg-type]
+    assert not (folder / layout.UNFINISHED).exists()
+
+
+def test_another_program_finished_it_meanwhile(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = lock.held
+
+    def late(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "held", real)
+            prepared(text, tmp_path / "d")
+        return real(*args)
+
+    monkeypatch.setattr(lock, "held", late)
+    done = []
+    monkeypatch.setattr(workers, "write_shard", lambda job, _: (done.append(job), shard.write_shard(job, _)))
+    prepared(text, tmp_path / "d")
+    assert len(done) == SHARDS + 1
+    assert not (tmp_path / "d" / layout.UNFINISHED).exists()
+
+
+def test_a_finished_data_set_needs_no_lock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be where nothing can be written."""
+    first = prepared(text, tmp_path / "d")
+    monkeypatch.setattr(lock, "held", None)
+    assert prepared(text, tmp_path / "d") == first
+
+
+def test_a_disk_without_locks_is_warned_of(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    prepared(text, tmp_path / "d")
+    assert f"warning: {tmp_path / 'd'} cannot be locked: No locks available" in capfd.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end(text: Path, disk, monkeypatch: pytest.MonkeyPatch):
+    out, real = disk.path / "d", builder._describe
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_describe", lambda *args: (disk.fill(), real(*args)))
+        with pytest.raises(OSError, match=r"No space left .*unfinished/description"):
+            prepared(text, out)
+    disk.free()
+    monkeypatch.setattr(workers, "write_shard", None)
+    prepared(text, out)

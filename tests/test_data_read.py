@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import zipfile
@@ -200,6 +201,28 @@ def test_lost_rows(tmp_path: Path):
     next(Path(info.directory).glob("rows-train.array_record-00001*")).unlink()
     with pytest.raises(InputError, match=r"the train rows take .* bytes, not"):
         load_info(info.directory)
+
+
+@pytest.mark.parametrize("name", ["rows-train.array_record-00000-of-00002", "rows-x"])
+def test_a_pipe_is_not_waited_for(copied: Path, name: str):
+    """Neither in the place of rows, the sizes told accordingly, nor as a file that a description may name."""
+    path, facts = copied / name, json.loads((copied / "metadata.json").read_text())
+    facts["splits"]["train"]["file_bytes"] -= path.stat().st_size if path.exists() else 0
+    edit(copied / "metadata.json", **facts)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=f"{name} is no plain file"):
+        load_info(str(copied))
+
+
+def test_rows_may_be_links(copied: Path, tmp_path: Path):
+    path = next(copied.glob("rows-train.*"))
+    path.rename(tmp_path / "rows")
+    path.symlink_to(tmp_path / "rows")
+    assert load_info(str(copied)).rows["train"] > 0
+    (tmp_path / "rows").unlink()
+    with pytest.raises(InputError, match="is no plain file"):
+        load_info(str(copied))
 
 
 @pytest.fixture

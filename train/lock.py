@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""One program at a time in a folder."""
 
 import contextlib
 import fcntl
@@ -37,24 +37,43 @@ def alone(run_dir: str) -> Iterator[None]:
     if jax.process_index() > 0:
         yield
         return
-    path = place(run_dir) / LOCK
-    with writable(path, f"run_dir {run_dir} cannot be written to"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b", buffering=0)
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    with file:
-        _lock(file, run_dir)
-        with contextlib.suppress(OSError):  # on a full disk; it is only for the message
-            file.truncate(0)
-            file.write(me.encode())
-        with _noted(run_dir, me) if buckets.in_bucket(run_dir) else contextlib.nullcontext():
-            yield
+    noted = _noted(run_dir) if buckets.in_bucket(run_dir) else contextlib.nullcontext()
+    with held(place(run_dir) / LOCK, "run_dir", run_dir), noted:
+        yield
 
 
 @contextlib.contextmanager
-def _noted(run_dir: str, me: str) -> Iterator[None]:
+def held(path: Path, option: str, folder: str) -> Iterator[None]:
+    """Keeps other programs of this machine from the file of a lock, which is made with its folder.
+
+    Args:
+      path: the file.
+      option: where the user names the folder that the lock is for.
+      folder: it, as the user names it.
+
+    Raises:
+      InputError: if another program has it, or nothing can be written there.
+      OSError: if the disk is in trouble.
+    """
+    with writable(path, f"{option} {folder} cannot be written to"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    with file:
+        _lock(file, option, folder)
+        with contextlib.suppress(OSError):  # on a full disk; it is only for the message
+            file.truncate(0)
+            file.write(_me().encode())
+        yield
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def _noted(run_dir: str) -> Iterator[None]:
     """Leaves a note in the bucket while the run lasts: a program on another machine reads it and warns."""
-    note = epath.Path(run_dir) / LOCK
+    note, me = epath.Path(run_dir) / LOCK, _me()
     try:
         with buckets.told(str(note)):
             holder = note.read_text() if note.exists() else ""
@@ -71,18 +90,19 @@ def _noted(run_dir: str, me: str) -> Iterator[None]:
                 note.unlink()
 
 
-def _lock(file: Any, run_dir: str) -> None:
+def _lock(file: Any, option: str, folder: str) -> None:
     # Of the process and not of the open file: a child that outlives the program must not keep it.
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        holder = file.read().decode() or "another program"
+        holder = file.read(1000).decode(errors="replace") or "another program"
+        flag = option.replace("_", "-")
         raise InputError(
-            f"{run_dir} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
+            f"{folder} is in use by {holder}; wait for it, stop it, or choose another --{flag}"
         ) from None
     except OSError as error:  # a file system without locks
-        _warn(f"{run_dir} cannot be locked: {error.strerror}")
+        _warn(f"{folder} cannot be locked: {error.strerror}")
 
 
 def _warn(sentence: str) -> None:

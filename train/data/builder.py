@@ -18,7 +18,7 @@ from etils import epath
 
 from mora_jax.errors import InputError
 from mora_jax.untrusted import read_json
-from train import buckets
+from train import buckets, lock
 from train.buckets import in_bucket, reachable
 from train.data import format as layout
 from train.data import workers as pool
@@ -27,7 +27,8 @@ from train.data.read import DataInfo, load_info
 from train.data.shard import Advance, Counts, Job, TextShard
 from train.data.tfds_text import PREFIX, tfds_shards
 from train.data.tokenizer import Tokenizer
-from train.files import writable
+from train.exits import naming
+from train.files import sync, writable, write_whole
 from train.progress import Bar
 
 
@@ -70,27 +71,30 @@ def prepare(
       What `read.load_info` says of the finished data set.
 
     Raises:
-      InputError: bad text, a bad tokenizer, a value out of range, too little text for one row, or another
-        data set in `out`. Shards finished until then are kept, and not done again.
+      InputError: bad text, a bad tokenizer, a value out of range, too little text for one row, another data
+        set in `out`, or another program that prepares it. Shards finished until then are kept, and not
+        done again.
+      OSError: the disk or the bucket is in trouble; the same call goes on once that is mended.
     """
     _check_numbers(sequence_length, skip_lines, workers)
     reachable("out", out)
     model = Tokenizer.load(tokenizer)
     text = _open(source, validation, tfds_data_dir)
     settings = _settings(sequence_length, model, text)
-    if in_bucket(out) and _in_bucket_already(out, settings):
-        return load_info(out, splits=())
-    folder = _claim(out, settings)
+    folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
-    if not (folder / layout.DESCRIBED).exists():
-        (folder / layout.TOKENIZER).write_bytes(epath.Path(tokenizer).read_bytes())
-        _run([*jobs["train"], *jobs["validation"]], workers or os.cpu_count() or 1)
-        _describe(folder, jobs, skip_lines)
-    shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
-    if in_bucket(out):
-        load_info(str(folder))
-        _send(folder, out)
-    return load_info(out, splits=() if in_bucket(out) else layout.SPLITS)
+    if not _is_there(out, settings):
+        with lock.held(folder / layout.UNFINISHED / lock.LOCK, "out", out):
+            if not _is_there(out, settings):  # another program may have finished it meanwhile
+                _claim(folder, settings)
+                _make(folder, jobs, settings, tokenizer, workers or os.cpu_count() or 1)
+                if in_bucket(out):
+                    load_info(str(folder))
+                    _send(folder, out)
+    info = load_info(out, splits=() if in_bucket(out) else layout.SPLITS)
+    if not in_bucket(out):
+        shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
+    return info
 
 
 def _check_numbers(sequence_length: int, skip_lines: int, workers: int) -> None:
@@ -128,35 +132,62 @@ def _settings(sequence_length: int, model: Tokenizer, text: dict[str, list[TextS
     return Settings(sequence_length, model.sha256, model.vocab_size, model.eos_id, **files)
 
 
-def _claim(out: str, settings: Settings) -> Path:
-    """The folder of a disk to write to, new or begun with the same settings."""
-    folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
-    mark = folder / layout.SETTINGS
-    if mark.exists():
-        _compare(folder, _held(mark), asdict(settings))
-        return folder
-    with writable(folder, f"out {out} cannot be written"):
-        (folder / layout.UNFINISHED).mkdir(parents=True, exist_ok=True)
-        if any(entry.name != layout.UNFINISHED for entry in folder.iterdir()):
-            raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
-        (folder / layout.UNFINISHED / layout.SETTINGS).write_text(json.dumps(asdict(settings)))
-        (folder / layout.UNFINISHED / layout.SETTINGS).replace(mark)
-    return folder
-
-
-def _in_bucket_already(out: str, settings: Settings) -> bool:
+def _is_there(out: str, settings: Settings) -> bool:
     """Whether the data set is there whole; in part it may be, nothing else may."""
-    there = buckets.objects(out)
+    there = buckets.objects(out) if in_bucket(out) else _entries(Path(out))
     if layout.SETTINGS in there:
         _compare(out, _held(epath.Path(out) / layout.SETTINGS), asdict(settings))
-    elif there:
+    elif any(name != layout.UNFINISHED for name in there):
         raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
     return layout.DESCRIBED in there
 
 
+def _entries(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    """Begins a data set in a folder of a disk, or sees that the one there has the same settings."""
+    mark = folder / layout.SETTINGS
+    if mark.exists():
+        _compare(folder, _held(mark), asdict(settings))
+        return
+    beside = folder / layout.UNFINISHED / f"{layout.SETTINGS}.part"
+    with writable(folder, f"{folder} cannot be written to"):
+        beside.write_text(json.dumps(asdict(settings)))
+        sync(beside)
+        beside.replace(mark)
+
+
+def _make(folder: Path, jobs: dict[str, list[Job]], settings: Settings, tokenizer: str, workers: int) -> None:
+    """Does what is left to do of a data set on a disk."""
+    if (folder / layout.DESCRIBED).exists():
+        return
+    write_whole(folder / layout.TOKENIZER, epath.Path(tokenizer).read_bytes())
+    _run([*jobs["train"], *jobs["validation"]], workers)
+    aside = folder / layout.UNFINISHED / "description"
+    with naming(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        _describe(aside, jobs, settings)
+        _move_up(aside, folder)
+
+
+def _move_up(aside: Path, folder: Path) -> None:
+    """Puts files in their place, `DESCRIBED` last: where it is, the data set is whole."""
+    names = {path.name for path in aside.iterdir() if not layout.is_rows(path.name)}
+    for part in (names - {layout.DESCRIBED}, {layout.DESCRIBED}):
+        for name in part:
+            sync(aside / name)
+            (aside / name).replace(folder / name)
+        sync(folder)
+
+
 def _send(folder: Path, out: str) -> None:
     """Copies a finished data set to its bucket: what it is made of first, its description last."""
-    here, there = buckets.files(folder), buckets.objects(out)
+    # All but UNFINISHED, which holds the lock.
+    here = {name: size for name, size in buckets.files(folder).items() if "/" not in name}
+    there = buckets.objects(out)
     first, last = {layout.SETTINGS}, {layout.DESCRIBED}
     rest = {name for name, size in here.items() if name not in there or there[name].size != size}
     with Bar(f"copying to {out}", sum(here[name] for name in rest) / 1e6, "MB") as bar:
@@ -222,17 +253,18 @@ def _run(jobs: Sequence[Job], workers: int) -> None:
         pool.run(left, workers, report)
 
 
-def _describe(folder: Path, jobs: dict[str, list[Job]], skip_lines: int) -> None:
+def _describe(aside: Path, jobs: dict[str, list[Job]], settings: Settings) -> None:
     """Sums the records up, refuses what is empty, and writes what TFDS and `read` need to know."""
     counts = {split: [job.counts() for job in jobs[split]] for split in jobs}
     sums = {split: _sum(counts[split]) for split in counts}
-    _check_sums(sums, jobs, skip_lines)
-    train_V, validation_V = (sum(_unigram(job) for job in jobs[split]) for split in layout.SPLITS)
-    np.savez_compressed(folder / layout.UNIGRAM, train=train_V, validation=validation_V)
-    settings = Settings(**_held(folder / layout.SETTINGS))
+    _check_sums(sums, jobs)
+    train_V, validation_V = (sum(job.piece_counts() for job in jobs[split]) for split in layout.SPLITS)
+    np.savez_compressed(aside / layout.UNIGRAM, train=train_V, validation=validation_V)
     facts = {name: value for name, value in asdict(settings).items() if name not in layout.SPLITS}
+    for split in jobs:  # by the files' names TFDS knows the splits
+        (aside / jobs[split][0].target.name).touch()
     tfds.folder_dataset.write_metadata(
-        data_dir=folder,
+        data_dir=aside,
         features=layout.row_features(settings.sequence_length, settings.vocab_size),
         split_infos=[
             tfds.core.SplitInfo(
@@ -246,20 +278,12 @@ def _describe(folder: Path, jobs: dict[str, list[Job]], skip_lines: int) -> None
     )
 
 
-def _unigram(job: Job) -> np.ndarray:
-    try:
-        return np.load(job.unigram, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{job.unigram} is damaged; remove {job.record.name} beside it, and its shard is done again"
-        ) from error
-
-
 def _sum(counts: Sequence[Counts]) -> Counts:
     return Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
 
 
-def _check_sums(sums: dict[str, Counts], jobs: dict[str, list[Job]], skip_lines: int) -> None:
+def _check_sums(sums: dict[str, Counts], jobs: dict[str, list[Job]]) -> None:
+    skip_lines = jobs["train"][0].skip_lines
     skipped = sum(total.skipped_lines for total in sums.values())
     if skipped > skip_lines:
         raise InputError(

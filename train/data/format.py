@@ -6,13 +6,17 @@ dataset_info.json features.json metadata.json    TFDS's own description
 tokenizer.model                                  a copy of the tokenizer
 unigram.npz                                      how often each piece occurs in each split
 settings.json                                    what the rows depend on, fixed at the first start
-unfinished/                                      shard records, there until every shard is done
+unfinished/                                      shard records, there until the data set is whole
 """
 
+import io
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from mora_jax.errors import InputError
 
 NAME = "rows"
 SPLITS = ("train", "validation")
@@ -48,3 +52,32 @@ def is_rows(name: str, splits: Collection[str] = SPLITS) -> bool:
 def shard_file(split: str, index: int, count: int) -> str:
     """The name of a split's output file, as TFDS expects it."""
     return f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def count(value: Any) -> int:
+    """A count that a file holds. Raises InputError for what is none."""
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise InputError(f"{value!r} is no count")
+    return value
+
+
+def piece_counts(npy: bytes, pieces: int) -> np.ndarray:
+    """How often each piece occurs, (V,), from NumPy's format.
+
+    The header is looked at first: NumPy would take what memory that says.
+
+    Raises:
+      ValueError: if it is anything else than a count for each piece.
+    """
+    stream = io.BytesIO(npy)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("it is of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if (shape, dtype) != ((pieces,), np.int64) or len(npy) != stream.tell() + 8 * pieces:
+        raise ValueError("it holds no count for each piece")
+    return np.frombuffer(npy, np.int64, offset=stream.tell())
+
+
+def piece_count_bytes(pieces: int) -> int:
+    """The most bytes that counts of so many pieces take: int64, and a header."""
+    return pieces * 8 + 4096

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -63,9 +62,10 @@ def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataIn
         facts = read_json(folder / "metadata.json")
         parts = facts.pop("splits")
         rows, tokens = (
-            {split: _count(parts[split][what]) for split in layout.SPLITS} for what in ("rows", "tokens")
+            {split: layout.count(parts[split][what]) for split in layout.SPLITS}
+            for what in ("rows", "tokens")
         )
-        file_bytes = {split: _count(parts[split]["file_bytes"]) for split in layout.SPLITS}
+        file_bytes = {split: layout.count(parts[split]["file_bytes"]) for split in layout.SPLITS}
         info = DataInfo(str(folder), str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
         _check_facts(info, file_bytes)
     except (InputError, LookupError, TypeError, AttributeError) as error:
@@ -195,38 +195,21 @@ def _told(info: DataInfo, split: str) -> Iterator[None]:
 def _unigram(info: DataInfo) -> list[np.ndarray]:
     """How often each piece occurs in each split: [(V,), (V,)]."""
     path = Path(info.directory) / layout.UNIGRAM
-    largest = info.vocab_size * 8 + 4096  # int64, and a header
+    largest = layout.piece_count_bytes(info.vocab_size)
     try:
         with zipfile.ZipFile(io.BytesIO(read_bytes(path, 2 * largest))) as archive:
             parts = [archive.getinfo(f"{split}.npy") for split in layout.SPLITS]
             if any(part.file_size > largest for part in parts):
                 raise ValueError("it holds more counts than there are pieces")
-            return [_counts(archive.read(part), info.vocab_size) for part in parts]
+            return [layout.piece_counts(archive.read(part), info.vocab_size) for part in parts]
     except (OSError, ValueError, LookupError, EOFError, NotImplementedError, *_ZIP_ERRORS) as error:
         raise InputError(f"{path} is damaged ({error}); copy or prepare the data set again") from error
-
-
-def _counts(npy: bytes, pieces: int) -> np.ndarray:
-    """An array in NumPy's format. Its header is looked at first: NumPy would take what memory that says."""
-    stream = io.BytesIO(npy)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("it is of another version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    if (shape, dtype) != ((pieces,), np.int64) or len(npy) != stream.tell() + 8 * pieces:
-        raise ValueError("it holds no count for each piece")
-    return np.frombuffer(npy, np.int64, offset=stream.tell())
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**62:
-        raise InputError(f"{value!r} is no count")
-    return value
 
 
 def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
     """Raises InputError for what no preparation writes, and what could take more memory than the rows do."""
     for value in (info.vocab_size, info.eos_id, info.sequence_length):
-        _count(value)
+        layout.count(value)
     right = 2 <= info.sequence_length < 2**31 and info.eos_id < info.vocab_size <= layout.MAX_PIECES
     right &= isinstance(info.tokenizer_sha256, str)
     right &= all(info.rows[split] <= file_bytes[split] for split in layout.SPLITS)  # a row takes some bytes
@@ -235,6 +218,10 @@ def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
 
 
 def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
+    """Raises InputError for rows of another size, and for any pipe or device: a description may name each."""
+    for file in folder.iterdir():
+        if not (file.is_file() or file.is_dir()):
+            raise InputError(f"{file} is no plain file; remove it, and copy or prepare {folder} again")
     for split, expected in file_bytes.items():
         held = sum(file.stat().st_size for file in folder.glob(f"{layout.NAME}-{split}.array_record-*"))
         if held != expected:

@@ -1,9 +1,11 @@
 """One shard of text into one ArrayRecord file of rows: what a worker process does."""
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,10 +13,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mora_jax.errors import InputError
-from mora_jax.untrusted import read_json
+from mora_jax.untrusted import read_bytes, read_json
+from train.data import format as layout
 from train.data.c4 import Record
 from train.data.format import FIELD, row_features, token_dtype
 from train.data.tokenizer import Tokenizer
+from train.files import sync, write_whole
 
 BLOCK_CHARACTERS = 1_000_000
 BLOCK_RECORDS = 1_000
@@ -70,14 +74,33 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self.record.exists()
+        """Whether all of it is there; what is damaged is done again."""
+        with contextlib.suppress(InputError):
+            self.counts()
+            self.piece_counts()
+            return True
+        return False
 
     def counts(self) -> Counts:
-        """The count record of a finished job."""
+        """The count record of a finished job. Raises InputError where it is damaged, or its rows are."""
         try:
-            return Counts(**read_json(self.record))
+            counts = Counts(**read_json(self.record))
+            for value in astuple(counts):
+                layout.count(value)
         except (InputError, TypeError) as error:
-            raise InputError(f"{self.record} is damaged; remove it, and its shard is done again") from error
+            raise InputError(f"{self.record} is damaged; the same command does its shard again") from error
+        if not self.target.is_file() or self.target.stat().st_size != counts.file_bytes:
+            raise InputError(f"{self.target} is not as {self.record} says; the same command does it again")
+        return counts
+
+    def piece_counts(self) -> np.ndarray:
+        """How often each piece occurs in the rows, (V,). Raises InputError for a file that is damaged."""
+        pieces = self.tokenizer.vocab_size
+        try:
+            content = read_bytes(self.unigram, layout.piece_count_bytes(pieces))
+            return layout.piece_counts(content, pieces)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{self.unigram} is damaged; the same command does its shard again") from error
 
 
 def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
@@ -89,13 +112,15 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
     unfinished = job.record.with_suffix(f".rows-{os.getpid()}")
     try:
         counts, unigram_V = _write_rows(job, unfinished, report)
+        sync(unfinished)
         unfinished.replace(job.target)
     finally:
         unfinished.unlink(missing_ok=True)
-    np.save(job.unigram, unigram_V)
-    beside = job.record.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(asdict(counts)))
-    beside.replace(job.record)
+    sync(job.target.parent)
+    npy = io.BytesIO()
+    np.save(npy, unigram_V)
+    write_whole(job.unigram, npy.getvalue())
+    write_whole(job.record, json.dumps(asdict(counts)))
 
 
 def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tuple[Counts, np.ndarray]:
