@@ -21,7 +21,7 @@ FLOORS = (
     ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
-    ("train.progress", "train.exits", "train.hlo", "train.buckets"),
+    ("train.progress", "train.exits", "train.hlo", "train.buckets", "train.streams"),
     ("train.sections",),
     ("train.preempt", "train.files"),
     ("train.lock",),

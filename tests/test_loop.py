@@ -205,6 +205,19 @@ def test_a_run_killed_in_its_first_save_is_begun_anew(free, tiny_run, monkeypatc
     assert without_times(folder) == without_times(tiny_run.folder)
 
 
+def test_a_run_killed_before_its_folder_tells_of_it_is_begun_anew(free, tiny_run, monkeypatch):
+    def killed(config):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "claim", killed)
+        with pytest.raises(Interrupted):
+            loop.pretrain(free)
+    assert (Path(free.run_dir) / "metrics.jsonl").exists()
+    loop.pretrain(free)
+    assert without_times(Path(free.run_dir)) == without_times(tiny_run.folder)
+
+
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -415,6 +428,40 @@ def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
             dataclasses.replace(config, checkpoint=dataclasses.replace(free.checkpoint, every=ends))
         )
     assert [line["bad_in_a_row"] for line in lines(folder) if "loss" in line] == streaks[:ends]
+
+
+def test_a_run_that_diverges_and_is_asked_to_stop_has_diverged(free, monkeypatch):
+    """The signal comes when the last bad step is not yet looked at."""
+    config = dataclasses.replace(diverging(free), checkpoint=dataclasses.replace(free.checkpoint, every=0))
+    folder = Path(config.run_dir)
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    ends = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line].index(4) + 1
+    shutil.rmtree(folder)
+    signalled_at(monkeypatch, ends - 1)
+    with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
+        loop.pretrain(config)
+
+
+def test_a_run_whose_log_is_gone_is_stopped_as_any_other(tiny_yaml, tmp_path):
+    """As by Ctrl-C for `mora pretrain ... 2>&1 | tee log`, which ends tee first; within the ten seconds."""
+    folder = tmp_path / "run"
+    words = ["pretrain", str(tiny_yaml), "--run-dir", str(folder), "--steps", "1000000"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, "-m", "train.cli", *words], **pipe) as process:
+        try:
+            assert process.stdout
+            while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 30:
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.stdout.close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == exits.PREEMPTED
+        finally:
+            process.kill()
+    updates = sum("loss" in line for line in lines(folder))
+    with Checkpoints(str(folder / "checkpoints")) as saved:
+        assert saved.latest_good() == (updates, [])
 
 
 @pytest.mark.parametrize("summary", [None, "", "{", "[]"], ids=["absent", "empty", "cut off", "a list"])

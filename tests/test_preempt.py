@@ -12,7 +12,7 @@ import pytest
 
 from mora_jax import sharding
 from train.exits import SIGNALLED
-from train.preempt import LAG, SIGNALS, Stop
+from train.preempt import LAG, SIGNALS, Stop, ended_at_once
 
 
 @pytest.fixture
@@ -61,6 +61,16 @@ def test_another_thread_than_the_main_one_hears_no_signals(mesh):
     thread.start()
     thread.join()
     assert asked == [False]
+
+
+def test_until_a_run_hears_it_sigint_ends_the_program():
+    before = signal.getsignal(signal.SIGINT)
+    with ended_at_once():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        with Stop(sharding.make_mesh(1)):
+            assert signal.getsignal(signal.SIGINT) not in (signal.SIG_DFL, before)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 BUSY = """

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
-from train import buckets, exits, flags
+from train import buckets, exits, flags, streams
 from train.bench import options
 from train.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
 from train.commands import (
@@ -62,8 +62,9 @@ def train(command: Pretrain) -> None:
 
     from train.distributed import joined
     from train.loop import pretrain as run
+    from train.preempt import ended_at_once
 
-    with joined(command.run.distributed, explain):
+    with ended_at_once(), joined(command.run.distributed, explain):
         summary = run(command.run, command.resume)
         if jax.process_index() == 0:
             print_summary(summary, command.run.run_dir)
@@ -190,12 +191,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. What ends it early is one line on stderr and a status of `train.exits`."""
-    try:
-        run(sys.argv[1:] if args is None else list(args))
-    except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, _TOLD) and not buckets.trouble(error):
-            raise  # a bug
-        raise SystemExit(explain(error)) from None
+    with streams.unheard():
+        try:
+            run(sys.argv[1:] if args is None else list(args))
+        except (Exception, KeyboardInterrupt) as error:
+            if not isinstance(error, _TOLD) and not buckets.trouble(error):
+                raise  # a bug
+            raise SystemExit(explain(error)) from None
 
 
 def explain(error: BaseException) -> int:

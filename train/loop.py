@@ -96,9 +96,10 @@ def train(
                 if score:
                     watch.note(step - 1, evaluation_note(score))
             saving = step > first and due(config.checkpoint.every, step, config)
-            if saving:
+            stopping = stop.asked()
+            if saving or stopping:
                 watch.drain()  # first: the bad step that ends the run may be among those in flight
-            ending = early_end(config, watch, stop, step)
+            ending = early_end(config, watch, stopping, step)
             if saving or (ending and step > first):
                 watch.drain()
                 saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
@@ -167,14 +168,15 @@ def check_nothing_lost(config: RunConfig, saved: Checkpoints, damaged: list[str]
     if not told.exists():
         return
     updates = max((line["step"] + 1 for line in read_metrics(str(told)) if "loss" in line), default=0)
-    every = runs.read_config(config.run_dir).checkpoint.every
+    # One that was killed before its first update may have no config either.
+    every = runs.read_config(config.run_dir).checkpoint.every if updates else 0
     if 0 < 2 * every < updates:  # the second save waits for the first
         raise InputError(
             f"{config.run_dir} tells of {updates} updates, saved every {every}, and has no checkpoint; {mend}"
         )
 
 
-def early_end(config: RunConfig, watch: Watch, stop: Stop, step: int) -> Stopped | None:
+def early_end(config: RunConfig, watch: Watch, stopping: bool, step: int) -> Stopped | None:
     """Why the run ends after `step` updates, if it does so before it is finished."""
     if watch.bad_in_a_row >= config.bad_steps.patience:
         return Diverged(
@@ -182,7 +184,7 @@ def early_end(config: RunConfig, watch: Watch, stop: Stop, step: int) -> Stopped
             f"with a checkpoint after {step} updates. The same command tries the batches that follow; "
             f"another learning rate needs a new run: --init-from {config.run_dir} --run-dir ..."
         )
-    if stop.asked():
+    if stopping:
         return Preempted(
             f"{config.run_dir}: stopped after {step} of {config.steps} updates; the same command goes on"
         )

@@ -1,13 +1,14 @@
 """SIGTERM and SIGINT: the first asks the run to stop after the update it is in, a second ends it at once."""
 
 import collections
+import contextlib
 import functools
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +22,22 @@ from train.exits import SIGNALLED
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # With several processes an answer is that of so many questions before: it is there, and nobody waits for it.
 LAG = 2
+
+
+@contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """SIGINT ends the program as SIGTERM does, until `Stop` hears both.
+
+    Python makes an exception of it, which is lost where it is raised in a callback, such as those of JAX.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 class Stop:
