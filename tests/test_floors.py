@@ -21,6 +21,7 @@ FLOORS = (
     ("mora_jax.llama", "mora_jax.spectrum"),
     ("mora_jax.hf",),
     ("mora_jax",),
+    ("train.terminal",),
     ("train.progress", "train.exits", "train.hlo", "train.buckets", "train.streams"),
     ("train.sections",),
     ("train.preempt", "train.files"),

@@ -12,11 +12,12 @@ from etils import epath
 
 from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
+from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train import manifest, runs
 from train.checkpoint import Checkpoints
 from train.data.read import load_info
-from train.sections import Checkpoint
+from train.sections import Checkpoint, MethodFlags
 
 
 @pytest.fixture
@@ -102,6 +103,33 @@ def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
             runs.restore(config, saved, 6, mesh)
 
 
+def test_a_checkpoint_of_another_run_with_the_same_shapes_is_refused(tiny_run, copy):
+    config, mesh = here(tiny_run, copy), sharding.make_mesh(1)
+    rate = dataclasses.replace(config.optimizer, learning_rate=3e-3)
+    told = r"22 was saved by a run with optimizer\.learning_rate 0\.01, not 0\.003; choose another --run-dir"
+    with runs.checkpoints(config) as saved:
+        with pytest.raises(InputError, match=told):
+            runs.restore(dataclasses.replace(config, optimizer=rate), saved, 22, mesh)
+        often = dataclasses.replace(config.eval, every=1, batch_size=2)
+        runs.restore(dataclasses.replace(config, eval=often), saved, 22, mesh)
+
+
+def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
+    """In JSON a pair of groups is a list, and fields that a version did not have yet are missing."""
+    rules = ((".*_proj/kernel", MoRA(4, Share(group=(0, 1)))), (".*", "frozen"))
+    config = dataclasses.replace(here(tiny_run, tmp_path), method=MethodFlags(), rules=rules)
+    methods, mesh = runs.assign_methods(config), sharding.make_mesh(1)
+    meta = runs.meta(config, methods, load_info(config.data.directory), 0)
+    del meta["config"]["deterministic"]
+    with runs.checkpoints(config) as saved:
+        saved.save(0, runs.fresh_state(config, methods, mesh), meta)
+        saved.wait()
+        runs.restore(config, saved, 0, mesh)
+        other = dataclasses.replace(config, deterministic=True)
+        with pytest.raises(InputError, match="with deterministic False, not True"):
+            runs.restore(other, saved, 0, mesh)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -144,15 +172,65 @@ def test_the_model_of_a_run_is_merged(tiny_run):
     assert model == tiny_run.config.model
 
 
-def test_a_run_may_be_moved(tiny_run, copy):
+def test_a_run_may_be_moved(tiny_run, copy, capsys):
     """Its config names the folder that it was written to; what counts is the folder that it is in."""
-    with Checkpoints(str(copy / "checkpoints")) as saved:
-        assert runs.newest(saved, str(copy)) == 22
     for step in (12, 15, 18, 21, 22):
         shutil.rmtree(copy / "checkpoints" / str(step))
     moved, _ = runs.load_model(str(copy))
     last, _ = runs.load_model(str(tiny_run.folder))
     assert not np.array_equal(moved["norm"]["scale"], last["norm"]["scale"])
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_told_of_where_an_older_one_is_taken(copy, capsys):
+    next((copy / "checkpoints" / "22").rglob("_METADATA")).unlink()
+    model, _ = runs.load_model(str(copy))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mora: warning: ")
+    assert line.endswith("_METADATA is missing; going back to an older checkpoint")
+    shutil.rmtree(copy / "checkpoints" / "22")
+    older, _ = runs.load_model(str(copy))
+    np.testing.assert_array_equal(model["norm"]["scale"], older["norm"]["scale"])
+
+
+@pytest.mark.parametrize("at", ["damage", "restore"])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_run_that_removes_what_is_being_read_is_looked_at_again(
+    tiny_run, copy, monkeypatch, capsys, at, older
+):
+    """A newer one is there, as it is whenever one is removed; so is an old one that is kept for good."""
+    kept, steps = copy / "checkpoints", [15, 18, 21, 22]
+    newer = [Path(shutil.move(kept / str(step), copy / f"newer_{step}")) for step in steps[1:]]
+    for path in kept.iterdir():
+        if path.name not in ("15", *(["12"] if older else [])):
+            shutil.rmtree(path)
+    original = getattr(Checkpoints, at)
+
+    def overtaken(self, step, *args):
+        if newer:
+            shutil.rmtree(kept / str(step))
+            path = newer.pop(0)
+            path.rename(kept / path.name.removeprefix("newer_"))
+        return original(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, at, overtaken)
+    model, _ = runs.load_model(str(copy))
+    last, _ = runs.load_model(str(tiny_run.folder))
+    np.testing.assert_array_equal(model["norm"]["scale"], last["norm"]["scale"])
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_reader_that_is_always_overtaken_gives_up(tiny_run, copy):
+    seen = []
+
+    def read(step):
+        seen.append(step)
+        shutil.copytree(copy / "checkpoints" / "22", copy / "checkpoints" / str(22 + len(seen)))
+        raise InputError("gone")
+
+    with runs.checkpoints(here(tiny_run, copy)) as saved, pytest.raises(InputError, match="gone"):
+        runs.of_newest(saved, str(copy), read)
+    assert len(seen) == runs._LOOKS
 
 
 def test_a_run_without_a_checkpoint_has_no_model(copy):
@@ -266,6 +344,7 @@ def test_checkpoints_of_no_known_run_are_not_gone_on_from(tiny_run, tmp_path):
         {"data": {"rows": 10**30, "tokenizer_sha256": "x"}},
         {"evaluation": {"loss": "0", "predictions": 1}},
         {"evaluation": [1]},
+        {"config": None},
     ],
 )
 def test_what_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):

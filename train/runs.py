@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import yaml
@@ -23,11 +23,16 @@ from train.config import RunConfig
 from train.data.read import DataInfo, first_rows
 from train.files import make_folder, writable, write_whole
 from train.step import TrainState, init_params, init_state, random_state
+from train.terminal import warn
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 # What a resumed run may have otherwise: none of it changes what is computed.
 OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log", "mesh", "distributed")
+# How often a run that is trained meanwhile may overtake a reader of its newest checkpoint.
+_LOOKS = 5
+
+T = TypeVar("T")
 
 
 def check_free(config: RunConfig, resume: bool) -> None:
@@ -43,7 +48,7 @@ def check_free(config: RunConfig, resume: bool) -> None:
             raise InputError(
                 f"{folder} holds a run already; leave out --no-resume to go on, or choose another --run-dir"
             )
-        _check_same(read_config(config.run_dir), config)
+        _check_same(run_config.to_plain(read_config(config.run_dir)), config, f"{folder} holds a run")
     elif (folder / CHECKPOINTS).exists():
         raise InputError(
             f"{folder} holds checkpoints of no known run (its {CONFIG} is gone); choose another --run-dir"
@@ -134,7 +139,8 @@ def saved_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
     try:
         Methods.from_json(found["methods"])
         data, score = found["data"], found["evaluation"]
-        right = type(data["rows"]) is int and 0 < data["rows"] < 2**62
+        right = isinstance(found["config"], dict)
+        right &= type(data["rows"]) is int and 0 < data["rows"] < 2**62
         right &= isinstance(data["tokenizer_sha256"], str)
         right &= score is None or {n: type(v) for n, v in score.items()} == {
             "loss": float,
@@ -151,10 +157,12 @@ def restore(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tup
     """The state and methods of one checkpoint.
 
     Raises:
-      InputError: if its methods, restarts, data position or random state are not those that the config gives
-        for its step, or it is damaged.
+      InputError: if it was saved by a run of another config, its methods, restarts, data position or random
+        state are not those that the config gives for its step, or it is damaged.
     """
     methods, found = methods_at(config, step), saved_meta(saved, step)
+    # The data may have been moved, and config.yaml told so by hand; `check_text` compares what it holds.
+    _check_same(found["config"], config, f"{saved.folder(step)} was saved by a run", "data.directory")
     if Methods.from_json(found["methods"]) != methods:
         raise InputError(
             f"{config.run_dir}: the methods saved at step {step} are not those the config gives for it"
@@ -208,10 +216,13 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
     if (epath.Path(path) / CONFIG).exists():
         config = read_config(path)
         with checkpoints(config) as saved:
-            step = newest(saved, path)
-            if info:
-                check_text(saved, step, info)
-            state, methods = restore(config, saved, step, mesh)
+
+            def read(step: int) -> tuple[TrainState, Methods]:
+                if info:
+                    check_text(saved, step, info)
+                return restore(config, saved, step, mesh)
+
+            state, methods = of_newest(saved, path, read)
         places = sharding.shardings(state.params, mesh)
         merge = jax.jit(
             lambda params, adapters: transform.merge(params, adapters, methods), out_shardings=places
@@ -245,12 +256,34 @@ def widest_mesh(path: str, batch_size: int = 0) -> Mesh:
     return sharding.make_mesh(1)
 
 
-def newest(saved: Checkpoints, path: str) -> int:
-    """The newest good checkpoint's step. Raises InputError if there is none."""
-    step, _ = saved.latest_good()
-    if step is None:
-        raise InputError(f"{path} holds no complete checkpoint")
-    return step
+def of_newest(saved: Checkpoints, path: str, read: Callable[[int], T]) -> T:
+    """What `read` makes of the step of the newest good checkpoint; what is wrong with newer ones is told.
+
+    The run may be trained meanwhile, which removes checkpoints, perhaps the one that is being read: where a
+    newer one has come, it is looked again.
+
+    Raises:
+      InputError: if there is no good checkpoint.
+    """
+    looks = _LOOKS
+    while True:
+        looks, before = looks - 1, saved.steps()
+        step, damaged = saved.latest_good()
+        if damaged and looks and _gone_on(saved, before):
+            continue
+        warn(f"{what}; going back to an older checkpoint" for what in damaged)
+        if step is None:
+            raise InputError(f"{path} holds no complete checkpoint")
+        try:
+            return read(step)
+        except (InputError, FileNotFoundError):
+            if not looks or not _gone_on(saved, before):
+                raise
+
+
+def _gone_on(saved: Checkpoints, before: list[int]) -> bool:
+    """Whether a newer checkpoint has come since. Several processes could see it otherwise, and never meet."""
+    return jax.process_count() == 1 and saved.steps()[-1:] > before[-1:]
 
 
 def _implied(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
@@ -287,11 +320,13 @@ def _check_architecture(found: LlamaConfig, config: RunConfig) -> None:
             )
 
 
-def _check_same(old: RunConfig, new: RunConfig) -> None:
-    before, now = (dict(flags.flatten(run_config.to_plain(c))) for c in (old, new))
-    for name, value in now.items():
-        if name.split(".")[0] not in OPERATIONAL and before[name] != value:
+def _check_same(before: dict[str, Any], config: RunConfig, whose: str, *apart: str) -> None:
+    """Compares a plain config with a run's, apart from what may change. What a version lacks had its default."""
+    known = dict(flags.flatten(run_config.to_plain(RunConfig())))
+    old, new = known | dict(flags.flatten(before)), dict(flags.flatten(run_config.to_plain(config)))
+    for name in new | old:
+        may_change = name in apart or name.split(".")[0] in OPERATIONAL
+        if not may_change and old.get(name) != new.get(name):
             raise InputError(
-                f"{new.run_dir} holds a run with {name} {before[name]!r}, not {value!r}; "
-                "choose another --run-dir"
+                f"{whose} with {name} {old.get(name)!r}, not {new.get(name)!r}; choose another --run-dir"
             )
