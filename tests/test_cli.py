@@ -338,3 +338,10 @@ def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_p
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(str(folder / "metrics.jsonl")) if "loss" in line]
+
+
+def test_what_a_folder_is_called_is_no_markup(capsys):
+    cli.print_summary({"device": "[/y]"}, "runs/N[/x]")
+    out = capsys.readouterr().out
+    assert "runs/N[/x]" in out
+    assert "[/y]" in out

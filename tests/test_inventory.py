@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from mora_jax.errors import InputError
 from train import cli, exits, manifest
@@ -71,3 +72,22 @@ def test_a_run_without_checkpoints_and_no_run(run: Path, tmp_path: Path, capsys:
     assert "has no checkpoints yet" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds no run"):
         inventory(str(tmp_path))
+
+
+def test_what_a_manifest_and_a_folder_are_called_is_no_markup(run: Path, capsys: pytest.CaptureFixture):
+    """However well it is sealed."""
+    place = run / "checkpoints" / "22"
+    content = manifest.read(epath.Path(place), 22)
+    content["meta"]["restarts"] = "[/x]"
+    (place / manifest.MANIFEST).write_text(manifest.render(content))
+    run = run.rename(run.parent / "N[")
+    (run / "x]").mkdir()
+    for path in (run / "config.yaml", run / "checkpoints"):
+        path.rename(run / "x]" / path.name)
+    cli.main(["checkpoints", str(run / "x]"), "--no-verify"])
+    out = capsys.readouterr().out
+    assert "N[/x]" in out
+    assert "│ [/x]" in out
+    shutil.rmtree(run / "x]" / "checkpoints")
+    cli.main(["checkpoints", str(run / "x]")])
+    assert "N[/x] has no checkpoints yet" in capsys.readouterr().out

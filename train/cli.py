@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
@@ -27,6 +26,7 @@ from train.commands import (
 )
 from train.config import RunConfig
 from train.sections import Evaluation
+from train.terminal import console
 
 
 def prepare_data(command: PrepareData) -> None:
@@ -259,7 +259,7 @@ def print_commands() -> None:
     table = Table.grid(padding=(0, 2))
     for name, (command, _) in COMMANDS.items():
         table.add_row(f"mora {name}", (command.__doc__ or "").splitlines()[0])
-    Console().print("MoRA and ReMoRA pretraining in JAX. `mora COMMAND --help` explains a command.\n", table)
+    console().print("MoRA and ReMoRA pretraining in JAX. `mora COMMAND --help` explains a command.\n", table)
 
 
 def print_summary(summary: dict[str, Any], title: str) -> None:
@@ -267,7 +267,7 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
     table = Table("", "", title=title, show_header=False)
     for name, value in summary.items():
         table.add_row(name.replace("_", " "), _readable(value))
-    Console().print(table)
+    console().print(table)
 
 
 def _readable(value: Any) -> str:

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
@@ -17,6 +16,7 @@ from train.data.tokenizer import train_tokenizer
 from train.export import export
 from train.loop import pretrain
 from train.scoring import score_path
+from train.terminal import console
 
 # What a demo leaves in its folder, among others: the mark by which a folder is known to be a demo's.
 MARK = "demo.txt"
@@ -73,4 +73,4 @@ def _show(summary: dict, folder: str, config: RunConfig) -> None:
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     for name in ("metrics.jsonl", "summary.json", "loss.png", "export/"):
         table.add_row(name, f"{folder}/{name}")
-    Console().print(table)
+    console().print(table)

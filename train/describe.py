@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Column, Table
 
 from mora_jax import trees
@@ -13,6 +12,7 @@ from mora_jax.transform import Choice, Methods
 from train import runs
 from train.config import RunConfig
 from train.step import init_params, init_state
+from train.terminal import console
 
 
 def describe(config: RunConfig) -> tuple[Table, Table]:
@@ -28,7 +28,7 @@ def describe(config: RunConfig) -> tuple[Table, Table]:
 
 def print_description(config: RunConfig) -> None:
     """Prints `describe`."""
-    Console().print(*describe(config))
+    console().print(*describe(config))
 
 
 def trained_entries(choice: Choice, shape: tuple[int, ...]) -> int:

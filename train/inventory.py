@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
@@ -12,6 +11,7 @@ from mora_jax.transform import Methods
 from train import buckets, manifest, runs
 from train.checkpoint import Checkpoints
 from train.progress import progress
+from train.terminal import console
 
 State = Literal["good", "not verified", "unfinished", "damaged"]
 
@@ -60,16 +60,16 @@ def inventory(run_dir: str, verify: bool = True) -> list[Entry]:
 def print_inventory(run_dir: str, verify: bool = True) -> bool:
     """Prints `inventory`; whether no checkpoint is damaged."""
     entries = inventory(run_dir, verify)
-    console = Console()
+    screen = console()
     table = Table(
         "step", "restarts", "group type", "MB", "saved", "state", title=run_dir, title_justify="left"
     )
     for e in entries:
         date = e.saved.strftime("%Y-%m-%d %H:%M:%S") if e.saved else ""
         table.add_row(f"{e.step:,}", e.restarts, e.group_type, f"{e.bytes / 1e6:,.1f}", date, e.state)
-    console.print(table if entries else f"{run_dir} has no checkpoints yet", soft_wrap=not entries)
+    screen.print(table if entries else f"{run_dir} has no checkpoints yet", soft_wrap=not entries)
     for problem in (p for e in entries for p in e.problems):
-        console.print(problem, soft_wrap=True, markup=False, highlight=False)
+        screen.print(problem, soft_wrap=True, highlight=False)
     return not any(e.state == "damaged" for e in entries)
 
 

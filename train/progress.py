@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from train import terminal
+
 # Seconds between two lines where there is no terminal.
 QUIET = 10.0
 
@@ -46,7 +48,7 @@ class Bar:
         start: float = 0,
     ) -> None:
         """As `progress`; `start` is what was done before, which counts for no speed."""
-        self._console = console or Console(stderr=True)
+        self._console = console or terminal.console(stderr=True)
         self._drawn = self._console.is_terminal
         self._unit = unit
         self._started = self._told_at = time.monotonic()
@@ -54,7 +56,7 @@ class Bar:
         # Where nothing is drawn, rich still keeps count of speed and time left.
         columns = (
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
         )
         self._rich = Progress(*columns, console=self._console, disable=not self._drawn)
         self._id = self._rich.add_task(description, total=total, completed=start, line=description)  # pyright: ignore[reportArgumentType]

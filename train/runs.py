@@ -321,7 +321,7 @@ def _check_architecture(found: LlamaConfig, config: RunConfig) -> None:
 
 
 def _check_same(before: dict[str, Any], config: RunConfig, whose: str, *apart: str) -> None:
-    """Compares a plain config with a run's, apart from what may change. What a version lacks had its default."""
+    """Compares a plain config with a run's, but for what may change; what is not told had its default."""
     known = dict(flags.flatten(run_config.to_plain(RunConfig())))
     old, new = known | dict(flags.flatten(before)), dict(flags.flatten(run_config.to_plain(config)))
     for name in new | old:

@@ -4,13 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from mora_jax import trees
 from mora_jax.llama import Compute, Llama, LlamaConfig
 from mora_jax.methods import METHODS, OPERATORS, Method, MoRA
 from train.sections import LINEARS
+from train.terminal import console
 
 Shape = tuple[int, ...]
 
@@ -40,7 +40,7 @@ def survey(model: LlamaConfig, rank: int) -> Table:
 
 def print_survey(model: LlamaConfig, rank: int) -> None:
     """Prints `survey`."""
-    Console().print(survey(model, rank))
+    console().print(survey(model, rank))
 
 
 def variants(rank: int) -> dict[str, Method]:

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from train.data.builder import prepare
 from train.data.c4 import documents, shards
 from train.data.read import DataInfo, train_batches
+from train.terminal import console
 
 READ_SECONDS = 5.0
 VALIDATION_DOCUMENTS = 500
@@ -95,4 +95,4 @@ def _show(speed: DataSpeed) -> None:
     table.add_row("prepared", f"{speed.prepared_tokens_per_second / 1e6:.2f}", prepared)
     read = f"batches of {speed.batch_size} rows of {speed.sequence_length} tokens"
     table.add_row("read", f"{speed.read_tokens_per_second / 1e6:.2f}", read)
-    Console().print(table)
+    console().print(table)

@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 from jax.profiler import ProfileData
-from rich.console import Console
 from rich.table import Table
 
 import mora_jax
 from train.bench.cases import Case, with_method
 from train.bench.hlo import Op, kind_by_name, operations
 from train.bench.program import Program, compile_step
+from train.terminal import console
 
 # Graphs of many kernels in one launch hide which operation a kernel belongs to.
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
@@ -157,11 +157,11 @@ def show(profile: Profile, method: str, top: int) -> None:
         share = kernel.milliseconds / profile.busy_milliseconds
         figures = (f"{kernel.count:.0f}", f"{kernel.milliseconds:.2f}", f"{share:.1%}")
         table.add_row(kernel.name[:60], *figures, op.kind, op.part, op.direction, _place(op))
-    console = Console(width=max(Console().width, 160))
-    console.print(table)
+    screen = console(width=max(console().width, 160))
+    screen.print(table)
     for what in ("kind", "part", "direction"):
         sums = (f"{name} {value:.2f}" for name, value in profile.by(what).items())
-        console.print(f"ms by {what}: {', '.join(sums)}", highlight=False)
+        screen.print(f"ms by {what}: {', '.join(sums)}", highlight=False)
 
 
 def _place(op: Op) -> str:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mora_jax.errors import InputError
 from train.bench.ratios import Ratio, matmul_share, ratios
 from train.bench.record import Record, Row, label, load
+from train.terminal import console
 
 COLUMNS = (
     "method",
@@ -34,13 +34,13 @@ def show(record: Record) -> None:
         table.add_column(column, justify="right")
     for row in record.rows:
         table.add_row(*_cells(record, row))
-    console = Console(width=max(Console().width, 130))
-    console.print(table)
+    screen = console(width=max(console().width, 130))
+    screen.print(table)
     compared = Table("comparison", "value", "aim", "")
     for ratio in ratios(record):
         compared.add_row(ratio.name, ratio.figure(), ratio.goal(), _verdict(ratio))
     if compared.row_count:
-        console.print(compared)
+        screen.print(compared)
 
 
 def refresh(page: str) -> int:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mora_jax.errors import InputError
 from train.config import RunConfig
 from train.plan.plan import Plan, make_plan
 from train.plan.programs import Program
 from train.plan.targets import simulated, topology, use_no_accelerator
+from train.terminal import console
 
 MIB, GIB = 2**20, 2**30
 
@@ -31,7 +32,7 @@ def plan(
     use_no_accelerator()
     config = _with_attention_for(config, topology_name)
     target = topology(topology_name) if topology_name else simulated(devices, memory)
-    with Console(stderr=True).status(f"compiling for {target.name}"):
+    with console(stderr=True).status(Text(f"compiling for {target.name}")):
         return make_plan(config, target, programs)
 
 
@@ -61,7 +62,7 @@ def show(plan: Plan, title: str, out: str = "") -> None:
     for program in plan.programs:
         parts += ["", f"{program.name} on each device, by the {plan.compiler}:", _program(program, plan)]
     parts += ["", "Sent by each device in a training step:", _sent(plan), "", *_conclusions(plan)]
-    Console(highlight=False).print(*parts, sep="\n")
+    console(highlight=False).print(*parts, sep="\n")
 
 
 def _state(plan: Plan) -> Table:

@@ -1,0 +1,30 @@
+"""What is said on the terminal is said as it is."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from train import terminal
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_no_text_is_markup():
+    text = "N[/x] :warning: [red]"
+    out = io.StringIO()
+    table = Table(text, title=text)
+    table.add_row(text)
+    terminal.console(file=out, width=100).print(text, table)
+    assert out.getvalue().count(text) == 4
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: p.stem)
+def test_all_that_is_shown_is_shown_there(path: Path):
+    assert ("Console(" in path.read_text()) == (path.name == "terminal.py")
+
+
+def test_what_is_told_is_told_on_stderr(capsys):
+    terminal.warn(f"{n} [/x]" for n in ("one", "two"))
+    assert capsys.readouterr() == ("", "mora: warning: one [/x]\nmora: warning: two [/x]\n")
