@@ -107,7 +107,7 @@ def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
         raise OSError
 
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "_whole", fail)
+        patch.setattr(backend, "_look", fail)
         compile_something(config, 7)
     assert (folder / "cut-cache").exists()
     compile_something(config, 7)
@@ -166,6 +166,40 @@ def test_a_deterministic_run_keeps_every_program_in_its_own_folder(config, tmp_p
     assert programs(tmp_path / "runs/a/jax_cache")
     with pytest.raises(InputError, match=r"leave compilation\.cache at auto"):
         dataclasses.replace(config, deterministic=True, compilation=Compilation("off"))
+
+
+@pytest.mark.parametrize("compressor", compressors())
+def test_a_deterministic_run_looks_at_every_program_at_every_start(config, tmp_path, compressor):
+    """Whatever was looked at before: a program compiled in the place of another may compute other bits."""
+    deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
+    compile_something(deterministic, 9)
+    program = importlib.import_module(compressor).compress(os.urandom(1 << 16))
+    altered = program[:2] + bytes(b ^ 255 for b in program[2:40]) + program[40:]
+    if compressor == "zstandard":
+        altered = program[:4] + bytes(b ^ 255 for b in program[4:40]) + program[40:]
+    long_ago = time.time() - 3600
+    for name, content in (("cut", program[:99]), ("whole", program), ("altered", altered)):
+        (folder / f"{name}-cache").write_bytes(content)
+        os.utime(folder / f"{name}-cache", (long_ago, long_ago))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"altered-cache is damaged: remove it .* other bits"):
+            compile_something(deterministic, 9)
+    (folder / "altered-cache").unlink()
+    compile_something(deterministic, 9)
+    assert "cut-cache" not in programs(folder)
+    assert "whole-cache" in programs(folder)
+
+
+def test_a_deterministic_run_takes_back_what_it_kept(config, tmp_path):
+    """JAX itself ends where a program that it kept cannot be unpacked."""
+    deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
+    compile_something(deterministic, 10)
+    for path in folder.glob("*-cache"):
+        kept = path.read_bytes()
+        path.write_bytes(kept[:100] + bytes([kept[100] ^ 255]) + kept[101:])
+        os.utime(path, (0, 0))
+    with pytest.raises(InputError, match="-cache is damaged"):
+        compile_something(deterministic, 10)
 
 
 def test_the_flag_is_one_that_xla_knows_and_importing_starts_nothing():

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 from etils import epath
@@ -57,11 +58,18 @@ def be_deterministic(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def compiled_programs(config: RunConfig) -> Iterator[None]:
-    """Keeps what is compiled inside in the folder that `compilation.cache` names, and takes it from there."""
+    """Keeps what is compiled inside in the folder that `compilation.cache` names, and takes it from there.
+
+    Raises:
+      InputError: if a program that a deterministic run has kept is damaged.
+    """
     folder = cache_folder(config)
     before = {name: getattr(jax.config, name) for name in _OPTIONS}
     if folder is not None and jax.process_index() == 0 and not in_bucket(folder):  # there, each is put whole
-        _remove_cut_off(folder)
+        if config.deterministic:
+            _check_all(folder)
+        else:
+            _remove_cut_off(folder)
     # Deterministic is only what is kept: a program compiled again may be another one.
     least = 0.0 if config.deterministic else _WORTH_KEEPING
     _set(dict(zip(_OPTIONS, (folder and str(folder), least, config.deterministic), strict=True)))
@@ -109,23 +117,36 @@ def _remove_cut_off(folder: epath.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         checking.write_bytes(b"")  # its age is that of the beginning: what is written meanwhile is not known
         for program in folder.glob("*-cache"):
-            if program.stat().mtime >= since - 1 and not _whole(program.read_bytes()):
+            if program.stat().mtime >= since - 1 and _look(program.read_bytes()) != "whole":
                 program.unlink(missing_ok=True)
         checking.replace(checked)
 
 
-def _whole(program: bytes) -> bool:
-    """Whether the compressed stream of a program reaches its end, where that can be said."""
+def _check_all(folder: epath.Path) -> None:
+    """Removes programs that a kill cut off, which were never run, and refuses others that are damaged."""
+    for program in sorted(folder.glob("*-cache")):
+        found = _look(program.read_bytes())
+        if found == "altered":
+            raise InputError(
+                f"{program} is damaged: remove it to have the program compiled anew, which may then compute "
+                "other bits, or put it back"
+            )
+        if found == "cut off":
+            program.unlink(missing_ok=True)
+
+
+def _look(program: bytes) -> Literal["whole", "cut off", "altered"]:
+    """What the compressed stream of a program says of itself, where it can be read here."""
     if program.startswith(_ZSTD):
         try:
             import zstandard  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError:  # it was kept by another installation
-            return True
+            return "whole"
         reader, errors = zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
     else:
         reader, errors = zlib.decompressobj(), zlib.error
     try:
         reader.decompress(program)
     except errors:
-        return False
-    return reader.eof
+        return "altered"
+    return "whole" if reader.eof else "cut off"
