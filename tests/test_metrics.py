@@ -78,6 +78,31 @@ def test_a_resumed_run_tells_no_update_twice(tmp_path: Path):
     assert sum("restart" in line for line in lines) == sum("validation_loss" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        (range(6), ""),
+        (range(2), "does not tell of updates 2 to 5, which are done and not done again"),
+        ((0, 1, 2, 4, 5), "does not tell of updates 3, which"),
+        ((1, 4), "does not tell of updates 0, 2 to 3, 5, which"),
+        ((), "does not tell of updates 0 to 5, which"),
+    ],
+)
+def test_what_is_missing_of_the_updates_done_is_told(tmp_path: Path, capsys, left, told: str):
+    train(tmp_path, 0, 8)
+    lines = [line for line in lines_of(tmp_path) if line["step"] in left or "loss" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(tmp_path, 6, 10)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == bool(told)
+    assert told in "".join(warnings)
+
+
+def test_many_gaps_are_not_all_named():
+    assert metrics_module._spans(list(range(0, 20, 2))) == "0, 2, 4 and more"
+    assert metrics_module._spans([]) == ""
+
+
 def test_a_fresh_run_forgets_all(tmp_path: Path):
     train(tmp_path, 0, 8)
     train(tmp_path, 0, 1)

@@ -26,6 +26,7 @@ from mora_jax.errors import InputError
 from train.exits import naming
 from train.files import write_whole
 from train.progress import Bar
+from train.terminal import warn
 
 LINES = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -34,6 +35,8 @@ _WANDB_ID = "wandb_id.txt"
 GROWING = (LINES, EVENTS, _WANDB_ID)
 # Seconds between two times that TensorBoard's events are brought to the disk.
 EVENTS_EVERY = 30.0
+# Gaps in the lines of an earlier program that are named.
+_FEW = 3
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Values = Mapping[str, float | int | str]
@@ -143,9 +146,10 @@ def _legal(value: float | int | str) -> float | int | str:
 
 def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
     with naming(path):
-        if path.exists():
-            _forget(path, start, evaluated)
+        told = _forget(path, start, evaluated) if path.exists() else set()
         file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail once more at the end
+    if missing := _spans(sorted(set(range(start)) - told)):
+        warn([f"{path} does not tell of updates {missing}, which are done and not done again"])
 
     def write(step: int, values: Values) -> None:
         line = _render(step, values).encode()
@@ -156,10 +160,28 @@ def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated
     return write
 
 
-def _forget(path: Path, start: int, evaluated: bool) -> None:
-    """Drops what will be told again, and a last line cut off; a kill leaves the old or the new."""
+def _forget(path: Path, start: int, evaluated: bool) -> set[int]:
+    """Drops what will be told again, and a last line cut off; a kill leaves the old or the new.
+
+    Returns:
+      The updates that what is left tells of.
+    """
     kept = [line for line in read_metrics(str(path)) if _stays(line, start, evaluated)]
+    told = {line["step"] for line in kept if "loss" in line}
     write_whole(path, "".join(_render(line.pop("step"), line) for line in kept))
+    return told
+
+
+def _spans(steps: list[int]) -> str:
+    """Ascending numbers in few words, such as `3, 20 to 41`."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    told = [f"{first} to {last}" if first < last else str(first) for first, last in spans[:_FEW]]
+    return ", ".join(told) + (" and more" if len(spans) > _FEW else "")
 
 
 def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:
