@@ -6,9 +6,8 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from train.mirror import mirrored
 from train.plot import plot_loss
 from train.preempt import Stop
 from train.step import TrainState, restart_step, train_step
+from train.terminal import tell, warn
 from train.watch import Watch
 
 SUMMARY = "summary.json"
@@ -195,18 +195,6 @@ def next_batch(batches: Iterator[jax.Array]) -> tuple[jax.Array, float]:
     """The next batch, and the seconds waited for it."""
     asked = time.perf_counter()
     return next(batches), time.perf_counter() - asked
-
-
-def warn(sentences: Iterable[str]) -> None:
-    """Tells what is not as it should be, a line each."""
-    for sentence in sentences:
-        tell(f"warning: {sentence}")
-
-
-def tell(sentence: str) -> None:
-    """Says something on stderr, once for all processes."""
-    if jax.process_index() == 0:
-        print(f"mora: {sentence}", file=sys.stderr, flush=True)
 
 
 def on_devices(batches: Iterator[np.ndarray], mesh: Mesh, rows: int) -> Iterator[jax.Array]:
