@@ -32,7 +32,8 @@ from mora_jax import hf, hf_tokenizer
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama, LlamaConfig
 from train import flags, manifest
-from train.data import c4
+from train.data import builder, c4, read, shard
+from train.data import format as layout
 from train.data.description import check_description
 from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.progress import progress
@@ -370,6 +371,79 @@ def read_tokenizer(folder: Path) -> None:
         Tokenizer.load(folder / "t.model").encode_documents(["abc déf"])
 
 
+# Prepared data sets, and the pieces of one that is not finished
+
+T = 16
+PIECES = ("train-00000.json", "train-00000.npy")
+
+
+def _tiny_text(folder: Path, name: str, documents: int) -> str:
+    words = ["".join(random.Random(n).choices("abcdefghij", k=2 + n % 6)) for n in range(40)]
+    (folder / name).write_text((json.dumps({"text": " ".join(words)}) + "\n") * documents)
+    (folder / "t.model").write_bytes(_tokenizer())
+    return str(folder / name)
+
+
+@functools.cache
+def _data_set() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, out = Path(name), Path(name) / "out"
+        train, validation = (_tiny_text(folder, f"{split}.jsonl", 3) for split in layout.SPLITS)
+        builder.prepare(train, validation, str(folder / "t.model"), T, str(out), workers=1)
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def write_data_set(rng: random.Random, folder: Path) -> None:
+    files = dict(_data_set())
+    for name in rng.sample(("metadata.json", "dataset_info.json", "features.json"), rng.choice((1, 1, 2))):
+        files[name] = changed(rng, json.loads(files[name]), as_json)
+    if rng.random() < 0.3:
+        files[layout.UNIGRAM] = change_bytes(rng, files[layout.UNIGRAM])
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def read_data_set(folder: Path) -> None:
+    info = read.load_info(str(folder))
+    read.unigram_perplexity(info)
+    next(read.train_batches(info, 1, 0, 0))
+    next(read.eval_batches(info, "validation", 1, 1))
+
+
+def _job(folder: Path) -> shard.Job:
+    (text,) = c4.file_shards(_tiny_text(folder, "t.jsonl", 2))
+    paths = (folder / name for name in ("rows", PIECES[0]))
+    return shard.Job(text, Tokenizer.load(folder / "t.model"), T, 0, *paths)
+
+
+@functools.cache
+def _pieces() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        shard.write_shard(_job(Path(name)), lambda advance: None)
+        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+
+
+def write_pieces(rng: random.Random, folder: Path) -> None:
+    record, counts = (_pieces()[name] for name in PIECES)
+    (folder / PIECES[0]).write_bytes(changed(rng, json.loads(record), as_json))
+    (folder / PIECES[1]).write_bytes(_changed_counts(rng, counts) if rng.random() < 0.7 else counts)
+    (folder / "rows").write_bytes(_pieces()["rows"])
+
+
+def _changed_counts(rng: random.Random, npy: bytes) -> bytes:
+    if rng.random() < 0.5:
+        return change_bytes(rng, npy)
+    header = change_bytes(rng, npy[10:128])
+    return npy[:8] + len(header).to_bytes(2, "little") + header + npy[128:]
+
+
+def read_pieces(folder: Path) -> None:
+    job = _job(folder)
+    assert job.finished in (True, False)
+    job.counts()
+    job.piece_counts()
+
+
 TARGETS = {
     "config": Target(8, write_config, read_config),
     "text": Target(40, write_text, read_text),
@@ -377,6 +451,8 @@ TARGETS = {
     "manifest": Target(32, write_manifest, read_manifest),
     "description": Target(5, write_description, lambda folder: check_description(folder)),
     "tokenizer": Target(1, write_tokenizer, read_tokenizer),
+    "data_set": Target(4, write_data_set, read_data_set),
+    "pieces": Target(4, write_pieces, read_pieces),
 }
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_shards_of_a_glob_a_folder_and_a_file(tmp_path: Path):
     assert [p.name for p in c4.shards(str(tmp_path))] == sorted(names)
     assert [p.name for p in c4.shards(str(tmp_path / names[2]))] == [names[2]]
     assert [p.name for p in c4.shards(f"{tmp_path.parent}/{tmp_path.name[:-1]}?/other.jsonl")] == [names[2]]
+
+
+def test_pipes_are_no_shards(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text("")
+    for source in (tmp_path, tmp_path / "*.json"):
+        assert [p.name for p in c4.shards(str(source))] == ["b.json"]
+    with pytest.raises(InputError, match="matches no file"):
+        c4.shards(str(tmp_path / "a.json"))
 
 
 def test_shards_keep_a_bucket_s_scheme(monkeypatch: pytest.MonkeyPatch):

@@ -203,6 +203,15 @@ def test_lost_rows(tmp_path: Path):
         load_info(info.directory)
 
 
+def test_a_description_of_rows_of_another_shape(copied: Path):
+    """With a type of half the size TFDS finds twice the tokens in a row, or none."""
+    text = (copied / "features.json").read_text()
+    assert '"32"' in text
+    (copied / "features.json").write_text(text.replace("uint16", "uint8").replace('"32"', '"64"'))
+    with pytest.raises(InputError, match="its rows are no 32 tokens each"):
+        next(train_batches(load_info(str(copied)), B, 0, 0))
+
+
 @pytest.mark.parametrize("name", ["rows-train.array_record-00000-of-00002", "rows-x"])
 def test_a_pipe_is_not_waited_for(copied: Path, name: str):
     """Neither in the place of rows, the sizes told accordingly, nor as a file that a description may name."""

@@ -1,6 +1,7 @@
 """Text out of a TFDS data set that was prepared before, by directory and by name."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_no_text_feature(tmp_path: Path):
 def test_a_format_that_needs_tensorflow(tmp_path: Path):
     with pytest.raises(InputError, match="is not stored as ArrayRecord"):
         tfds_shards(f"tfds:{a_data_set(tmp_path, suffix='tfrecord')}", "train", "")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    folder = a_data_set(tmp_path)
+    path = next(Path(folder).glob("c4-train.*-00002-of-*"))
+    path.unlink()
+    os.mkfifo(path)
+    for source, where in ((f"tfds:{folder}", ""), ("tfds:c4/en", str(tmp_path))):
+        with pytest.raises(InputError, match="is no plain file"):
+            tfds_shards(source, "train", where)
 
 
 @pytest.mark.parametrize("source", ["tfds:c4/en", "tfds:no_such_data_set", "tfds:/no/such/folder", "tfds:"])

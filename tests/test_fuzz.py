@@ -7,6 +7,7 @@ import fuzz
 import pytest
 
 CASES = {"config": 40, "text": 150, "weights": 120, "manifest": 150, "description": 60, "tokenizer": 10}
+CASES |= {"data_set": 40, "pieces": 100}
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)
@@ -38,6 +39,10 @@ def test_files_are_good_before_they_are_changed(target: str, tmp_path: Path, mon
         ("config", 6141),
         ("tokenizer", 142),
         ("tokenizer", 709),
+        ("pieces", 155),
+        ("data_set", 6),
+        ("data_set", 904),
+        ("data_set", 1064),
     ],
 )
 def test_what_once_crashed(target: str, number: int, tmp_path: Path):

@@ -5,11 +5,13 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from etils import epath
 
 from mora_jax.errors import InputError
+from train.buckets import in_bucket
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # JSON may take thirty times its own length in memory; the longest line of C4 has a million bytes.
@@ -46,7 +48,7 @@ def shards(source: str) -> list[epath.Path]:
       InputError: `source` matches no file, or its file system cannot be reached.
     """
     try:
-        found = sorted(_matches(epath.Path(source).expanduser()))
+        found = sorted(file for file in _matches(epath.Path(source).expanduser()) if not _is_pipe(file))
     except (OSError, ImportError, ValueError) as error:
         raise InputError(f"{source} cannot be read: {_reason(error)}") from error
     if not found:
@@ -101,6 +103,11 @@ def _matches(path: epath.Path) -> list[epath.Path]:
     if fixed == path or not fixed.is_dir():
         return []
     return [file for file in fixed.glob(str(path.relative_to(fixed))) if file.is_file()]
+
+
+def _is_pipe(path: epath.Path) -> bool:
+    """Whether it is a pipe or a device, which epath takes for a file."""
+    return not in_bucket(path) and not Path(path).is_file()
 
 
 def _has_wildcard(path: epath.Path) -> bool:

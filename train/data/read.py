@@ -17,6 +17,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from jaxtyping import Float, Int
 
 from mora_jax.errors import InputError
@@ -27,6 +28,9 @@ from train.data.staging import staged
 
 READ_THREADS = 2
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
+# What array_record raises for rows that are no longer what they were, and TFDS for what it cannot make out.
+_ROW_ERRORS = (ValueError, RuntimeError, OSError)
+_TFDS_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, ImportError, ParseError)
 READ_AHEAD = 8  # batches
 
 
@@ -70,9 +74,9 @@ def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataIn
         _check_facts(info, file_bytes)
     except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
+    check_description(folder)
     _check_files(folder, {split: file_bytes[split] for split in splits})
     _check_tokenizer(info)
-    check_description(folder)
     return info
 
 
@@ -167,7 +171,10 @@ def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.nd
         source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
 
     def fetch(numbers: list[int]) -> np.ndarray:
-        return np.stack([row[layout.FIELD] for row in source.__getitems__(numbers)]).astype(np.int32)
+        rows_RT = np.stack([row[layout.FIELD] for row in source.__getitems__(numbers)])
+        if rows_RT.shape != (len(numbers), info.sequence_length):
+            raise ValueError(f"its rows are no {info.sequence_length} tokens each")
+        return rows_RT.astype(np.int32)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
     return _all(info, split, iter(steps.map(fetch).to_iter_dataset(options)))  # pyright: ignore[reportCallIssue]
@@ -184,12 +191,13 @@ def _all(info: DataInfo, split: str, batches: Iterator[np.ndarray]) -> Iterator[
 
 @contextlib.contextmanager
 def _told(info: DataInfo, split: str) -> Iterator[None]:
-    """Raises InputError for what array_record and TFDS raise where rows are no longer what they were."""
+    """Raises InputError for what array_record and TFDS raise where a data set is not what was prepared."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError) as error:
+    except (*_ROW_ERRORS, *_TFDS_ERRORS) as error:
         load_info(info.directory, (split,))  # says it better, where a file is cut off or gone
-        raise InputError(f"{info.directory} cannot be read: {error}; copy or prepare it again") from error
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{info.directory} cannot be read: {said}; copy or prepare it again") from error
 
 
 def _unigram(info: DataInfo) -> list[np.ndarray]:
@@ -218,10 +226,6 @@ def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
 
 
 def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
-    """Raises InputError for rows of another size, and for any pipe or device: a description may name each."""
-    for file in folder.iterdir():
-        if not (file.is_file() or file.is_dir()):
-            raise InputError(f"{file} is no plain file; remove it, and copy or prepare {folder} again")
     for split, expected in file_bytes.items():
         held = sum(file.stat().st_size for file in folder.glob(f"{layout.NAME}-{split}.array_record-*"))
         if held != expected:

@@ -99,7 +99,7 @@ class Job:
         try:
             content = read_bytes(self.unigram, layout.piece_count_bytes(pieces))
             return layout.piece_counts(content, pieces)
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             raise InputError(f"{self.unigram} is damaged; the same command does its shard again") from error
 
 
