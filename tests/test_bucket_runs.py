@@ -228,6 +228,7 @@ def test_a_run_in_a_bucket_and_what_is_made_of_it(config, tiny_run, bucket: str,
         asked.append(0)
         if len(asked) == 9:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # for the thread that hears it, before an update that is saved anyway
         return real(batches)
 
     with monkeypatch.context() as patch:
