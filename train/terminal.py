@@ -2,15 +2,20 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 from rich.console import Console
 
 
-def console(**options: Any) -> Console:
-    """A console of rich that takes no text for markup: names of files and what files say may look like it."""
-    return Console(markup=False, emoji=False, **options)
+def console(stderr: bool = False, width: int | None = None, highlight: bool = True) -> Console:
+    """A console of rich that takes no text for markup: names of files and what files say may look like it.
+
+    Args:
+      stderr: whether it is standard error; else it is standard output.
+      width: in characters; None for the terminal's.
+      highlight: whether numbers and the like are coloured.
+    """
+    return Console(stderr=stderr, width=width, highlight=highlight, markup=False, emoji=False)
 
 
 def warn(sentences: Iterable[str]) -> None:
