@@ -86,7 +86,7 @@ def test_what_a_manifest_and_a_folder_are_called_is_no_markup(run: Path, capsys:
         path.rename(run / "x]" / path.name)
     cli.main(["checkpoints", str(run / "x]"), "--no-verify"])
     out = capsys.readouterr().out
-    assert "N[/x]" in out
+    assert "N[/x]" in out.replace("\n", "")  # a long title is wrapped
     assert "│ [/x]" in out
     shutil.rmtree(run / "x]" / "checkpoints")
     cli.main(["checkpoints", str(run / "x]")])
