@@ -6,7 +6,6 @@ from rich.console import Console
 
 from train import progress as progress_module
 from train.progress import Bar, progress
-from train.terminal import console
 
 
 def a_console(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -75,7 +74,7 @@ def test_bars_are_drawn_inside_one_another_on_a_terminal():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_description_is_no_markup(clock: list[float], terminal: bool):
     out = io.StringIO()
-    shown = console(file=out, force_terminal=terminal, width=100)
+    shown = Console(file=out, force_terminal=terminal, width=100, markup=False)
     with progress("reading N[/x]", 2, "rows", shown) as advance:
         clock[0] += 11
         advance(1)

@@ -1,6 +1,5 @@
 """What is said on the terminal is said as it is."""
 
-import io
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,12 @@ from train import terminal
 ROOT = Path(__file__).parents[1]
 
 
-def test_no_text_is_markup():
+def test_no_text_is_markup(capsys):
     text = "N[/x] :warning: [red]"
-    out = io.StringIO()
     table = Table(text, title=text)
     table.add_row(text)
-    terminal.console(file=out, width=100).print(text, table)
-    assert out.getvalue().count(text) == 4
+    terminal.console(width=100).print(text, table)
+    assert capsys.readouterr().out.count(text) == 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: p.stem)
