@@ -10,7 +10,7 @@ import pytest
 
 from mora_jax.errors import InputError
 from train import cli
-from train.bench import children, measure, options, record, step
+from train.bench import children, measure, options, program, record, step
 from train.bench.cases import SIZES, Case
 from train.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, peer_job
 from train.config import RunConfig
@@ -222,7 +222,7 @@ def test_a_deterministic_case_is_measured_as_such(monkeypatch: pytest.MonkeyPatc
         told.append(config.deterministic)
         raise InterruptedError
 
-    monkeypatch.setattr(measure.backend, "be_deterministic", stop)
+    monkeypatch.setattr(program.backend, "be_deterministic", stop)
     case = SIZES["tiny"]()
     deterministic = dataclasses.replace(case, config=dataclasses.replace(case.config, deterministic=True))
     with pytest.raises(InterruptedError):

@@ -57,7 +57,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepared(text: Path, out: Path, **changes) -> builder.DataInfo:
+def prepared(text: Path, out: Path | str, **changes) -> builder.DataInfo:
     arguments = {
         "source": str(text / "train.*.json.gz"),
         "validation": str(text / "validation.json.gz"),
@@ -257,7 +257,7 @@ def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path):
 
 def test_a_store_that_is_not_known(text: Path):
     with pytest.raises(InputError, match="out http://host/data must be a folder, or one in a bucket"):
-        prepared(text, "http://host/data")  # type: ignore[arg-type]
+        prepared(text, "http://host/data")
 
 
 def test_a_file_is_no_place_for_rows(text: Path, tmp_path: Path):
@@ -458,10 +458,10 @@ def test_two_programs_at_once(text: Path, tmp_path: Path, bucket: str, place: st
         assert other.stdout
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=rf"{out} is in use by process {other.pid} .* another --out"):
-            prepared(text, out)  # type: ignore[arg-type]
+            prepared(text, out)
         assert [entry.name for entry in folder.iterdir()] == [layout.UNFINISHED]
         other.kill()
-    prepared(text, out)  # type: ignore[arg-type]
+    prepared(text, out)
     assert not (folder / layout.UNFINISHED).exists()
 
 

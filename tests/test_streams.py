@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from train.streams import unheard
 
+FULL = Path("/dev/full")
 MUCH = "x" * (1 << 18)  # more than what a pipe and a stream hold back
 
 
@@ -46,11 +48,11 @@ def test_what_is_read_arrives(capsys):
     assert capsys.readouterr() == ("out\n", "err\n")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_another_failure_is_still_one(monkeypatch):
     with (
         contextlib.suppress(OSError),  # again, as it is closed
-        replaced(monkeypatch, open("/dev/full", "w")),  # noqa: PTH123
+        replaced(monkeypatch, FULL.open("w")),
         pytest.raises(OSError, match="No space left"),
         unheard(),
     ):

@@ -14,7 +14,7 @@ from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_ran
 from mora_jax.methods.operators import Operator, Share
 
 # The floating-point operations that take as long as moving one byte. Products run at about 650 TFLOP/s,
-# sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 160 to 340 the
+# sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 210 to 340 the
 # fastest order is taken for every layer of the 250M and 1.3B models (docs/performance.md).
 FLOPS_PER_BYTE = 250
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.methods import Method
-from train import backend
 from train.bench import children, flops
 from train.bench.cases import Case, with_method
 from train.bench.check import check
@@ -78,7 +77,6 @@ def checked(case: Case, words: tuple[str, ...]) -> dict[str, Any]:
 def step(job: StepJob) -> dict[str, Any]:
     """Times one method's step: a row of the table."""
     config = with_method(job.case.config, job.method)
-    backend.be_deterministic(config)
     program = compile_step(config, job.case.base_dtype)
     program.run(job.warmup)
     milliseconds = 1e3 * np.array(program.run(job.steps))

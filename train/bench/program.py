@@ -14,6 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 from mora_jax import transform, trees
 from mora_jax.errors import InputError
 from mora_jax.transform import Methods
+from train import backend
 from train.bench.cases import DType
 from train.config import RunConfig
 from train.step import TrainState, init_params, init_state, train_step
@@ -62,8 +63,10 @@ def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
     """Compiles the step on the first device, over random parameters and tokens.
 
     Raises:
-      InputError: for rules that do not fit the model, or an attention that is not here.
+      InputError: for rules that do not fit the model, an attention that is not here, or a deterministic
+        config where JAX has started without.
     """
+    backend.be_deterministic(config)  # before anything starts JAX
     if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
     methods = transform.assign(config.parameter_rules(), jax.eval_shape(lambda: init_params(config)))
