@@ -132,29 +132,50 @@ def gpu_expected(monkeypatch):
     return monkeypatch
 
 
-def test_a_gpu_is_told_to_be_deterministic_once(config, gpu_expected):
-    backend.be_deterministic(config)
-    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
     deterministic = dataclasses.replace(config, deterministic=True)
-    for _ in range(2):
-        backend.be_deterministic(deterministic)
-        assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {backend._DETERMINISTIC}"
+    flags = f"--xla_dump_to=x {backend._NO_TRITON}"
+    for told, expected in ((config, flags), (deterministic, f"{flags} {backend._DETERMINISTIC}")):
+        for _ in range(2):
+            backend.set_flags(told)
+            assert os.environ["XLA_FLAGS"] == expected
 
 
-def test_determinism_that_comes_too_late_is_refused(config, gpu_expected):
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_what_the_user_chose_stays_but_not_against_determinism(config, gpu_expected, value):
+    own = f"--xla_gpu_enable_triton_gemm={value} --xla_gpu_exclude_nondeterministic_ops=false"
+    gpu_expected.setenv("XLA_FLAGS", own)
+    backend.set_flags(config)
+    assert os.environ["XLA_FLAGS"] == own
+    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == f"{own} {backend._DETERMINISTIC}"  # XLA goes by the last
+
+
+def test_flags_are_known_to_this_xla(config, gpu_expected):
+    gpu_expected.setenv("XLA_FLAGS", "")
+    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    code = "import jax; jax.jit(lambda: 1)()"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_once_jax_has_started_determinism_comes_too_late_and_nothing_else_is_told(config, gpu_expected):
     deterministic = dataclasses.replace(config, deterministic=True)
     gpu_expected.setattr(backend.xla_bridge, "backends_are_initialized", lambda: True)
+    backend.set_flags(config)
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
     with pytest.raises(
         InputError, match="deterministic comes too late, JAX has started: set XLA_FLAGS=--xla_gpu"
     ):
-        backend.be_deterministic(deterministic)
+        backend.set_flags(deterministic)
     gpu_expected.setenv("XLA_FLAGS", backend._DETERMINISTIC)
-    backend.be_deterministic(deterministic)
+    backend.set_flags(deterministic)
 
 
 def test_without_a_gpu_no_flag_is_set(config, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    backend.be_deterministic(dataclasses.replace(config, deterministic=True))
+    backend.set_flags(dataclasses.replace(config, deterministic=True))
     assert os.environ["XLA_FLAGS"] == ""
 
 

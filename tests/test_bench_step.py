@@ -222,7 +222,7 @@ def test_a_deterministic_case_is_measured_as_such(monkeypatch: pytest.MonkeyPatc
         told.append(config.deterministic)
         raise InterruptedError
 
-    monkeypatch.setattr(program.backend, "be_deterministic", stop)
+    monkeypatch.setattr(program.backend, "set_flags", stop)
     case = SIZES["tiny"]()
     deterministic = dataclasses.replace(case, config=dataclasses.replace(case.config, deterministic=True))
     with pytest.raises(InterruptedError):

@@ -1,5 +1,5 @@
-"""What JAX is told before a run computes: where compiled programs are kept, which makes a restart quick, and
-whether a GPU must compute the same bits again.
+"""What JAX is told before a run computes: where compiled programs are kept, which makes a restart quick,
+which kernels a GPU has to choose from, and whether it must compute the same bits again.
 
 On a GPU two things differ from one process to the next: kernels that add in no fixed order, and the choice of
 kernels, which the compiler makes by timing them. A flag excludes the former. The latter is settled by keeping
@@ -31,8 +31,11 @@ _OPTIONS = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_raise_persistent_cache_errors",
 )
-# Of jaxlib 0.10 to 0.12. XLA ends a program for a flag that it does not know.
+# Both of jaxlib 0.10 to 0.12. XLA ends a program for a flag that it does not know.
 _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
+# Products by cuBLAS alone: XLA would time many kernels of Triton for each of LoRA's small ones, which takes
+# over a minute, and no step was faster for it (docs/performance.md).
+_NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # Seconds of compilation that are worth a file.
 _WORTH_KEEPING = 0.1
@@ -40,20 +43,26 @@ _WORTH_KEEPING = 0.1
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
-def be_deterministic(config: RunConfig) -> None:
-    """Has XLA exclude what computes other bits each time on a GPU, where that is asked for and a GPU may be.
+def set_flags(config: RunConfig) -> None:
+    """Has XLA leave products on a GPU to cuBLAS and, where that is asked for, exclude what computes other
+    bits each time. What XLA_FLAGS says of the former already, stays.
 
     Raises:
-      InputError: if JAX has started already, without it: XLA reads its flags once.
+      InputError: if JAX has started already and a deterministic run needs a flag: XLA reads them once.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if not config.deterministic or _DETERMINISTIC in flags.split() or not _gpu_expected():
+    given = os.environ.get("XLA_FLAGS", "").split()
+    chosen = any(flag.startswith(_NO_TRITON.partition("=")[0]) for flag in given)
+    flags = [] if chosen else [_NO_TRITON]
+    if config.deterministic and _DETERMINISTIC not in given:
+        flags.append(_DETERMINISTIC)
+    if not flags or not _gpu_expected():
         return
-    if xla_bridge.backends_are_initialized():
+    if not xla_bridge.backends_are_initialized():
+        os.environ["XLA_FLAGS"] = " ".join([*given, *flags])
+    elif _DETERMINISTIC in flags:
         raise InputError(
             f"deterministic comes too late, JAX has started: set XLA_FLAGS={_DETERMINISTIC} for the program"
         )
-    os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       InputError: for a config, data set or folder that cannot be trained with.
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
-    backend.be_deterministic(config)  # before anything starts JAX
+    backend.set_flags(config)  # before anything starts JAX
     # First: processes wait two minutes for each other's devices, and data may take longer to be copied.
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     info = load_info(config.data.directory)

@@ -66,7 +66,7 @@ def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
       InputError: for rules that do not fit the model, an attention that is not here, or a deterministic
         config where JAX has started without.
     """
-    backend.be_deterministic(config)  # before anything starts JAX
+    backend.set_flags(config)  # before anything starts JAX
     if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
     methods = transform.assign(config.parameter_rules(), jax.eval_shape(lambda: init_params(config)))
