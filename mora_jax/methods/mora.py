@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -92,16 +91,12 @@ class MoRA(Method):
         """f_comp(x)^T f_decomp^T(dy), with the sums over groups before or after the product.
 
         They commute with it. Before it they make it smaller but read all activations once more; after it
-        they cost O(k d). The cheapest of the four orders is taken. Where M is applied to several blocks,
-        activations are cut into blocks, or the whole product is.
+        they cost O(k d). The cheapest of the four orders is taken.
         """
         k, (n, d), side = x.shape[-1], dy.shape[-2:], arrays[0]["m_RR"].shape[0]
-        r_hat = self._used(arrays[0], k, d)
-        sums = self.operator.sums(r_hat, side)
+        sums = self.operator.sums(self._used(arrays[0], k, d), side)
         if sums is None:
-            if _cut_first(k, d, n, side, self.operator.blocks(r_hat, k, d)):
-                return self.compressed_gradients(arrays, x, dy)
-            return self._cut_product(r_hat, side, sharding.whole(x), sharding.whole(dy))
+            return self.compressed_gradients(arrays, x, dy)
         sum_x, sum_dy = sums
         first_x, first_dy = _summed_first(k, d, n, side)
         x, dy = sharding.whole(x), sharding.whole(dy)
@@ -113,17 +108,6 @@ class MoRA(Method):
         gs = [g_GKND[:, :, i] for i in range(n)]
         gs = gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
         return [{"m_RR": g.sum(axis=0)} for g in gs]
-
-    def _cut_product(
-        self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
-    ) -> list[Arrays]:
-        """The gradients of N kernels from one product x^T dy, of which the operator takes what is M's."""
-        k, (n, d) = x.shape[-1], dy.shape[-2:]
-        m_RR = jax.ShapeDtypeStruct((r_hat, r_hat), jnp.float32)
-        transpose = jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR)
-        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
-        gs_RR = [jax.vmap(transpose)(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
-        return [{"m_RR": padded(padded(g_RR, 0, side), 1, side)} for g_RR in gs_RR]
 
     def after_restart(self) -> "MoRA":
         """Sharing switches its group type, so that the next update spans other directions; others cannot."""
@@ -143,13 +127,3 @@ def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
 
     orders = [(False, False), (True, False), (False, True), (True, True)]
     return min(orders, key=lambda order: cost(*order))
-
-
-def _cut_first(k: int, d: int, kernels: int, side: int, blocks: int) -> bool:
-    """Whether x, and the dy of every kernel, are best cut into the blocks that M is applied to, instead of
-    the whole product x^T dy."""
-    if blocks == 1:  # M is applied to a part of x alone
-        return True
-    # Cutting reads and writes them once; each kernel's own product reads them again.
-    numbers = k * (2 + kernels) + 3 * kernels * d
-    return 2 * blocks * kernels * side**2 + FLOPS_PER_BYTE * 2 * numbers <= 2 * k * kernels * d
