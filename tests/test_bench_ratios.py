@@ -88,8 +88,10 @@ def test_aims_are_met_or_missed(measured: Record):
 def test_table_5_compares_steps_and_memory_with_peft_of_the_same_rank():
     rows = {"lora:8": (100.0, 14.0), "mora-rotate:8": (90.0, 13.9), "lora:256": (110.0, 24.0)}
     found = by_name(made("7b", rows, {"lora:8": (416.0, 13.5), "lora:256": (385.0, 22.4)}))
+    assert found["MoRA rotate r 8 / LoRA's best path, time"].aim == 1.05
     assert found["MoRA rotate r 8 / PEFT LoRA, steps/s"].value == pytest.approx(416 / 90)
     assert found["MoRA rotate r 8 / PEFT LoRA, peak memory"].met is True
+    assert not any("PyTorch" in name for name in found)  # that would say the same twice
     assert found["LoRA r 256 / PEFT LoRA, steps/s"].met is False
     assert found["LoRA r 256 / PEFT LoRA, peak memory"].met is False
 

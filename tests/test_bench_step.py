@@ -87,6 +87,17 @@ def test_all_methods_are_checked_measured_and_written(world: World, bench, tmp_p
     assert "LoRA r 8 (merged path)" in shown
 
 
+@pytest.mark.parametrize(("after", "warned"), [(8.2, False), (8.3, True), (7.7, True)])
+def test_rows_between_which_the_device_changed_are_not_to_be_compared(
+    world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys, after, warned
+):
+    milliseconds = iter((8.0, after))
+    answers = {MatmulJob: lambda: dict(RATE), StepJob: lambda: figures(next(milliseconds))}
+    monkeypatch.setattr(children, "call", lambda module, job, *others: answers[type(job)]())
+    bench(methods=("frozen",), no_check=True)
+    assert ("do not compare these rows" in capsys.readouterr().out) == warned
+
+
 def test_wrong_results_are_not_timed(world: World, bench):
     world.checked = CHECKED | {"failures": ["mora on q/k/v is off by 1.0", "another"]}
     with pytest.raises(InputError, match=r"nothing is timed: mora on q/k/v is off by 1.0 \(and 1 more\)"):
@@ -116,6 +127,9 @@ def test_missing_measures_what_the_file_lacks(world: World, bench):
     found = bench(methods=("mora,lora/merged", "full"), missing=True)
     assert world.methods() == ["lora/merged", "full"]
     assert [row["run"] for row in found.rows] == [0, 1, 1]
+    world.jobs.clear()
+    assert len(bench(methods=("mora", "full"), missing=True).runs) == 2
+    assert world.jobs == []
 
 
 def test_no_row_is_begun_that_would_end_too_late(

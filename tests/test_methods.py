@@ -26,6 +26,7 @@ from mora_jax.methods import (
     dense,
     mora,
 )
+from mora_jax.methods.linear import merges_float32
 from mora_jax.spectrum import numerical_rank, singular_values
 
 # Every method with a small rank, and variants that take other branches.
@@ -169,14 +170,23 @@ def test_a_small_update_survives_a_bfloat16_base(path):
     assert relative_error(update, method.delta(arrays, x, 24)) < 0.1
 
 
-@pytest.mark.parametrize(("tokens", "merges"), [(2047, False), (2048, True)])
-def test_auto_takes_the_merged_path_for_many_tokens_only(tokens, merges, monkeypatch):
+@pytest.mark.parametrize(("method", "least"), [(MoRA(4), 1024), (LoRA(4), 2048)], ids=["MoRA", "LoRA"])
+def test_auto_takes_the_merged_path_for_many_tokens_only(method, least, monkeypatch):
     calls = []
-    delta = MoRA.delta
-    monkeypatch.setattr(MoRA, "delta", lambda *args: calls.append(args) or delta(*args))
-    w, method = kernel(0, 24, 24), MoRA(4)
-    dense(jnp.ones((tokens, 24)), [w], [Adapter(random_arrays(method, w), method)])
-    assert bool(calls) != merges
+    delta = type(method).delta
+    monkeypatch.setattr(type(method), "delta", lambda *args: calls.append(args) or delta(*args))
+    w = kernel(0, 24, 24)
+    for tokens, merges in ((least - 1, False), (least, True)):
+        calls.clear()
+        dense(jnp.ones((tokens, 24)), [w], [Adapter(random_arrays(method, w), method)])
+        assert bool(calls) != merges
+
+
+def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
+    methods = [MoRA(4), LoRA(4)]
+    assert [merges_float32(tokens, "auto", methods) for tokens in (2047, 2048)] == [False, True]
+    assert merges_float32(1, "merged", methods)
+    assert not merges_float32(4096, "activation", methods)
 
 
 @pytest.mark.parametrize("flops_per_byte", [0, 5, 10**9], ids=["sums first", "mixed", "product first"])

@@ -101,10 +101,10 @@ def test_gradients_of_adapters_are_sent_as_they_are_added_up(abstract, config):
         (line,) = expected(large, other, state, mesh)
         return line.adapters
 
-    assert sent(64) == adapters * 4  # 2048 tokens: the merged path
-    assert sent(63) == adapters * 2
-    assert sent(64, operator=Decouple()) == adapters * 2
-    assert sent(64, dropout=0.1) == adapters * 2
+    assert sent(32) == adapters * 4  # 1024 tokens: the merged path
+    assert sent(31) == adapters * 2
+    assert sent(32, operator=Decouple()) == adapters * 2
+    assert sent(32, dropout=0.1) == adapters * 2
 
 
 def test_divided_arrays_are_gathered_and_their_gradients_scattered(abstract, config):

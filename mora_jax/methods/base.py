@@ -34,6 +34,9 @@ class Method:
 
     name: ClassVar[str]
     additive: ClassVar[bool] = True  # whether `delta` exists
+    # Making the effective kernel costs O(k d) a step whatever the batch, `delta` O(tokens (k + d)): from this
+    # many tokens on the former is the faster (docs/performance.md).
+    merged_min_tokens: ClassVar[int] = 2048
     dropout: float = 0.0  # share of the adapter's inputs zeroed in training; a field where a method has it
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:

@@ -5,7 +5,7 @@ Legend of shapes in names: K inputs, D outputs of a kernel; leading axes of x ar
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -17,9 +17,6 @@ from mora_jax.methods.base import Adapter, Arrays, Method, outer, padded
 
 Path: TypeAlias = Literal["auto", "merged", "compressed", "folded", "activation"]
 
-# Merging costs O(k d) a step whatever the batch; compressing costs O(tokens (k + d)). Below this many tokens
-# in a batch the second is smaller for every layer of a LLaMA.
-MERGED_MIN_TOKENS = 2048
 # Matrix units work in tiles of this width: 32768 x 2048 x 5461 runs at a third of the speed of x 5504.
 TILE = 128
 
@@ -64,7 +61,8 @@ def dense(
         return [y for w, a, key, n in each for y in dense(x, [w], [a], path, key, tile, [n] if n else None)]
     drops = dropout_key is not None and any(a.method.dropout for a in adapters if a)
     tokens = x.size // x.shape[-1]
-    merges = not drops and all(w.dtype == jnp.float32 for w in ws) and merges_float32(tokens, path)
+    wants = merges_float32(tokens, path, [a.method for a in adapters if a])
+    merges = wants and not drops and all(w.dtype == jnp.float32 for w in ws)
     inside = [a if a and (merges or not a.method.additive) else None for a in adapters]
     how = How(tuple(a.method if a else None for a in inside), path, tile, known)
     y: Any = _product(how, x, tuple(ws), tuple(dict(a.arrays) if a else {} for a in inside))
@@ -106,9 +104,12 @@ def _dropped(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
-def merges_float32(tokens: float, path: Path) -> bool:
-    """Whether adapters over a float32 base take the merged path, for so many tokens of a batch."""
-    return path not in ("auto", "activation") or (path == "auto" and tokens >= MERGED_MIN_TOKENS)
+def merges_float32(tokens: float, path: Path, methods: Iterable[Method]) -> bool:
+    """Whether adapters of some methods over float32 kernels of one product take the merged path, for so many
+    tokens of a batch."""
+    if path != "auto":
+        return path != "activation"
+    return all(tokens >= method.merged_min_tokens for method in methods)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -38,6 +38,7 @@ class MoRA(Method):
     align: int = 1
     dropout: float = 0.0
     name: ClassVar[str] = "mora"
+    merged_min_tokens: ClassVar[int] = 1024  # no product is needed to make its update of a kernel
 
     def __post_init__(self) -> None:
         check_rank("MoRA's rank", self.rank)

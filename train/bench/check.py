@@ -14,6 +14,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax.llama import LlamaConfig
 from mora_jax.methods import Adapter, Method, MoRA, Path, dense
+from mora_jax.methods.base import padded
+from mora_jax.methods.linear import TILE
 from train.bench.cases import DType
 
 # Largest relative error, by the type of products: |ours - formula| / |formula|, root of the sum of squares.
@@ -153,7 +155,9 @@ def _formula(method: Method, ws: list[Array], x_BK: Array, arrays: list[Any]) ->
 
 
 def _dense(method: Method, ws: list[Array], path: Any, x_BK: Array, arrays: list[Any]) -> list[Array]:
-    return dense(x_BK, ws, [Adapter(a, method) for a in arrays], path)
+    """In whole tiles, as the model computes a width that is none."""
+    ys = dense(padded(x_BK, -1, TILE), ws, [Adapter(a, method) for a in arrays], path, tile=TILE)
+    return [y[:, : w.shape[1]] for y, w in zip(ys, ws, strict=True)]
 
 
 def _value_and_gradients(

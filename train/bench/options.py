@@ -119,7 +119,7 @@ class BenchSweep:
     case: CaseName
     run: Run
     base_dtype: Literal["float32", "bfloat16"] = "float32"
-    methods: tuple[str, ...] = ("frozen", "lora/activation", "mora")
+    methods: tuple[str, ...] = ("frozen", "lora/activation", "lora/merged", "mora")
     axes: tuple[Literal["batch", "sequence", "rank", "width"], ...] = ("batch", "sequence", "rank", "width")
     warmup_steps: int = 3
     timed_steps: int = 10
@@ -157,7 +157,8 @@ def read(command: type[C], args: Sequence[str], name: str) -> C:
       InputError: naming what is wrong, also where no case comes first.
     """
     if set(args) & {"-h", "--help"}:
-        return flags.parse(command, ["--help"], name)
+        known = SIZES[args[0]]() if args[0] in SIZES else Case("CASE", RunConfig())
+        return flags.parse(command, ["--help"], name, _default(command, known.name, known))
     if not args or args[0].startswith("-"):
         raise InputError(f"{name} needs a case first: {', '.join(SIZES)} or a config file")
     if args[0] in SIZES:

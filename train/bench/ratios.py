@@ -79,18 +79,20 @@ def _mora(record: Record, row: Row) -> Iterator[Ratio]:
     chosen = what["path"] == "auto"  # aims are for what the rule chooses, not for a forced path
     aimed = chosen and (what["operator"], rank) == ("share", AIMED_RANK)
     aims = AIMS.get(record.case, {}) if aimed else {}
+    named = record.case in (*AIMS, TABLE_5)
     if frozen := best(record, framework="jax", name="frozen"):
         extra = row["milliseconds"] - frozen["milliseconds"]
         yield Ratio(f"{name} minus the frozen base", extra, aims.get("minus frozen"), unit="ms")
     if lora := best(record, framework="jax", name="lora", rank=rank):
-        aim = LORA_AIMS.get((what["operator"], rank)) if chosen and record.case in AIMS else None
+        aim = LORA_AIMS.get((what["operator"], rank)) if chosen and named else None
         yield Ratio(f"{name} / LoRA's best path, time", _times(row, lora), aim)
         if row["peak_gib"] and lora["peak_gib"]:
-            aim = 1.0 if chosen and record.case in (*AIMS, TABLE_5) else None
+            aim = 1.0 if chosen and named else None
             yield Ratio(f"{name} / LoRA, peak memory", row["peak_gib"] / lora["peak_gib"], aim)
     if full := best(record, framework="jax", name="full"):
         yield Ratio(f"{name} / full fine-tuning, time", _times(row, full), aims.get("full"))
-    yield from _peers(record, row, aims)
+    if record.case != TABLE_5:  # there `_table_5` does, for LoRA as well
+        yield from _peers(record, row, aims)
     share = matmul_share(record, row)
     yield Ratio(f"{name}, share of the matmul rate", share, aims.get("share"), at_least=True)
     base = matmul_share(record, row, "needed_tflop_base")

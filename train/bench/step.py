@@ -19,6 +19,7 @@ JAX, TORCH = "train.bench.measure", "train.bench.torch_peers"
 NEEDED_BY_PEERS = ("torch", "transformers", "peft")
 FROZEN = "frozen"
 SECONDS = 1200.0  # that one method may take
+MOST_DRIFT = 0.03  # between two measurements of one program, for rows to be compared
 
 Work = tuple[dict[str, Any], StepJob | PeerJob]
 
@@ -40,6 +41,8 @@ def measured(case: Case, options: BenchStep, programs: str) -> Record:
     began = time.monotonic()
     record = start(case, options.out)
     work = list(planned(case, options, record))
+    if not work:
+        return record
     begin_run(record, case)
     if not options.no_check:
         check(record, case, [job.method for _, job in work if isinstance(job, StepJob)])
@@ -153,6 +156,8 @@ def again(record: Record, work: list[Work], programs: str) -> None:
                 record.runs[-1]["frozen_milliseconds"] = [before["milliseconds"], after["milliseconds"]]
                 drift = after["milliseconds"] / before["milliseconds"] - 1
                 tell(f"{label(what)} once more: {_figures(after)} (drift {drift:+.1%})")
+                if abs(drift) > MOST_DRIFT:
+                    tell("the device became faster or slower meanwhile: do not compare these rows")
 
 
 def tell(sentence: str) -> None:

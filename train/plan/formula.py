@@ -77,11 +77,11 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
 def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     """The bytes of a number of each trained array's gradient, as it is sent."""
     tokens, how = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
-    merged = merges_float32(tokens, how) and how != "compressed"
     in_float32 = {
         f"adapters/{path}/m_RR"
         for path, method in methods.adapted()
-        if merged and isinstance(method, MoRA) and not method.dropout and method.operator.sums(1, 1)
+        if how != "compressed" and merges_float32(tokens, how, [method])
+        if isinstance(method, MoRA) and not method.dropout and method.operator.sums(1, 1)
     }
     products = jnp.dtype(config.compute.dtype).itemsize
     return {
