@@ -35,7 +35,7 @@ def run(job: MatmulJob | CheckJob | StepJob) -> dict[str, Any]:
 
 
 def matmul_rate(dtype: str) -> dict[str, Any]:
-    """The operations a second of a square product of random numbers at length, and where they were measured."""
+    """The sustained rate of a square product of random numbers, and where it was measured."""
     device = jax.devices()[0]
     side = SIDE.get(device.platform, SIDE_ELSEWHERE)
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.dtype(dtype)) for i in range(2))
