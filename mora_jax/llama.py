@@ -102,7 +102,8 @@ class Compute:
       dtype: type of products and activations.
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
         "splash" on TPUs (sequences of a multiple of 128 tokens).
-      layers: "unrolled" is fastest, "scan" compiles fastest, "remat" is a scan that keeps least memory.
+      layers: "unrolled" is fastest; "scan" compiles fastest, and makes what lies between products again in
+        the backward pass; "remat" is a scan that makes everything again, which takes least memory.
       loss_chunk: tokens whose logits a device holds at a time, at most.
       adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
         "compressed" activations or "folded" from the kernels' if these are named, or by "activation";
@@ -263,15 +264,25 @@ class Llama(nn.Module):
 
 
 def _stack(block: type[nn.Module], length: int, how: str) -> Any:
-    body = nn.remat(block, prevent_cse=False) if how == "remat" else block
+    policies = {"scan": _kept_by_a_scan, "remat": None}
+    if how in policies:
+        block = nn.remat(block, prevent_cse=False, policy=policies[how])
     return nn.scan(
-        body,
+        block,
         variable_axes={"params": 0, "adapter": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=length if how == "unrolled" else 1,
     )
+
+
+def _kept_by_a_scan(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What a layer keeps for its backward pass: products, those of `dense` among them.
+
+    Left alone, a scan keeps every float32 step between them as well; unrolled, XLA sees that it need not.
+    """
+    return primitive.name in ("dot_general", "custom_vjp_call")
 
 
 def _dense(

@@ -10,6 +10,7 @@ from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama, LlamaConfig
 from mora_jax.methods import LoRA, MoRA, Rotate, Share
 from mora_jax.transform import assign, attach, bind, merge
+from train.plan.flops import product_flops
 
 LINEARS = "layers/.*_proj/kernel"
 TINY = LlamaConfig(
@@ -52,6 +53,24 @@ def test_every_way_through_the_layers_is_the_same(params, layers):
     expected = jax.grad(loss)(params, F32)
     for g, e in zip(jax.tree.leaves(jax.grad(loss)(params, other)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(g, e, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["merged", "activation"])
+def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(params, path):
+    methods = assign([(LINEARS, MoRA(4)), (".*", "frozen")], params)
+    adapters = attach(jax.random.key(1), params, methods)
+
+    def pullback(layers):
+        compute = Compute(layers=layers, loss_chunk=16, adapter_path=path)
+        return lambda a: jax.vjp(lambda a: loss(params, compute, bind(a, methods)), a)[1]
+
+    def products(layers):
+        return product_flops(jax.make_jaxpr(lambda a: pullback(layers)(a)(1.0))(adapters))
+
+    assert products("scan") == products("unrolled") < products("remat")
+    kept = jax.tree.leaves(pullback("scan")(adapters))
+    wide = [a for a in kept if a.shape[1:3] == TOKENS.shape]  # over layers, then batch and tokens
+    assert {a.dtype for a in wide} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_the_loss_is_the_mean_of_shifted_predictions(params):
