@@ -3,12 +3,15 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from mora_jax.errors import InputError
 from train.demo import MARK, demo
+from train.exits import Preempted
 
 
 @pytest.fixture
@@ -71,6 +74,31 @@ def test_a_second_demo_starts_afresh(config, tmp_path, tiny_text, short, monkeyp
 
 def stop(config):
     raise KeyboardInterrupt
+
+
+def test_a_demo_under_way_is_not_removed(config, tmp_path):
+    (tmp_path / MARK).write_text("made by a demo")
+    hold = "import sys; from train import lock\nwith lock.alone(sys.argv[1]): print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        assert other.stdout.readline()
+        with pytest.raises(InputError, match="is in use by process"):
+            demo(config, str(tmp_path))
+        other.kill()
+    assert (tmp_path / MARK).exists()
+
+
+def test_a_demo_that_was_stopped_tells_how_its_training_goes_on(
+    config, tiny_text, tmp_path, short, monkeypatch
+):
+    def preempted(config):
+        raise Preempted("stopped after 3 of 10 updates; the same command goes on")
+
+    monkeypatch.setattr("train.demo.pretrain", preempted)
+    short(tiny_text)
+    with pytest.raises(Preempted, match=r"mora pretrain .*/demo/config\.yaml goes on with its training"):
+        demo(config, str(tmp_path / "demo"))
 
 
 def test_a_folder_of_something_else_is_not_removed(config, tmp_path):

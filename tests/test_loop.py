@@ -443,6 +443,74 @@ def test_a_run_that_diverges_and_is_asked_to_stop_has_diverged(free, monkeypatch
         loop.pretrain(config)
 
 
+def test_no_restart_is_made_once_the_patience_is_at_an_end(free):
+    """The last bad step is still in flight where the restart is due."""
+    config = dataclasses.replace(diverging(free), checkpoint=dataclasses.replace(free.checkpoint, every=0))
+    folder = Path(config.run_dir)
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    ends = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line].index(4) + 1
+    shutil.rmtree(folder)
+    with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
+        loop.pretrain(dataclasses.replace(config, restart=Restart(every=ends, warmup=1)))
+    assert not any("restart" in line for line in lines(folder))
+
+
+def test_a_run_that_was_killed_before_it_said_that_it_diverged_says_so_first(free, monkeypatch):
+    config = diverging(free)
+    folder = Path(config.run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "note_diverged", killed)
+        with pytest.raises(Interrupted):
+            loop.pretrain(config)
+    told = lines(folder)
+    with pytest.raises(exits.Diverged, match="4 bad steps in a row"):
+        loop.pretrain(config)
+    assert lines(folder) == told
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    assert len(lines(folder)) > len(told)  # that one has tried the batches that follow
+
+
+def killed(*_: object) -> None:
+    raise Interrupted
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_warm_start_is_pinned_to_what_it_began_from(tiny_run, tmp_path, monkeypatch, stop):
+    """Killed before or after its first save is due; the other run has other weights meanwhile."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_run.folder, source)
+    config = dataclasses.replace(
+        tiny_run.config, init_from=str(source), run_dir=str(tmp_path / "undisturbed")
+    )
+    loop.pretrain(config)
+    again = dataclasses.replace(config, run_dir=str(tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(Interrupted):
+            loop.pretrain(again)
+    shutil.rmtree(source)
+    loop.pretrain(again)
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("what", ["", "lock"], ids=["the folder", "the lock"])
+def test_a_run_whose_folder_is_removed_stops_at_the_next_save(free, monkeypatch, what):
+    folder, real = Path(free.run_dir), loop.train_batches
+
+    def removing(*args):
+        for at, batch in enumerate(real(*args)):
+            if at == 1:  # no save is under way
+                shutil.rmtree(folder / what) if not what else (folder / what).unlink()
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", removing)
+    with pytest.raises(InputError, match="was removed while it was in use; nothing is saved"):
+        loop.pretrain(free)
+    assert folder.exists() == bool(what)
+
+
 def test_a_run_whose_log_is_gone_is_stopped_as_any_other(tiny_yaml, tmp_path):
     """As by Ctrl-C for `mora pretrain ... 2>&1 | tee log`, which ends tee first; within the ten seconds."""
     folder = tmp_path / "run"

@@ -137,7 +137,7 @@ def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
         ("data.step", 7),
         ("data.seed", 1),
         ("data.next_rows", [0, 1, 2, 3]),
-        ("random.dropout", [0, 0]),
+        ("random.dropout", [0, 0, 0, 0]),
         ("step", 5),
     ],
 )

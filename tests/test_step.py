@@ -13,7 +13,7 @@ from mora_jax.llama import Compute, Llama, LlamaConfig
 from train import optim, runs
 from train.config import RunConfig
 from train.sections import BadSteps, Data, MethodFlags, Optimizer, Restart, Schedule
-from train.step import eval_step, init_params, init_state, restart_step, train_step
+from train.step import eval_step, init_params, init_state, random_state, restart_step, train_step
 
 CONFIG = RunConfig(
     steps=8,
@@ -124,6 +124,17 @@ def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     assert abs(float(unmerged) - float(before)) > 1e-3
     assert float(cleared) == 1.0
     assert int(state.step) == 3
+
+
+def test_another_way_of_drawing_is_another_random_state():
+    """As it would be by default in another version of JAX."""
+    config = RunConfig(seed=3)
+    drawn = random_state(config, 7)
+    assert drawn != random_state(config, 8)
+    assert len({tuple(numbers) for numbers in drawn.values()}) == len(drawn)
+    with jax.threefry_partitionable(False):
+        other = random_state(config, 7)
+    assert all(other[stream] != drawn[stream] for stream in drawn)
 
 
 def test_a_restart_draws_new_random_factors():

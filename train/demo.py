@@ -8,11 +8,12 @@ from pathlib import Path
 from rich.table import Table
 
 from mora_jax.errors import InputError
-from train import flags
+from train import flags, lock
 from train.config import RunConfig
 from train.data.builder import prepare
 from train.data.prose import LIMIT_BYTES, write_shards
 from train.data.tokenizer import train_tokenizer
+from train.exits import Preempted
 from train.export import export
 from train.loop import pretrain
 from train.scoring import score_path
@@ -43,7 +44,13 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
     train, validation = f"{text}/c4-train.*.json.gz", f"{text}/c4-validation.*.json.gz"
     train_tokenizer(train, tokenizer, config.model.vocab_size)
     prepare(train, validation, tokenizer, config.data.sequence_length, rows)
-    summary = pretrain(config)
+    try:
+        summary = pretrain(config)
+    except Preempted as stopped:
+        raise Preempted(
+            f"{folder}: the demo was stopped; mora pretrain {folder}/config.yaml goes on with its training, "
+            "mora demo begins anew"
+        ) from stopped
     export(folder, f"{folder}/export")
     score = score_path(f"{folder}/export", rows, config.eval, config.compute.dtype)
     summary["exported_perplexity"] = score.perplexity
@@ -53,7 +60,8 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
 
 def _start_afresh(folder: Path) -> None:
     if (folder / MARK).exists():
-        shutil.rmtree(folder)
+        with lock.held(folder / lock.LOCK, "folder", str(folder)):  # not that of a demo under way
+            shutil.rmtree(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something else than a demo; choose another --folder")
     try:

@@ -70,6 +70,11 @@ def after_restart(config: BadSteps, guard: Guard) -> Guard:
     return dataclasses.replace(guard, norms_W=_unseen(config))
 
 
+def at_an_end(config: BadSteps, guard: Guard) -> bool:
+    """Whether the patience is."""
+    return int(guard.in_a_row) >= config.patience
+
+
 def try_again(config: BadSteps, guard: Guard) -> Guard:
     """A run that was stopped for bad steps and is started again has its patience back."""
     ended = guard.in_a_row >= config.patience

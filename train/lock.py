@@ -5,7 +5,7 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,37 @@ def place(run_dir: str) -> Path:
 
 
 @contextlib.contextmanager
-def alone(run_dir: str) -> Iterator[None]:
+def alone(run_dir: str) -> Iterator[Callable[[], None]]:
     """Keeps other programs from running in the folder; the system lets go of it however this one ends.
 
     Buckets have no locks: there it keeps programs of this machine apart, and warns of one on another.
+
+    Yields:
+      A function that raises InputError if the folder that was locked is there no more.
 
     Raises:
       InputError: if another program has the folder, or nothing can be written there.
       OSError: if the disk or the bucket is in trouble.
     """
     if jax.process_index() > 0:
-        yield
+        yield lambda: None
         return
     noted = _noted(run_dir) if buckets.in_bucket(run_dir) else contextlib.nullcontext()
-    with held(place(run_dir) / LOCK, "run_dir", run_dir), noted:
-        yield
+    with held(place(run_dir) / LOCK, "run_dir", run_dir) as check, noted:
+        yield check
 
 
 @contextlib.contextmanager
-def held(path: Path, option: str, folder: str) -> Iterator[None]:
+def held(path: Path, option: str, folder: str) -> Iterator[Callable[[], None]]:
     """Keeps other programs of this machine from the file of a lock, which is made with its folder.
 
     Args:
       path: the file.
       option: where the user names the folder that the lock is for.
       folder: it, as the user names it.
+
+    Yields:
+      A function that raises InputError if that file, with its folder perhaps, was removed.
 
     Raises:
       InputError: if another program has it, or nothing can be written there.
@@ -63,7 +69,7 @@ def held(path: Path, option: str, folder: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # on a full disk; it is only for the message
             file.truncate(0)
             file.write(_me().encode())
-        yield
+        yield lambda: _check_there(path, file, folder)
 
 
 def _me() -> str:
@@ -103,6 +109,17 @@ def _lock(file: Any, option: str, folder: str) -> None:
         ) from None
     except OSError as error:  # a file system without locks
         _warn(f"{folder} cannot be locked: {error.strerror}")
+
+
+def _check_there(path: Path, file: Any, folder: str) -> None:
+    try:
+        there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        there = False
+    if not there:
+        raise InputError(
+            f"{folder}, or the file {LOCK} in it, was removed while it was in use; nothing is saved"
+        )
 
 
 def _warn(sentence: str) -> None:

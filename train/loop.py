@@ -7,9 +7,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -64,19 +64,26 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
     warn(config.warnings())
     with (
         jax.set_mesh(mesh),
-        lock.alone(config.run_dir),
+        lock.alone(config.run_dir) as check_there,
         backend.compiled_programs(config),
         Stop(mesh) as stop,  # outside of the checkpoints: their last save can be cut short, too
         mirrored(config.run_dir) as mirror,
         runs.checkpoints(config, mirror.take_up) as saved,
     ):
-        return train(config, info, mesh, stop, saved, mirror.folder)
+        return train(config, info, mesh, stop, saved, check_there, mirror.folder)
 
 
 def train(
-    config: RunConfig, info: DataInfo, mesh: Mesh, stop: Stop, saved: Checkpoints, growing: Path
+    config: RunConfig,
+    info: DataInfo,
+    mesh: Mesh,
+    stop: Stop,
+    saved: Checkpoints,
+    check_there: Callable[[], None],
+    growing: Path,
 ) -> dict[str, Any]:
-    """What `pretrain` does, once the run's folder is its own; the summary. `growing` is for what grows."""
+    """What `pretrain` does, once the run's folder is its own, and while `check_there` finds it there; the
+    summary. `growing` is for what grows."""
     state, methods, score = start(config, saved, info, mesh)
     first = int(state.step)
     if first == config.steps and (summary := told_summary(config)):
@@ -88,6 +95,10 @@ def train(
     with metrics:
         runs.claim(config)  # only now, so that bad input leaves no half-made run behind
         saved.remove_unfinished()
+        if config.init_from and not saved.steps():
+            # Before anything is told: what it was made from may be trained on, and begin it otherwise again.
+            saved.save(first, state, runs.meta(config, methods, info, first))
+            saved.wait()
         watch = Watch(metrics, config.tokens_per_step())
         for step in itertools.count(first):  # so many updates are done
             if due(config.eval.every, step, config) and score is None:
@@ -97,18 +108,19 @@ def train(
                     watch.note(step - 1, evaluation_note(score))
             saving = step > first and due(config.checkpoint.every, step, config)
             stopping = stop.asked()
-            if saving or stopping:
+            restarting = config.restarts_at(step)
+            if saving or stopping or restarting:
                 watch.drain()  # first: the bad step that ends the run may be among those in flight
             ending = early_end(config, watch, stopping, step)
             if saving or (ending and step > first):
                 watch.drain()
+                check_there()
                 saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
             if ending:
-                raise ending
+                leave(config, saved, step, ending)
             if step == config.steps:
                 break
-            if config.restarts_at(step):
-                watch.drain()
+            if restarting:
                 state, cleared = restart_step(config, methods, state)
                 methods = methods.after_restart()
                 watch.note(step, restart_note(config, methods, step, float(cleared)))
@@ -150,7 +162,10 @@ def start(
         return runs.fresh_state(config, methods, mesh), methods, None
     runs.check_text(saved, step, info, resume=True)
     tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
+    told = runs.told_diverged(config)  # by every process, before one of them tells
     state, methods = runs.restore(config, saved, step, mesh)
+    if guard.at_an_end(config.bad_steps, state.guard) and told != step:  # it was killed before it said so
+        leave(config, saved, step, diverged(config, step, "before the last kill"))
     found = runs.saved_meta(saved, step)["evaluation"]
     seen = guard.try_again(config.bad_steps, state.guard)
     return dataclasses.replace(state, guard=seen), methods, Score(**found) if found else None
@@ -179,16 +194,29 @@ def check_nothing_lost(config: RunConfig, saved: Checkpoints, damaged: list[str]
 def early_end(config: RunConfig, watch: Watch, stopping: bool, step: int) -> Stopped | None:
     """Why the run ends after `step` updates, if it does so before it is finished."""
     if watch.bad_in_a_row >= config.bad_steps.patience:
-        return Diverged(
-            f"{config.run_dir}: {config.bad_steps.patience} bad steps in a row ({watch.last_bad}); stopped "
-            f"with a checkpoint after {step} updates. The same command tries the batches that follow; "
-            f"another learning rate needs a new run: --init-from {config.run_dir} --run-dir ..."
-        )
+        return diverged(config, step, watch.last_bad)
     if stopping:
         return Preempted(
             f"{config.run_dir}: stopped after {step} of {config.steps} updates; the same command goes on"
         )
     return None
+
+
+def diverged(config: RunConfig, step: int, seen: str) -> Diverged:
+    """The end of a run whose patience is, after `step` updates; `seen` is what is known of its bad steps."""
+    return Diverged(
+        f"{config.run_dir}: {config.bad_steps.patience} bad steps in a row ({seen}); stopped "
+        f"with a checkpoint after {step} updates. The same command tries the batches that follow; "
+        f"another learning rate needs a new run: --init-from {config.run_dir} --run-dir ..."
+    )
+
+
+def leave(config: RunConfig, saved: Checkpoints, step: int, why: Stopped) -> NoReturn:
+    """Ends the run before its time, once its last checkpoint is there. Raises `why`."""
+    saved.wait()
+    if isinstance(why, Diverged):
+        runs.note_diverged(config, step)
+    raise why
 
 
 def next_batch(batches: Iterator[jax.Array]) -> tuple[jax.Array, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from mora_jax.errors import InputError
 from mora_jax.llama import LlamaConfig
 from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
+from mora_jax.untrusted import read_json
 from train import config as run_config
 from train import flags
 from train.checkpoint import Checkpoints
@@ -26,6 +28,7 @@ from train.step import TrainState, init_params, init_state, random_state
 from train.terminal import warn
 
 CONFIG = "config.yaml"
+DIVERGED = "diverged.json"
 CHECKPOINTS = "checkpoints"
 # What a resumed run may have otherwise: none of it changes what is computed.
 OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log", "mesh", "distributed")
@@ -65,6 +68,21 @@ def claim(config: RunConfig) -> None:
     text = yaml.safe_dump(run_config.to_plain(config), sort_keys=False)
     if not path.exists() or path.read_text() != text:
         write_whole(path, text)
+
+
+def note_diverged(config: RunConfig, step: int) -> None:
+    """Process 0 notes in the run's folder that it is told of a divergence after so many updates."""
+    if jax.process_index() == 0:
+        write_whole(epath.Path(config.run_dir) / DIVERGED, json.dumps({"step": step}) + "\n")
+
+
+def told_diverged(config: RunConfig) -> Any:
+    """The updates after which the run last told of a divergence; None where it never did."""
+    try:
+        found = read_json(epath.Path(config.run_dir) / DIVERGED)
+    except InputError:
+        return None
+    return found.get("step") if isinstance(found, dict) else None
 
 
 def read_config(run_dir: str) -> RunConfig:
