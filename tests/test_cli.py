@@ -340,6 +340,31 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(str(folder / "metrics.jsonl")) if "loss" in line]
 
 
+@pytest.mark.parametrize(
+    ("words", "told", "status"),
+    [
+        ("methods", ">/dev/full", 74),
+        ("methods", ">&-", 0),
+        ("evaluate nowhere", "2>/dev/full", 2),
+        ("evaluate nowhere", ">&- 2>&-", 2),
+    ],
+)
+def test_the_status_is_right_whatever_becomes_of_what_is_told(tmp_path, words, told, status):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    shell = ["sh", "-c", f'exec "$0" -m train.cli {words} {told}', sys.executable]
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    expected = "mora: input or output: No space left on device\n" if status == 74 else ""
+    assert (done.returncode, done.stderr) == (status, expected)
+
+
+def test_a_bug_shows_where_it_is(mora, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "methods", (cli.SurveyMethods, lambda _: 1 / 0))
+    status, out, err = mora("methods")
+    assert (status, out) == (1, "")
+    assert err.startswith("Traceback")
+    assert err.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_what_a_folder_is_called_is_no_markup(capsys):
     cli.print_summary({"device": "[/y]"}, "runs/N[/x]")
     out = capsys.readouterr().out

@@ -166,8 +166,8 @@ def demo(command: Demo) -> None:
     run(command.config, command.folder)
 
 
-# What `explain` has a line for, beside the errors of object stores.
-_TOLD = (InputError, exits.Stopped, OSError, KeyboardInterrupt)
+# What they print is a log: their results are files. What any other command prints is its result.
+_WORK = ("prepare-data", "train-tokenizer", "pretrain", "export", "demo")
 
 # Functions import what they run only then, so that `mora --help` answers at once.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -191,12 +191,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. What ends it early is one line on stderr and a status of `train.exits`."""
-    with streams.unheard():
+    words = sys.argv[1:] if args is None else list(args)
+    with streams.unheard(result=words[:1] not in [[name] for name in _WORK]):
         try:
-            run(sys.argv[1:] if args is None else list(args))
+            run(words)
+            sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
-            if not isinstance(error, _TOLD) and not buckets.trouble(error):
-                raise  # a bug
             raise SystemExit(explain(error)) from None
 
 
