@@ -1,4 +1,4 @@
-"""Signals: the first asks, the second ends, and all processes hear of it at the same question."""
+"""Signals: the first asks, a second ends, and all processes hear of it at the same question."""
 
 import os
 import signal
@@ -35,8 +35,12 @@ def test_the_first_signal_asks_and_handlers_come_back(mesh, number, capfd):
         os.kill(os.getpid(), number)
         wait_for(stop.asked)
         assert stop.asked()  # and it stays so
+        told = ""
+        while not told:  # a thread tells it
+            told = capfd.readouterr().err
     assert [signal.getsignal(s) for s in SIGNALS] == before
-    assert f"mora: {number.name}: stopping with a checkpoint" in capfd.readouterr().err
+    assert told.startswith(f"mora: {number.name}: stopping with a checkpoint")
+    assert ("once more" in told) == (number != signal.SIGHUP)
 
 
 def test_other_signals_do_not_ask(mesh):
@@ -48,6 +52,26 @@ def test_other_signals_do_not_ask(mesh):
             assert not stop.asked()
     finally:
         signal.signal(signal.SIGUSR1, old)
+
+
+def test_a_terminal_that_hangs_up_more_than_once_does_not_end_the_run(mesh):
+    with Stop(mesh) as stop:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            wait_for(stop.asked)
+            time.sleep(0.1)  # else two of them may arrive as one
+
+
+def test_under_nohup_a_terminal_may_hang_up(mesh):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(mesh) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not stop.asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_another_thread_than_the_main_one_hears_no_signals(mesh):
@@ -71,6 +95,35 @@ def test_until_a_run_hears_it_sigint_ends_the_program():
             assert signal.getsignal(signal.SIGINT) not in (signal.SIG_DFL, before)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == before
+
+
+STALLED = """
+import os, signal, sys, time
+from mora_jax import sharding
+from train.preempt import Stop
+reading, writing = os.pipe()
+os.set_blocking(writing, False)
+with open(writing, "wb", buffering=0) as full:
+    while full.write(bytes(1 << 12)):
+        pass
+    os.set_blocking(writing, True)
+    os.dup2(writing, 2)
+with Stop(sharding.make_mesh(1)) as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    while not stop.asked():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+
+
+def test_a_second_signal_ends_at_once_though_nobody_reads_of_the_first():
+    with subprocess.Popen([sys.executable, "-c", STALLED]) as process:
+        try:
+            assert process.wait(15) == SIGNALLED + signal.SIGTERM
+        finally:
+            process.kill()
 
 
 BUSY = """

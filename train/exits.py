@@ -13,7 +13,7 @@ BAD_INPUT = 2  # the same command will fail again
 DIVERGED = 3  # as it is, the run leads nowhere: somebody must look at it
 DAMAGED = 4  # `mora checkpoints`: one is not as it was saved
 DISK = 74  # input or output failed, such as a full disk: the same command goes on once that is mended
-PREEMPTED = 75  # stopped by SIGTERM or SIGINT: the same command goes on, nothing is lost
+PREEMPTED = 75  # stopped by SIGTERM, SIGINT or SIGHUP: the same command goes on, nothing is lost
 LOST = 76  # another process of the run is gone: the same command, on all of them, goes on
 SIGNALLED = 128
 INTERRUPTED = SIGNALLED + 2  # by Ctrl-C, outside of training
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class Preempted(Stopped):
-    """Somebody asked for it, by SIGTERM or SIGINT."""
+    """Somebody asked for it, by SIGTERM, SIGINT or SIGHUP."""
 
     status = PREEMPTED
 

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the first asks the run to stop after the update it is in, a second ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP ask the run to stop after the update it is in; a second ends it at once.
+
+Only SIGHUP never does: a terminal that goes away sends it more than once, by the kernel and by the shell.
+"""
 
 import collections
 import contextlib
@@ -19,14 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.exits import SIGNALLED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # With several processes an answer is that of so many questions before: it is there, and nobody waits for it.
 LAG = 2
 
 
 @contextlib.contextmanager
 def ended_at_once() -> Iterator[None]:
-    """SIGINT ends the program as SIGTERM does, until `Stop` hears both.
+    """SIGINT ends the program as SIGTERM does, until `Stop` hears them.
 
     Python makes an exception of it, which is lost where it is raised in a callback, such as those of JAX.
     """
@@ -50,6 +53,7 @@ class Stop:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._asked = threading.Event()
+        self._last_chance = False  # whether the next signal ends the program
         self._votes: collections.deque[jax.Array] = collections.deque()
 
     def asked(self) -> bool:
@@ -69,7 +73,7 @@ class Stop:
         if self._heard:
             ear, mouth = self._sockets = socket.socketpair()
             mouth.setblocking(False)
-            self._before = {number: signal.signal(number, _leave_it) for number in SIGNALS}
+            self._before = {number: signal.signal(number, _leave_it) for number in SIGNALS if _minded(number)}
             self._fd_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._listen, args=(ear,), daemon=True).start()
         return self
@@ -90,14 +94,23 @@ class Stop:
                     self._hear(signal.Signals(number[0]))
 
     def _hear(self, number: signal.Signals) -> None:
-        if self._asked.is_set():
+        hanging_up = number == signal.SIGHUP
+        if self._last_chance and not hanging_up:
             os._exit(SIGNALLED + number)
+        self._last_chance |= not hanging_up
         self._asked.set()
-        print(
-            f"mora: {number.name}: stopping with a checkpoint; once more to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Elsewhere: where nobody reads it, that waits, and the next signal must be heard.
+        threading.Thread(target=_say_so, args=(number, hanging_up), daemon=True).start()
+
+
+def _minded(number: signal.Signals) -> bool:
+    """Whether a signal is heard: nohup has SIGHUP ignored, and that stays."""
+    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+
+
+def _say_so(number: signal.Signals, hanging_up: bool) -> None:
+    last = "" if hanging_up else "; once more to stop at once"
+    print(f"mora: {number.name}: stopping with a checkpoint{last}", file=sys.stderr, flush=True)
 
 
 def _leave_it(number: int, frame: object) -> None:
