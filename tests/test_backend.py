@@ -1,6 +1,7 @@
 """Where compiled programs are kept, and that a kill in mid-write does no lasting harm."""
 
 import dataclasses
+import errno
 import importlib
 import os
 import subprocess
@@ -93,6 +94,21 @@ def test_programs_looked_at_before_are_not_read_again(config, tmp_path):
     os.utime(old, (long_ago, long_ago))
     compile_something(config, 5)
     assert old.exists()
+
+
+def test_a_full_disk_is_named(disk):
+    config = RunConfig(run_dir=str(disk.path / "run"), deterministic=True)
+    folder = disk.path / "run" / backend.CACHE
+    folder.mkdir(parents=True)
+    disk.fill()
+    with pytest.raises(OSError, match="No space left") as told:
+        compile_something(config, 8)
+    assert told.value.filename == str(folder)
+    disk.free()
+    compile_something(config, 8)
+    with pytest.raises(OSError, match="No space left") as told, backend.compiled_programs(config):
+        raise OSError(errno.ENOSPC, "No space left")  # of something else
+    assert told.value.filename is None
 
 
 def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ of them (openxla/xla#37902).
 import contextlib
 import importlib.util
 import os
+import traceback
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -39,6 +41,8 @@ _NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # Seconds of compilation that are worth a file.
 _WORTH_KEEPING = 0.1
+# JAX's module that reads and writes kept programs; its errors do not say what they are about.
+_KEEPER = "compilation_cache.py"
 # How a stream of zstandard begins. JAX compresses with it where it is installed, and with zlib elsewhere.
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
@@ -71,6 +75,7 @@ def compiled_programs(config: RunConfig) -> Iterator[None]:
 
     Raises:
       InputError: if a program that a deterministic run has kept is damaged.
+      OSError: naming the folder, if a program of such a run cannot be kept, as on a full disk.
     """
     folder = cache_folder(config)
     before = {name: getattr(jax.config, name) for name in _OPTIONS}
@@ -84,6 +89,10 @@ def compiled_programs(config: RunConfig) -> Iterator[None]:
     _set(dict(zip(_OPTIONS, (folder and str(folder), least, config.deterministic), strict=True)))
     try:
         yield
+    except OSError as error:
+        if error.filename or not _in_the_keeping(error):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
     finally:
         _set(before)
 
@@ -108,6 +117,12 @@ def _set(options: dict[str, object]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX looks at the options once, with the first program
+
+
+def _in_the_keeping(error: OSError) -> bool:
+    """Whether an error comes from JAX's reading or writing of a kept program."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == _KEEPER for frame in frames)
 
 
 def _gpu_expected() -> bool:
