@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_last_line_cut_off_is_not_read(tmp_path: Path):
     assert read_metrics(str(path)) == [{"step": 0, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "1"}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', "\xff", "[" * 100_000])
 def test_any_other_broken_line_is_named(tmp_path: Path, line: str):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0}\n' + line.encode("latin-1") + b'\n{"step": 2}\n')
@@ -123,6 +124,39 @@ def test_any_other_broken_line_is_named(tmp_path: Path, line: str):
         read_metrics(str(path))
     with pytest.raises(InputError, match="line 2"):
         Metrics(str(tmp_path), 10, 1)
+
+
+@pytest.mark.parametrize("step", ['"1"', "-1", "true", "9" * 4000])
+def test_a_step_that_is_none_is_a_broken_line(tmp_path: Path, step: str):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+    with pytest.raises(InputError, match="line 1: not a JSON object with a step"):
+        read_metrics(str(tmp_path / "metrics.jsonl"))
+
+
+def test_no_line_is_read_without_end(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    for end in ("", "\n"):
+        path.write_text(f'{{"step": 0}}\n{{"step": 1, "x": "{"x" * metrics_module._LONGEST}"}}{end}')
+        with pytest.raises(InputError, match="line 2"):
+            read_metrics(str(path))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "wandb_id.txt"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is no plain file"):
+        Metrics(str(tmp_path), 10, wandb="paper")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl"])
+def test_what_cannot_be_written_to_is_bad_input(tmp_path: Path, name: str):
+    if name == "tensorboard":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).symlink_to(tmp_path)
+    with pytest.raises(InputError, match=f"{name} (must be a folder|is no plain file)"):
+        Metrics(str(tmp_path), 10)
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

@@ -11,7 +11,7 @@ import math
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,8 +23,9 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.record_writer import RecordWriter
 
 from mora_jax.errors import InputError
+from mora_jax.untrusted import is_plain_file, read_text
 from train.exits import naming
-from train.files import write_whole
+from train.files import writable, write_whole
 from train.progress import Bar
 from train.terminal import warn
 
@@ -37,6 +38,8 @@ GROWING = (LINES, EVENTS, _WANDB_ID)
 EVENTS_EVERY = 30.0
 # Gaps in the lines of an earlier program that are named.
 _FEW = 3
+# Bytes of a line; the run's own have some hundred.
+_LONGEST = 1 << 20
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Values = Mapping[str, float | int | str]
@@ -69,7 +72,8 @@ class Metrics:
           evaluated: whether the evaluation just before `start` counts; else it is forgotten and told again.
 
         Raises:
-          InputError: if Weights & Biases is asked for and not installed, or metrics.jsonl cannot be read.
+          InputError: if Weights & Biases is asked for and not installed, metrics.jsonl cannot be read, or one
+            of the places cannot be written to.
         """
         self._closing = contextlib.ExitStack()
         self._sinks: list[Sink] = []
@@ -113,14 +117,23 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     """All whole lines of a metrics.jsonl; a last line that was cut off is left out.
 
     Raises:
-      InputError: if there is no such file, or another line is not a JSON object with a step.
+      InputError: if there is no such file, it is no plain one (a pipe, a device), or another line is not a
+        JSON object with a step.
     """
+    file = epath.Path(path)
+    if file.exists() and not is_plain_file(file):
+        raise InputError(f"{path} is no plain file")
     try:
-        *lines, rest = epath.Path(path).read_bytes().split(b"\n")
+        with file.open("rb") as stream:
+            return [_parse(path, number, line) for number, line in enumerate(_whole_lines(stream), 1)]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    del rest  # what follows the last line end was cut off, or is nothing
-    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _whole_lines(stream: Any) -> Iterator[bytes]:
+    """Lines with their ends; what follows the last end was cut off, or is nothing. A long one is cut here."""
+    while (line := stream.readline(_LONGEST)).endswith(b"\n") or len(line) == _LONGEST:
+        yield line
 
 
 def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
@@ -128,7 +141,8 @@ def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
         values = json.loads(line)
     except (ValueError, RecursionError):
         values = None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+    step = values.get("step") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or type(step) is not int or not 0 <= step < 2**31:
         raise InputError(f"{path}, line {number}: not a JSON object with a step; remove the line")
     return {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in values.items()}
 
@@ -145,7 +159,7 @@ def _legal(value: float | int | str) -> float | int | str:
 
 
 def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
-    with naming(path):
+    with writable(path, f"{path} cannot be written to"):
         told = _forget(path, start, evaluated) if path.exists() else set()
         file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail once more at the end
     if missing := _spans(sorted(set(range(start)) - told)):
@@ -192,7 +206,7 @@ def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:
 def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
     # Events are written here and not in tensorboardX's thread, which would die of a full disk unheard, and
     # then block the run. TensorBoard reads a run's files in the order of their names.
-    with naming(folder):
+    with writable(folder, f"{folder} must be a folder that can be written to"):
         folder.mkdir(exist_ok=True)
         number = len(list(folder.glob("*")))
         events = RecordWriter(
@@ -235,8 +249,9 @@ def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
         raise InputError("log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
     named = folder / _WANDB_ID
     if not named.exists():
-        named.write_text(uuid.uuid4().hex)
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=named.read_text(), resume="allow")
+        write_whole(named, uuid.uuid4().hex)
+    same = read_text(named, 1000)
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=same, resume="allow")
     closing.callback(run.finish)
     # Its own step can only grow, and would drop what is told again after a resume.
     run.define_metric("*", step_metric="update")
