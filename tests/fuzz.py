@@ -4,7 +4,8 @@
 
 Every case takes a good file of one kind, changes it a few times at random, most often in its structure
 (values, keys, lengths, nesting) and else in its bytes, and reads it. A reader may return or raise InputError;
-anything else is a crash, printed with what makes it again: --target NAME --only NUMBER.
+anything else is a crash, printed with what makes it again: --target NAME --only NUMBER. So is a message, or a
+cell of the table of checkpoints, with a character that a terminal obeys.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import faulthandler
 import functools
 import gzip
 import json
+import os
 import random
 import shutil
 import struct
@@ -26,12 +28,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import yaml
-from etils import epath
 
 from mora_jax import hf, hf_tokenizer
 from mora_jax.errors import InputError
 from mora_jax.llama import Compute, Llama, LlamaConfig
-from train import flags, manifest
+from train import flags, inventory, manifest
+from train.checkpoint import Checkpoints
 from train.data import builder, c4, read, shard
 from train.data import format as layout
 from train.data.description import check_description
@@ -308,28 +310,43 @@ def read_model(folder: Path) -> None:
 @functools.cache
 def _manifest() -> Any:
     files = {name: {"bytes": len(name), "sha256": "0" * 64} for name in ("a", "inner/b")}
-    meta = {"methods": {"a": {"name": "mora"}}, "restarts": 3, "data": {"step": 7, "rows": 10}}
+    meta = {"methods": {"a": {"name": "mora", "rank": 8}}, "restarts": 3, "config": {}}
+    meta |= {"data": {"rows": 10, "tokenizer_sha256": "x"}, "evaluation": {"loss": 1.0, "predictions": 2}}
     return {"step": 7, "meta": meta, "arrays": {"w": "float32[2, 3]"}, "files": files}
 
 
 def write_manifest(rng: random.Random, folder: Path) -> None:
     value = change(rng, _manifest()) if rng.random() < 0.9 else _manifest()
+    if rng.random() < 0.3:
+        value = _manifest() | {"meta": change(rng, _manifest()["meta"])}
     try:
         content = manifest.render(value).encode()  # with its own hash right
     except (TypeError, ValueError, RecursionError):
         content = as_json(value)
     if rng.random() < 0.4:
         content = change_bytes(rng, content) if rng.random() < 0.5 else changed(rng, value, as_json)
-    (folder / "inner").mkdir()
-    (folder / manifest.MANIFEST).write_bytes(content)
-    (folder / "a").write_bytes(b"a")
+    place = folder / "7"
+    (place / "inner").mkdir(parents=True)
+    (place / manifest.MANIFEST).write_bytes(content)
+    odd = _another_text(rng, "a").replace("/", "").replace("\0", "").encode("utf-8", "surrogatepass")
+    for name in (b"a", odd, *([b"a\xff"] if rng.random() < 0.1 else [])):
+        if name not in (b"", b".", b".."):
+            Path(os.fsdecode(bytes(place) + b"/" + name)).write_bytes(b"a")
 
 
 def read_manifest(folder: Path) -> None:
-    place = epath.Path(folder)
-    assert manifest.damage(place, 7, lambda _: None)  # inner/b is never there
-    found = manifest.read(place, 7)
-    json.dumps(found["meta"])
+    with Checkpoints(str(folder)) as saved:
+        entries = inventory.look_through(saved)
+        check_shown(entries)
+        assert [entry.state for entry in entries] == ["damaged"]  # inner/b is never there
+        json.dumps(saved.read_meta(7))
+
+
+def check_shown(entries: list[inventory.Entry]) -> None:
+    """Looks at every text that `mora checkpoints` would print."""
+    cells = [cell for column in inventory.table(entries, "").columns for cell in column.cells]
+    for text in (*cells, *inventory.problems(entries)):
+        assert str(text).isprintable(), f"{text!r} would reach the terminal"
 
 
 # Descriptions of data sets, and tokenizers: not asked for as often
@@ -466,8 +483,8 @@ def crash(target: str, seed: int, number: int, folder: Path) -> str:
     try:
         read(folder)
     except InputError as error:
-        if "\n" in str(error):
-            return f"the message has several lines: {error}"
+        if not str(error).isprintable():
+            return f"the message has what a terminal obeys: {str(error)!r}"
     except Exception:
         return traceback.format_exc(limit=-6)
     took = time.process_time() - started

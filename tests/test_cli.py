@@ -366,7 +366,9 @@ def test_a_bug_shows_where_it_is(mora, monkeypatch):
 
 
 def test_what_a_folder_is_called_is_no_markup(capsys):
-    cli.print_summary({"device": "[/y]"}, "runs/N[/x]")
+    cli.print_summary({"device": "[/y]", "\x1b[31m": "a\nb"}, "runs/N[/x]")
     out = capsys.readouterr().out
     assert "runs/N[/x]" in out
     assert "[/y]" in out
+    assert r"\x1b[31m" in out
+    assert r"a\nb" in out

@@ -26,3 +26,11 @@ def test_all_that_is_shown_is_shown_there(path: Path):
 def test_what_is_told_is_told_on_stderr(capsys):
     terminal.warn(f"{n} [/x]" for n in ("one", "two"))
     assert capsys.readouterr() == ("", "mora: warning: one [/x]\nmora: warning: two [/x]\n")
+
+
+def test_what_is_told_is_one_line_that_no_terminal_obeys(capsys):
+    terminal.warn(["a\nmora: fine", "\x1b[31mred\udcff"])
+    assert capsys.readouterr().err.splitlines() == [
+        r"mora: warning: a\nmora: fine",
+        r"mora: warning: \x1b[31mred\udcff",
+    ]

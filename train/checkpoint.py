@@ -67,13 +67,16 @@ class Checkpoints:
             is there.
 
         Raises:
-          InputError: if none is to be kept, or several processes are to write to s3://.
+          InputError: if none is to be kept, what lies there is no folder, or several processes are to write
+            to s3://.
         """
         if keep is not None and keep < 1:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
         # Orbax asks for absolute paths.
         bucket = buckets.in_bucket(directory)
         self._directory = epath.Path(directory if bucket else Path(directory).absolute())
+        if not bucket and os.path.lexists(directory) and not Path(directory).is_dir():
+            raise InputError(f"{directory} is no folder, as it must be; remove it")
         self._sent = directory.startswith(_SENT)
         if self._sent and jax.process_count() > 1:
             raise InputError(
@@ -124,9 +127,13 @@ class Checkpoints:
         """The steps of all folders in place, oldest first, whether or not their save was finished."""
         if not self._directory.exists():
             return []
-        names = (path.name for path in self._directory.iterdir())
-        numbers = (int(n) for n in names if n.isascii() and n.isdigit() and len(n) <= 10 and str(int(n)) == n)
-        return sorted(n for n in numbers if n <= _LARGEST_STEP)
+        steps = (_step(path.name) for path in self._directory.iterdir())
+        return sorted(step for step in steps if step is not None)
+
+    def unfinished(self) -> list[tuple[int, epath.Path]]:
+        """Step and folder of saves that are not in place yet, or never will be since they were killed."""
+        found = ((_step(path.name.partition(".")[0]), path) for path in self._unfinished())
+        return sorted((step, path) for step, path in found if step is not None)
 
     def steps(self) -> list[int]:
         """The steps whose save was finished, oldest first."""
@@ -203,9 +210,8 @@ class Checkpoints:
             shutil.rmtree(self._unsent(), ignore_errors=True)
         if not self._directory.exists():
             return
-        for path in list(self._directory.iterdir()):
-            if _UNFINISHED in path.name:
-                _remove(path)
+        for path in self._unfinished():
+            _remove(path)
         for step in set(self.folders()).difference(self.steps()):
             _remove(self.folder(step))
 
@@ -253,6 +259,10 @@ class Checkpoints:
             with _told(self.folder(step), "was saved, but older ones could not be removed"):
                 self._remove_old(step)
 
+    def _unfinished(self) -> list[epath.Path]:
+        there = self._directory.iterdir() if self._directory.exists() else ()
+        return [path for path in there if _UNFINISHED in path.name]
+
     def _unsent(self) -> Path:
         return buckets.stand_in("checkpoints", str(self._directory))
 
@@ -293,6 +303,12 @@ class Checkpoints:
             if step <= saved and step not in kept:
                 _remove(self.folder(step))
                 self._damaged.discard(step)
+
+
+def _step(name: str) -> int | None:
+    """The step that a folder's name is the number of, as it is written here."""
+    number = int(name) if name.isascii() and name.isdigit() and len(name) <= 10 else -1
+    return number if str(number) == name and 0 <= number <= _LARGEST_STEP else None
 
 
 def _damage(folder: epath.Path, step: int) -> list[str]:

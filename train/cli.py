@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, spelled_out
 from train import buckets, exits, flags, streams
 from train.bench import options
 from train.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
@@ -263,10 +263,10 @@ def print_commands() -> None:
 
 
 def print_summary(summary: dict[str, Any], title: str) -> None:
-    """A short table of figures."""
-    table = Table("", "", title=title, show_header=False)
+    """A short table of figures, which may come from a file."""
+    table = Table("", "", title=spelled_out(title), show_header=False)
     for name, value in summary.items():
-        table.add_row(name.replace("_", " "), _readable(value))
+        table.add_row(spelled_out(name.replace("_", " ")), spelled_out(_readable(value)))
     console().print(table)
 
 

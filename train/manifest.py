@@ -100,7 +100,10 @@ def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
 
 
 def sizes(folder: epath.Path) -> dict[str, int | None]:
-    """Relative path of every file but the manifest -> its bytes; None for a link, a pipe or a device."""
+    """Relative path of every file but the manifest -> its bytes; None for a link, a pipe or a device.
+
+    A folder that is a link has none.
+    """
     if buckets.in_bucket(folder):
         found = {name: there.size for name, there in buckets.objects(folder).items()}
     else:
@@ -143,7 +146,7 @@ def _harm(path: epath.Path) -> type[OSError]:
 def _walk(folder: epath.Path) -> list[epath.Path]:
     """Every file below a folder and every link, sorted; links are not followed."""
     found = []
-    for root, folders, names in folder.walk():
+    for root, folders, names in folder.walk() if not is_link(folder) else ():
         found += [root / name for name in names] + [root / n for n in folders if is_link(root / n)]
     return sorted(found)
 

@@ -156,8 +156,9 @@ def saved_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
     found = saved.read_meta(step)
     try:
         Methods.from_json(found["methods"])
-        data, score = found["data"], found["evaluation"]
+        data, score, restarts = found["data"], found["evaluation"], found["restarts"]
         right = isinstance(found["config"], dict)
+        right &= type(restarts) is int and 0 <= restarts <= step
         right &= type(data["rows"]) is int and 0 < data["rows"] < 2**62
         right &= isinstance(data["tokenizer_sha256"], str)
         right &= score is None or {n: type(v) for n, v in score.items()} == {

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import jax
 from rich.console import Console
 
+from mora_jax.errors import spelled_out
+
 
 def console(stderr: bool = False, width: int | None = None, highlight: bool = True) -> Console:
     """A console of rich that takes no text for markup: names of files and what files say may look like it.
@@ -25,6 +27,6 @@ def warn(sentences: Iterable[str]) -> None:
 
 
 def tell(sentence: str) -> None:
-    """Says something on stderr, once for all processes."""
+    """Says something on stderr, in one line, once for all processes."""
     if jax.process_index() == 0:
-        print(f"mora: {sentence}", file=sys.stderr, flush=True)
+        print(f"mora: {spelled_out(sentence)}", file=sys.stderr, flush=True)
