@@ -95,6 +95,13 @@ def test_a_note_in_the_bucket_tells_of_another_machine(bucket, capfd, host):
     assert "warning" in told or host == socket.gethostname()
 
 
+def test_what_a_note_says_is_one_line_that_no_terminal_obeys(bucket, capfd):
+    (epath.Path(f"{bucket}/run") / lock.LOCK).write_text("process 7 on \x1b[31m\nmora: fine")
+    enter(f"{bucket}/run")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert r"process 7 on \x1b[31m\nmora: fine" in line
+
+
 def test_a_note_of_a_program_that_began_meanwhile_stays(bucket):
     note = epath.Path(f"{bucket}/run") / lock.LOCK
     with lock.alone(f"{bucket}/run"):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, spelled_out
 from train import buckets
 from train.files import writable
 
@@ -123,4 +123,4 @@ def _check_there(path: Path, file: Any, folder: str) -> None:
 
 
 def _warn(sentence: str) -> None:
-    print(f"mora: warning: {sentence}", file=sys.stderr, flush=True)
+    print(f"mora: warning: {spelled_out(sentence)}", file=sys.stderr, flush=True)
