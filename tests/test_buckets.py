@@ -121,10 +121,12 @@ def test_what_goes_wrong_is_one_line(error, status, line, monkeypatch, capsys):
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_other_errors_are_bugs(monkeypatch: pytest.MonkeyPatch):
+def test_other_errors_are_bugs(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(cli, "run", lambda args: (_ for _ in ()).throw(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as ended:
         cli.main(["export"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
