@@ -212,7 +212,7 @@ def kill(victim: int, processes: list[subprocess.Popen]) -> None:
     began = time.monotonic()
     _, told = processes[1 - victim].communicate(timeout=60)
     assert time.monotonic() - began < DEADLINE
-    assert processes[1 - victim].returncode == exits.LOST
+    assert processes[1 - victim].returncode == exits.LOST, told
     assert told.strip().splitlines()[-1].startswith("mora: another process of this run is gone")
     processes[victim].communicate()
 

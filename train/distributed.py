@@ -7,6 +7,7 @@ do; that they are one program is over, and they can only be started again togeth
 
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import os
 import signal
@@ -56,7 +57,7 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        if _begins_in_jax(error):
+        if _begins_in_jax(error) or _unclear(error):
             time.sleep(config.heartbeat_timeout + _GRACE)  # if a process is gone, this one ends meanwhile
         _leave(explain(error))
     jax.distributed.shutdown()
@@ -68,6 +69,11 @@ def _begins_in_jax(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _unclear(error: BaseException) -> bool:
+    """Whether input or output failed, and the system has no reason for it: a save waits for all processes."""
+    return isinstance(error, OSError) and error.errno in (None, errno.EIO)
 
 
 def several(config: Distributed, environment: Mapping[str, str]) -> bool:
