@@ -15,6 +15,14 @@ from train.exits import SIGNALLED
 from train.preempt import LAG, SIGNALS, Stop, ended_at_once
 
 
+@pytest.fixture(autouse=True)
+def hanging_up_is_minded():
+    """As in a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def mesh():
     return sharding.make_mesh(1)
