@@ -1,6 +1,7 @@
 """Several processes as one program: the real command line, on this machine."""
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -307,6 +308,13 @@ def test_what_began_in_jax_is_known_behind_other_errors():
     saving.__cause__, restoring.__context__ = lost, saving
     assert all(map(distributed._begins_in_jax, (lost, saving, restoring)))
     assert not distributed._begins_in_jax(OSError("disk"))
+
+
+def test_a_failure_without_a_reason_of_the_system_may_be_a_lost_process():
+    """Such as a save that waited for it; a full disk is none."""
+    for number, unclear in ((None, True), (errno.EIO, True), (errno.ENOSPC, False)):
+        assert distributed._unclear(OSError(number, "could not be saved")) == unclear
+    assert not distributed._unclear(ValueError("a bug"))
 
 
 def test_one_process_joins_nobody_and_its_errors_go_on():

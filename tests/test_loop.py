@@ -393,6 +393,20 @@ def diverging(config):
     )
 
 
+def unsaved(config):
+    """Without a save before the end: nothing waits for the steps in flight."""
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=0))
+
+
+def streaks_of(config) -> list[int]:
+    """The bad steps in a row after each update of a run that diverges; its folder is free again."""
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    told = lines(Path(config.run_dir))
+    shutil.rmtree(config.run_dir)
+    return [line["bad_in_a_row"] for line in told if "loss" in line]
+
+
 def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
     """For real; the next start tries again, and stops again."""
     config = diverging(free)
@@ -416,13 +430,9 @@ def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run)
 
 def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
     """Not an update later, and not only after the run has passed for finished."""
-    config = dataclasses.replace(diverging(free), checkpoint=dataclasses.replace(free.checkpoint, every=0))
-    folder = Path(config.run_dir)
-    with pytest.raises(exits.Diverged):
-        loop.pretrain(config)
-    streaks = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line]
+    config, folder = unsaved(diverging(free)), Path(free.run_dir)
+    streaks = streaks_of(config)
     ends = streaks.index(4) + 1
-    shutil.rmtree(folder)
     with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
         loop.pretrain(
             dataclasses.replace(config, checkpoint=dataclasses.replace(free.checkpoint, every=ends))
@@ -432,12 +442,8 @@ def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
 
 def test_a_run_that_diverges_and_is_asked_to_stop_has_diverged(free, monkeypatch):
     """The signal comes when the last bad step is not yet looked at."""
-    config = dataclasses.replace(diverging(free), checkpoint=dataclasses.replace(free.checkpoint, every=0))
-    folder = Path(config.run_dir)
-    with pytest.raises(exits.Diverged):
-        loop.pretrain(config)
-    ends = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line].index(4) + 1
-    shutil.rmtree(folder)
+    config = unsaved(diverging(free))
+    ends = streaks_of(config).index(4) + 1
     signalled_at(monkeypatch, ends - 1)
     with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
         loop.pretrain(config)
@@ -445,15 +451,11 @@ def test_a_run_that_diverges_and_is_asked_to_stop_has_diverged(free, monkeypatch
 
 def test_no_restart_is_made_once_the_patience_is_at_an_end(free):
     """The last bad step is still in flight where the restart is due."""
-    config = dataclasses.replace(diverging(free), checkpoint=dataclasses.replace(free.checkpoint, every=0))
-    folder = Path(config.run_dir)
-    with pytest.raises(exits.Diverged):
-        loop.pretrain(config)
-    ends = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line].index(4) + 1
-    shutil.rmtree(folder)
+    config = unsaved(diverging(free))
+    ends = streaks_of(config).index(4) + 1
     with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
         loop.pretrain(dataclasses.replace(config, restart=Restart(every=ends, warmup=1)))
-    assert not any("restart" in line for line in lines(folder))
+    assert not any("restart" in line for line in lines(Path(config.run_dir)))
 
 
 def test_a_run_that_was_killed_before_it_said_that_it_diverged_says_so_first(free, monkeypatch):

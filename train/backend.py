@@ -55,7 +55,7 @@ def set_flags(config: RunConfig) -> None:
       InputError: if JAX has started already and a deterministic run needs a flag: XLA reads them once.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
-    chosen = any(flag.startswith(_NO_TRITON.partition("=")[0]) for flag in given)
+    chosen = _NO_TRITON.partition("=")[0] in {flag.partition("=")[0] for flag in given}
     flags = [] if chosen else [_NO_TRITON]
     if config.deterministic and _DETERMINISTIC not in given:
         flags.append(_DETERMINISTIC)

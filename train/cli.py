@@ -192,7 +192,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. What ends it early is one line on stderr and a status of `train.exits`."""
     words = sys.argv[1:] if args is None else list(args)
-    with streams.unheard(result=words[:1] not in [[name] for name in _WORK]):
+    with streams.unheard(result=not set(words[:1]) & set(_WORK)):
         try:
             run(words)
             sys.stdout.flush()

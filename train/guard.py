@@ -48,7 +48,7 @@ def judge(
     that what is left does not depend on how soon the run is stopped.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    bad = ~finite | (guard.in_a_row >= config.patience)
+    bad = ~finite | at_an_end(config, guard)
     if config.window:
         bad |= loss > jnp.median(guard.losses_W) + math.log(config.factor)
         bad |= norm > jnp.median(guard.norms_W) * config.factor
@@ -70,15 +70,14 @@ def after_restart(config: BadSteps, guard: Guard) -> Guard:
     return dataclasses.replace(guard, norms_W=_unseen(config))
 
 
-def at_an_end(config: BadSteps, guard: Guard) -> bool:
+def at_an_end(config: BadSteps, guard: Guard) -> Bool[Array, ""]:
     """Whether the patience is."""
-    return int(guard.in_a_row) >= config.patience
+    return guard.in_a_row >= config.patience
 
 
 def try_again(config: BadSteps, guard: Guard) -> Guard:
     """A run that was stopped for bad steps and is started again has its patience back."""
-    ended = guard.in_a_row >= config.patience
-    return dataclasses.replace(guard, in_a_row=jnp.where(ended, 0, guard.in_a_row))
+    return dataclasses.replace(guard, in_a_row=jnp.where(at_an_end(config, guard), 0, guard.in_a_row))
 
 
 def _unseen(config: BadSteps) -> Array:
