@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
@@ -23,6 +24,8 @@ from mora_jax.errors import InputError
 from mora_jax.loss import cross_entropy
 from mora_jax.methods.base import Adapter
 from mora_jax.methods.linear import TILE, Path, dense
+
+KEPT_BY_REMAT = "residual"  # between attention and MLP; what enters a layer is kept by the loop over layers
 
 # The largest values that are taken: what a config says must not take memory, or hours, to be refused.
 _MOST = {
@@ -103,7 +106,7 @@ class Compute:
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
         "splash" on TPUs (sequences of a multiple of 128 tokens).
       layers: "unrolled" is fastest; "scan" compiles fastest, and makes what lies between products again in
-        the backward pass; "remat" is a scan that makes everything again, which takes least memory.
+        the backward pass; "remat" is a scan that keeps the residual stream alone, which takes least memory.
       loss_chunk: tokens whose logits a device holds at a time, at most.
       adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
         "compressed" activations or "folded" from the kernels' if these are named, or by "activation";
@@ -113,7 +116,7 @@ class Compute:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: AttentionKernel = "xla"
     layers: Literal["unrolled", "scan", "remat"] = "unrolled"
-    loss_chunk: int = 4096
+    loss_chunk: int = 8192
     adapter_path: Path = "auto"
 
     def __post_init__(self) -> None:
@@ -200,6 +203,7 @@ class Block(nn.Module):
         normed_BTD = RMSNorm(eps, name="input_layernorm")(x_BTD)
         y_BTD = Attention(self.config, self.compute, name="self_attn")(normed_BTD, rope)
         x_BTD = sharding.constrain(x_BTD + y_BTD, "activations/residual")
+        x_BTD = checkpoint_name(x_BTD, KEPT_BY_REMAT)
         normed_BTD = RMSNorm(eps, name="post_attention_layernorm")(x_BTD)
         y_BTD = MLP(self.config, self.compute, name="mlp")(normed_BTD)
         return sharding.constrain(x_BTD + y_BTD, "activations/residual"), None
@@ -264,7 +268,10 @@ class Llama(nn.Module):
 
 
 def _stack(block: type[nn.Module], length: int, how: str) -> Any:
-    policies = {"scan": _kept_by_a_scan, "remat": None}
+    policies = {
+        "scan": _kept_by_a_scan,
+        "remat": jax.checkpoint_policies.save_only_these_names(KEPT_BY_REMAT),
+    }
     if how in policies:
         block = nn.remat(block, prevent_cse=False, policy=policies[how])
     return nn.scan(

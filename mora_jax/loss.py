@@ -6,7 +6,7 @@ width, V vocabulary, P vocabulary padded to whole tiles of a matrix unit.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ def cross_entropy(
     """The weighted sum of -log softmax(x @ w)[target], in nats.
 
     Args:
-      x_TD: final hidden states, in the type to compute products in; softmax and sums are float32.
+      x_TD: final hidden states, in the type to compute products in. Logits are rounded to it, as they are
+        read and written several times; softmax and sums are float32.
       w_DV: the head.
       targets_T: the token to predict at each place.
       weights_T: the weight of each place, 0 where there is nothing to predict; it gets no gradient.
@@ -44,8 +45,8 @@ def cross_entropy(
 
     def add_chunk(total: Array, inputs: Any) -> tuple[Array, None]:
         x_CD, targets_C, weights_C = inputs
-        loss, _ = _chunk_loss(x_CD, w_DP, w_DV.shape[1], targets_C, weights_C)
-        return total + loss, None
+        softmax = _softmax(x_CD, w_DP, w_DV.shape[1], targets_C)
+        return total + jnp.sum(softmax.loss_C * weights_C), None
 
     return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), _chunks(chunk, x_TD, targets_T, weights_T))[0]
 
@@ -58,12 +59,17 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
     def add_chunk(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array]:
         total, dw_GDP = carry
         x_CD, targets_C, weights_C = inputs
-        loss, p_CP = _chunk_loss(x_CD, w_DP, vocabulary, targets_C, weights_C)
-        hit_CP = targets_C[:, None] == jnp.arange(p_CP.shape[1])[None, :]
-        dlogits_CP = ((p_CP - hit_CP) * weights_C[:, None]).astype(x_CD.dtype)
-        x_GCD, dlogits_GCP = (a.reshape(parts, -1, a.shape[-1]) for a in (x_CD, dlogits_CP))
-        dw = jnp.einsum("gcd,gcp->gdp", x_GCD, dlogits_GCP, preferred_element_type=jnp.float32)
-        return (total + loss, _divided(dw_GDP + dw)), dlogits_CP @ w_DP.T
+        softmax = _softmax(x_CD, w_DP, vocabulary, targets_C)
+        # The gradient of the logits is that of `unscaled` times this, which goes to the narrow side of both
+        # products: so logits are read once for the sum and what is to be divided by it.
+        scale_C1 = (weights_C / softmax.sum_C)[:, None]
+        unscaled_CP = _unscaled_gradient(softmax, targets_C, x_CD.dtype)
+        dx_CD = jnp.matmul(unscaled_CP, w_DP.T, preferred_element_type=jnp.float32) * scale_C1
+        scaled_CD = (x_CD * scale_C1).astype(x_CD.dtype)
+        x_GCD, unscaled_GCP = (a.reshape(parts, -1, a.shape[-1]) for a in (scaled_CD, unscaled_CP))
+        dw = jnp.einsum("gcd,gcp->gdp", x_GCD, unscaled_GCP, preferred_element_type=jnp.float32)
+        total += jnp.sum(softmax.loss_C * weights_C)
+        return (total, _divided(dw_GDP + dw)), dx_CD.astype(x_CD.dtype)
 
     start = (jnp.zeros((), jnp.float32), _divided(jnp.zeros((parts, *w_DP.shape), jnp.float32)))
     (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
@@ -89,18 +95,34 @@ def _tiled(w_DV: Array, x_TD: Array) -> Array:
     return padded(w_DV, 1, sharding.tile(w_DV.shape[1], TILE))
 
 
-def _chunk_loss(
-    x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, weights_C: Array
-) -> tuple[Array, Array]:
-    """The chunk's weighted loss and its softmax, which is 0 on the padding."""
+class Softmax(NamedTuple):
+    """Of a chunk's logits, in float32: exp(logits - their maximum), 0 on the padding, the sums of these, the
+    one of each target, and -log softmax of it."""
+
+    exp_CP: Array
+    sum_C: Array
+    target_C: Array
+    loss_C: Array
+
+
+def _softmax(x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array) -> Softmax:
     x_CD = sharding.constrain(x_CD, "activations/tokens")
-    logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=jnp.float32)
-    logits_CP = sharding.constrain(logits_CP, "activations/logits")
+    logits_CP = sharding.constrain(x_CD @ w_DP, "activations/logits").astype(jnp.float32)
     real_P = jnp.arange(w_DP.shape[1]) < vocabulary
     logits_CP = jnp.where(real_P[None, :], logits_CP, -jnp.inf)
-    lse_C = jax.nn.logsumexp(logits_CP, axis=-1)
-    target_C = jnp.take_along_axis(logits_CP, targets_C[:, None], axis=-1)[:, 0]
-    return jnp.sum((lse_C - target_C) * weights_C), jnp.exp(logits_CP - lse_C[:, None])
+    max_C = jnp.max(logits_CP, axis=-1)
+    exp_CP = jnp.exp(logits_CP - max_C[:, None])
+    sum_C = jnp.sum(exp_CP, axis=-1)
+    target_C = jnp.take_along_axis(logits_CP, targets_C[:, None], axis=-1)[:, 0] - max_C
+    return Softmax(exp_CP, sum_C, jnp.exp(target_C), jnp.log(sum_C) - target_C)
+
+
+def _unscaled_gradient(softmax: Softmax, targets_C: Array, dtype: Any) -> Array:
+    """(softmax - one-hot targets) * sums, which is the exponentials but for the places of the targets."""
+    # A difference in float32, for it may be small; token by token, so that a mesh sends nothing.
+    of_targets_C = (softmax.target_C - softmax.sum_C).astype(dtype)
+    place = jax.vmap(lambda exp_P, target, of_target: exp_P.at[target].set(of_target, unique_indices=True))
+    return place(softmax.exp_CP.astype(dtype), targets_C, of_targets_C)
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:

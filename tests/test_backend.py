@@ -150,7 +150,7 @@ def gpu_expected(monkeypatch):
 
 def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
     deterministic = dataclasses.replace(config, deterministic=True)
-    flags = f"--xla_dump_to=x {backend._NO_TRITON}"
+    flags = " ".join(["--xla_dump_to=x", *backend._PRODUCTS])
     for told, expected in ((config, flags), (deterministic, f"{flags} {backend._DETERMINISTIC}")):
         for _ in range(2):
             backend.set_flags(told)
@@ -162,9 +162,10 @@ def test_what_the_user_chose_stays_but_not_against_determinism(config, gpu_expec
     own = f"--xla_gpu_enable_triton_gemm={value} --xla_gpu_exclude_nondeterministic_ops=false"
     gpu_expected.setenv("XLA_FLAGS", own)
     backend.set_flags(config)
-    assert os.environ["XLA_FLAGS"] == own
+    flags = f"{own} {backend._PRODUCTS[1]}"
+    assert os.environ["XLA_FLAGS"] == flags
     backend.set_flags(dataclasses.replace(config, deterministic=True))
-    assert os.environ["XLA_FLAGS"] == f"{own} {backend._DETERMINISTIC}"  # XLA goes by the last
+    assert os.environ["XLA_FLAGS"] == f"{flags} {backend._DETERMINISTIC}"  # XLA goes by the last
 
 
 def test_flags_are_known_to_this_xla(config, gpu_expected):

@@ -17,6 +17,7 @@ from mora_jax.methods import (
     METHODS,
     OPERATORS,
     Adapter,
+    Decouple,
     LoRA,
     Method,
     MoRA,
@@ -190,10 +191,12 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
 
 
 @pytest.mark.parametrize("flops_per_byte", [0, 5, 10**9], ids=["sums first", "mixed", "product first"])
-@pytest.mark.parametrize("operator", [Share(0), Share(1), Share((0, 1), "wrap"), Truncate()], ids=str)
-def test_sums_over_groups_before_or_after_the_product_give_one_gradient(
-    operator, flops_per_byte, monkeypatch
-):
+@pytest.mark.parametrize(
+    "operator",
+    [Share(0), Share(1), Share((0, 1), "wrap"), Truncate(), Decouple(), Decouple("wrap", "drop")],
+    ids=str,
+)
+def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(operator, flops_per_byte, monkeypatch):
     """Every combination of sides, for kernels that share a product and one of another shape.
 
     Of small whole numbers, whose products and sums are exact in bfloat16, too.
@@ -229,6 +232,38 @@ def test_the_cheapest_order_of_sums_and_product_follows_the_sizes():
     for k, d, kernels, side in ((2048, 2048, 3, 768), (2048, 2048, 1, 768), (2048, 5461, 2, 1024)):
         assert order(k, d, kernels, side) == (True, True)
     assert order(5461, 2048, 1, 1024) == (True, True)
+
+
+@pytest.mark.parametrize(("k", "d"), [(90, 90), (50, 90), (90, 50)])
+def test_blocks_turned_behind_the_product_give_the_gradient_of_blocks_turned_before(k, d, monkeypatch):
+    """As many blocks of outputs as of inputs, more, and fewer, none of them full at the end."""
+    monkeypatch.setattr(mora, "FLOPS_PER_BYTE", 10**9)
+    method = MoRA(4, Rotate(), align=8)
+    arrays = [random_arrays(method, kernel(0, k, d))]
+    x, dy = (jax.random.normal(jax.random.key(i), (50, width)) for i, width in enumerate((k, d)))
+    (expected,) = method.compressed_gradients(arrays, x, dy[:, None])
+    monkeypatch.delattr(MoRA, "delta")  # which would turn x
+    (got,) = method.gradients(arrays, x, dy[:, None])
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
+    assert relative_error(got["m_RR"], expected["m_RR"]) < 1e-5
+
+
+def test_whether_activations_are_cut_into_blocks_follows_the_sizes():
+    """The layers of the 250M and 1.3B models at rank 8; kernels of a product together."""
+
+    def layers(hidden, wide, narrow_side, wide_side):
+        for k, d, kernels, side in (
+            (hidden, hidden, 3, narrow_side),
+            (hidden, hidden, 1, narrow_side),
+            (hidden, wide, 2, wide_side),
+            (wide, hidden, 1, wide_side),
+        ):
+            r_hat = MoRA(8, Rotate()).r_hat(k, d)
+            yield mora._cut_first(k, d, kernels, side, Rotate().blocks(r_hat, k, d))
+
+    assert not any(layers(768, 2560, 128, 192))
+    assert all(layers(2048, 5461, 192, 256))
+    assert mora._cut_first(768, 768, 3, 448, Truncate().blocks(443, 768, 768))
 
 
 @every_case

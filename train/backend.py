@@ -35,9 +35,10 @@ _OPTIONS = (
 )
 # Both of jaxlib 0.10 to 0.12. XLA ends a program for a flag that it does not know.
 _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
-# Products by cuBLAS alone: XLA would time many kernels of Triton for each of LoRA's small ones, which takes
-# over a minute, and no step was faster for it (docs/performance.md).
-_NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
+# Products as they are written, and by cuBLAS alone (docs/performance.md). XLA would time many kernels of
+# Triton for each of LoRA's small ones, which takes over a minute, and no step was faster for it; and it would
+# copy kernels that one input is multiplied with side by side, which takes longer than one product saves.
+_PRODUCTS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_dot_merger_threshold_mb=0")
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # Seconds of compilation that are worth a file.
 _WORTH_KEEPING = 0.1
@@ -48,15 +49,15 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def set_flags(config: RunConfig) -> None:
-    """Has XLA leave products on a GPU to cuBLAS and, where that is asked for, exclude what computes other
-    bits each time. What XLA_FLAGS says of the former already, stays.
+    """Has XLA leave products on a GPU to cuBLAS, each as it is, and, where that is asked for, exclude what
+    computes other bits each time. What XLA_FLAGS says of the former already, stays.
 
     Raises:
       InputError: if JAX has started already and a deterministic run needs a flag: XLA reads them once.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
-    chosen = _NO_TRITON.partition("=")[0] in {flag.partition("=")[0] for flag in given}
-    flags = [] if chosen else [_NO_TRITON]
+    chosen = {flag.partition("=")[0] for flag in given}
+    flags = [flag for flag in _PRODUCTS if flag.partition("=")[0] not in chosen]
     if config.deterministic and _DETERMINISTIC not in given:
         flags.append(_DETERMINISTIC)
     if not flags or not _gpu_expected():

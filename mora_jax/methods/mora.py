@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -17,6 +18,10 @@ from mora_jax.methods.operators import Operator, Share
 # sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 210 to 340 the
 # fastest order is taken for every layer of the 250M and 1.3B models (docs/performance.md).
 FLOPS_PER_BYTE = 250
+
+# Products take rows of a multiple of this many numbers, whatever the side of the stored M: 16 bytes of
+# bfloat16 are read at once.
+ROW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +83,11 @@ class MoRA(Method):
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
         """f_decomp(f_comp(x) @ m), Eq. 3: (..., k) -> (..., d)."""
-        m_RR = arrays["m_RR"]
-        r_hat = self._used(arrays, x.shape[-1], d)
+        r_hat, side = self._used(arrays, x.shape[-1], d), _rows(arrays)
         # Groups and blocks do not end where a mesh divides a width.
         z = sharding.whole(self.operator.compress(sharding.whole(x), r_hat, d))
-        z = padded(z, -1, m_RR.shape[0])
-        y = sharding.whole(z @ m_RR.astype(x.dtype))[..., :r_hat]
+        m_SS = padded(padded(arrays["m_RR"].astype(x.dtype), 0, side), 1, side)
+        y = sharding.whole(padded(z, -1, side) @ m_SS)[..., :r_hat]
         return sharding.whole(self.operator.decompress(y, d))
 
     def gradients(
@@ -92,15 +96,19 @@ class MoRA(Method):
         """f_comp(x)^T f_decomp^T(dy), with the sums over groups before or after the product.
 
         They commute with it. Before it they make it smaller but read all activations once more; after it
-        they cost O(k d). The cheapest of the four orders is taken.
+        they cost O(k d). The cheapest of the four orders is taken. Where M is applied to several blocks,
+        activations are cut into blocks, or the whole product is.
         """
-        k, (n, d), side = x.shape[-1], dy.shape[-2:], arrays[0]["m_RR"].shape[0]
-        sums = self.operator.sums(self._used(arrays[0], k, d), side)
+        k, (n, d) = x.shape[-1], dy.shape[-2:]
+        r_hat, side, stored = self._used(arrays[0], k, d), _rows(arrays[0]), arrays[0]["m_RR"].shape[0]
+        x, dy = sharding.whole(x), sharding.whole(dy)
+        sums = self.operator.sums(r_hat, side)
         if sums is None:
-            return self.compressed_gradients(arrays, x, dy)
+            first = _cut_first(k, d, n, side, self.operator.blocks(r_hat, k, d))
+            gs = (self._of_blocks if first else self._of_product)(r_hat, side, x, dy)
+            return [{"m_RR": g[:stored, :stored]} for g in gs]
         sum_x, sum_dy = sums
         first_x, first_dy = _summed_first(k, d, n, side)
-        x, dy = sharding.whole(x), sharding.whole(dy)
         x = sum_x(x) if first_x else x
         dy = sum_dy(dy) if first_dy else dy
         g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))
@@ -108,7 +116,29 @@ class MoRA(Method):
         g_GKND = g_GKND if first_dy else sum_dy(g_GKND)
         gs = [g_GKND[:, :, i] for i in range(n)]
         gs = gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
-        return [{"m_RR": g.sum(axis=0)} for g in gs]
+        return [{"m_RR": g.sum(axis=0)[:stored, :stored]} for g in gs]
+
+    def _of_blocks(
+        self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+    ) -> list[Array]:
+        """The gradients of N kernels from the blocks of inputs and outputs between which M stands."""
+        d = dy.shape[-1]
+        z = sharding.whole(self.operator.compress(x, r_hat, d))
+        outputs = jax.linear_transpose(lambda y: self.operator.decompress(y, d), z)
+        z = padded(z, -1, side)
+        dys = [padded(sharding.whole(outputs(dy[..., i, :])[0]), -1, side) for i in range(dy.shape[-2])]
+        return [outer_by_parts(z, dy).sum(axis=0) for dy in dys]
+
+    def _of_product(
+        self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+    ) -> list[Array]:
+        """The gradients of N kernels from one product x^T dy, of which the operator takes what is M's."""
+        k, (n, d) = x.shape[-1], dy.shape[-2:]
+        m_RR = jax.ShapeDtypeStruct((r_hat, r_hat), jnp.float32)
+        folded = jax.vmap(jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR))
+        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
+        gs = [folded(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
+        return [padded(padded(g_RR, 0, side), 1, side) for g_RR in gs]
 
     def after_restart(self) -> "MoRA":
         """Sharing switches its group type, so that the next update spans other directions; others cannot."""
@@ -116,6 +146,12 @@ class MoRA(Method):
 
     def _used(self, arrays: Arrays, k: int, d: int) -> int:
         return arrays["m_RR"].shape[0] if self.align == 1 else self.r_hat(k, d)
+
+
+def _rows(arrays: Arrays) -> int:
+    """The width of what M is multiplied with, and of M's padded rows."""
+    side = arrays["m_RR"].shape[0]
+    return side + -side % ROW
 
 
 def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
@@ -128,3 +164,13 @@ def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
 
     orders = [(False, False), (True, False), (False, True), (True, True)]
     return min(orders, key=lambda order: cost(*order))
+
+
+def _cut_first(k: int, d: int, kernels: int, side: int, blocks: int) -> bool:
+    """Whether x, and the dy of every kernel, are best cut into the blocks that M is applied to, instead of
+    the whole product x^T dy."""
+    if blocks == 1:  # M is applied to a part of x alone
+        return True
+    # Cutting reads and writes them once; each kernel's own product reads them again.
+    numbers = k * (2 + kernels) + 3 * kernels * d
+    return 2 * blocks * kernels * side**2 + FLOPS_PER_BYTE * 2 * numbers <= 2 * k * kernels * d

@@ -44,6 +44,10 @@ class Operator:
         """
         return None
 
+    def blocks(self, r_hat: int, k: int, d: int) -> int:
+        """How many vectors of r_hat M is applied to."""
+        return 1
+
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """The update that M stands for, in the orientation of a kernel: (inputs, outputs)."""
         raise NotImplementedError
@@ -208,9 +212,13 @@ class Decouple(Operator):
         dw_PD = dw_NRMR.reshape(n_in * r_hat, n_out * r_hat)[:, :d]
         return _wrapped_rows(dw_PD, k) if self.pad == "wrap" else dw_PD[:k]
 
+    def blocks(self, r_hat: int, k: int, d: int) -> int:
+        """Those of the inputs or of the outputs, whichever are fewer."""
+        return min(-(-k // r_hat), -(-d // r_hat))
+
     def rank_bound(self, r_hat: int, k: int, d: int) -> int:
         """Blocks of rank r_hat side by side."""
-        return min(min(-(-k // r_hat), -(-d // r_hat)) * r_hat, k, d)
+        return min(self.blocks(r_hat, k, d) * r_hat, k, d)
 
     def _turned(self, x_BNR: Array) -> Array:
         """What is done to each block before M; nothing here."""

@@ -81,7 +81,7 @@ def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
         f"adapters/{path}/m_RR"
         for path, method in methods.adapted()
         if how != "compressed" and merges_float32(tokens, how, [method])
-        if isinstance(method, MoRA) and not method.dropout and method.operator.sums(1, 1)
+        if isinstance(method, MoRA) and not method.dropout
     }
     products = jnp.dtype(config.compute.dtype).itemsize
     return {
