@@ -73,6 +73,13 @@ def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(para
     assert {a.dtype for a in wide} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_remat_keeps_the_residual_stream_alone(params):
+    """For each layer what enters it and what enters its MLP; the loss is another loop."""
+    pullback = jax.vjp(lambda p: loss(p, Compute(layers="remat", loss_chunk=16)), params)[1]
+    kept = [a.shape for a in jax.tree.leaves(pullback) if a.ndim > 2 and a.dtype == jnp.bfloat16]
+    assert kept == 2 * [(GROUPED.num_hidden_layers, *TOKENS.shape, GROUPED.hidden_size)]
+
+
 def test_the_loss_is_the_mean_of_shifted_predictions(params):
     logp = jax.nn.log_softmax(logits(params, F32))[:, :-1]
     expected = -jnp.mean(jnp.take_along_axis(logp, TOKENS[:, 1:, None], axis=-1))

@@ -51,6 +51,14 @@ def test_bfloat16_states_give_a_loss_in_float32(inputs):
     np.testing.assert_allclose(loss, plain(*inputs), rtol=2e-2)
 
 
+def test_the_gradient_of_a_target_that_is_all_but_certain_is_not_lost_to_rounding():
+    """softmax - 1 is small beside both, which bfloat16 holds to 3 digits."""
+    x_TD, w_DV = jnp.ones((1, 1)), jnp.zeros((1, V)).at[0, 3].set(8.0)
+    args = jnp.array([3]), jnp.ones(1), 1
+    dw_DV = jax.grad(cross_entropy, argnums=1)(x_TD.astype(jnp.bfloat16), w_DV, *args)
+    np.testing.assert_allclose(dw_DV, jax.nn.softmax(w_DV) - jax.nn.one_hot(jnp.array([3]), V), rtol=1e-2)
+
+
 def test_a_chunk_that_does_not_divide_is_refused(inputs):
     with pytest.raises(InputError, match="chunk of 7 tokens does not divide the 24"):
         cross_entropy(*inputs, 7)

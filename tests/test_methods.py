@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -196,13 +197,17 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
     [Share(0), Share(1), Share((0, 1), "wrap"), Truncate(), Decouple(), Decouple("wrap", "drop")],
     ids=str,
 )
-def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(operator, flops_per_byte, monkeypatch):
-    """Every combination of sides, for kernels that share a product and one of another shape.
+@pytest.mark.parametrize("align", [1, 8])
+def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(
+    operator, flops_per_byte, align, monkeypatch
+):
+    """Every combination of sides, for kernels that share a product and one of another shape, M as it is and
+    padded.
 
     Of small whole numbers, whose products and sums are exact in bfloat16, too.
     """
     monkeypatch.setattr(mora, "FLOPS_PER_BYTE", flops_per_byte)
-    method = MoRA(4, operator, align=8)
+    method = MoRA(4, operator, align=align)
     ws = [kernel(i, 90, d) for i, d in enumerate((90, 90, 60))]
     arrays = [random_arrays(method, w, seed) for seed, w in enumerate(ws)]
     x, *dys = (
@@ -300,6 +305,21 @@ def test_kernels_that_need_no_cast_are_not_copied_side_by_side():
         x = jnp.ones((4, 24), dtype)
         text = str(jax.make_jaxpr(lambda x: dense(x, ws, [None] * 3))(x))
         assert ("[24,72]" in text) == copies
+
+
+@pytest.mark.parametrize("operator", [Share(), Rotate()], ids=str)
+def test_products_take_whole_rows_of_an_m_that_is_stored_without_padding(operator, monkeypatch):
+    monkeypatch.setattr(mora, "FLOPS_PER_BYTE", 0)  # so that sums and cuts come before the product
+    method, w = MoRA(4, operator), kernel(0, 90, 90)
+    arrays = random_arrays(method, w)
+    assert arrays["m_RR"].shape == (26, 26)
+    for path in ("merged", "activation"):
+        gradient = jax.grad(lambda a, p=path: jnp.sum(dense(w, [w], [Adapter(a, method)], p)[0] ** 3))
+        products = re.findall(r"\[([0-9,]+)\] = dot_general", str(jax.make_jaxpr(gradient)(arrays)))
+        sides = {int(side) for shape in products for side in shape.split(",")}
+        assert 32 in sides
+        assert 26 not in sides
+        assert gradient(arrays)["m_RR"].shape == (26, 26)
 
 
 def test_padding_of_m_has_exactly_zero_gradient():
