@@ -60,8 +60,8 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
         total, dw_GDP = carry
         x_CD, targets_C, weights_C = inputs
         softmax = _softmax(x_CD, w_DP, vocabulary, targets_C)
-        # What the gradient of the logits is divided by goes to the narrow side of both products: so one reading
-        # of the logits gives the sum and all that is to be divided by it.
+        # What the gradient of the logits is to be divided by goes to the narrow side of both products: so one
+        # reading of the logits gives the sums and all that they divide.
         scale_C1 = (weights_C / softmax.sum_C)[:, None]
         unscaled_CP = _unscaled_gradient(softmax, targets_C, x_CD.dtype)
         dx_CD = jnp.matmul(unscaled_CP, w_DP.T, preferred_element_type=jnp.float32) * scale_C1
