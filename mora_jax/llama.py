@@ -106,7 +106,8 @@ class Compute:
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
         "splash" on TPUs (sequences of a multiple of 128 tokens).
       layers: "unrolled" is fastest; "scan" compiles fastest, and makes what lies between products again in
-        the backward pass; "remat" is a scan that keeps the residual stream alone, which takes least memory.
+        the backward pass; "remat" is a scan that keeps the residual stream alone, two states a layer, which
+        takes least memory.
       loss_chunk: tokens whose logits a device holds at a time, at most.
       adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
         "compressed" activations or "folded" from the kernels' if these are named, or by "activation";

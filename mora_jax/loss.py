@@ -31,8 +31,9 @@ def cross_entropy(
     """The weighted sum of -log softmax(x @ w)[target], in nats.
 
     Args:
-      x_TD: final hidden states, in the type to compute products in. Logits are rounded to it, as they are
-        read and written several times; softmax and sums are float32.
+      x_TD: final hidden states, in the type to compute products in; softmax and sums are float32. Logits are
+        as well, but where gradients are asked for: then they are rounded to x's type, of which there is half
+        as much to read and write.
       w_DV: the head.
       targets_T: the token to predict at each place.
       weights_T: the weight of each place, 0 where there is nothing to predict; it gets no gradient.
@@ -45,7 +46,7 @@ def cross_entropy(
 
     def add_chunk(total: Array, inputs: Any) -> tuple[Array, None]:
         x_CD, targets_C, weights_C = inputs
-        softmax = _softmax(x_CD, w_DP, w_DV.shape[1], targets_C)
+        softmax = _softmax(x_CD, w_DP, w_DV.shape[1], targets_C, jnp.float32)
         return total + jnp.sum(softmax.loss_C * weights_C), None
 
     return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), _chunks(chunk, x_TD, targets_T, weights_T))[0]
@@ -59,7 +60,7 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
     def add_chunk(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array]:
         total, dw_GDP = carry
         x_CD, targets_C, weights_C = inputs
-        softmax = _softmax(x_CD, w_DP, vocabulary, targets_C)
+        softmax = _softmax(x_CD, w_DP, vocabulary, targets_C, x_CD.dtype)
         # What the gradient of the logits is to be divided by goes to the narrow side of both products: so one
         # reading of the logits gives the sums and all that they divide.
         scale_C1 = (weights_C / softmax.sum_C)[:, None]
@@ -105,9 +106,10 @@ class Softmax(NamedTuple):
     loss_C: Array
 
 
-def _softmax(x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array) -> Softmax:
+def _softmax(x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, dtype: Any) -> Softmax:
     x_CD = sharding.constrain(x_CD, "activations/tokens")
-    logits_CP = sharding.constrain(x_CD @ w_DP, "activations/logits").astype(jnp.float32)
+    logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=dtype)
+    logits_CP = sharding.constrain(logits_CP, "activations/logits").astype(jnp.float32)
     real_P = jnp.arange(w_DP.shape[1]) < vocabulary
     logits_CP = jnp.where(real_P[None, :], logits_CP, -jnp.inf)
     max_C = jnp.max(logits_CP, axis=-1)

@@ -1,5 +1,7 @@
 """The chunked loss against the plain formula."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,11 +46,27 @@ def test_full_logits_are_never_held(inputs):
         assert f"[4,6,{width}]" not in text
 
 
-def test_bfloat16_states_give_a_loss_in_float32(inputs):
-    x_TD, *rest = inputs
-    loss = cross_entropy(x_TD.astype(jnp.bfloat16), *rest, 6)
+def test_bfloat16_states_give_the_loss_of_float32_logits_and_gradients_within_their_rounding(inputs):
+    x_TD, w_DV, *rest = inputs
+    x_TD, w_DV = x_TD.astype(jnp.bfloat16), w_DV.astype(jnp.bfloat16).astype(jnp.float32)
+    loss = cross_entropy(x_TD, w_DV, *rest, 6)
     assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, plain(*inputs), rtol=2e-2)
+    exact = x_TD.astype(jnp.float32), w_DV, *rest
+    np.testing.assert_allclose(loss, plain(*exact), rtol=1e-6)
+    got = jax.grad(cross_entropy, argnums=(0, 1))(x_TD, w_DV, *rest, 6)
+    for g, e in zip(got, jax.grad(plain, argnums=(0, 1))(*exact), strict=True):
+        assert np.linalg.norm(g.astype(jnp.float32) - e) < 5e-3 * np.linalg.norm(e)
+
+
+def test_logits_are_held_in_the_type_of_the_products_where_there_are_gradients(inputs):
+    x_TD, *rest = inputs
+
+    def products(function):
+        text = str(jax.make_jaxpr(lambda x: function(x, *rest, 6))(x_TD.astype(jnp.bfloat16)))
+        return re.findall(r"(\w+)\[6,128\] = dot_general", text)
+
+    assert products(cross_entropy) == ["f32"]
+    assert products(jax.grad(cross_entropy)) == ["bf16"]
 
 
 def test_the_gradient_of_a_target_that_is_all_but_certain_is_not_lost_to_rounding():

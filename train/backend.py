@@ -33,7 +33,7 @@ _OPTIONS = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_raise_persistent_cache_errors",
 )
-# Both of jaxlib 0.10 to 0.12. XLA ends a program for a flag that it does not know.
+# All flags are of jaxlib 0.10 to 0.12. XLA ends a program for one that it does not know.
 _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 # Products as they are written, and by cuBLAS alone (docs/performance.md). XLA would time many kernels of
 # Triton for each of LoRA's small ones, which takes over a minute, and no step was faster for it; and it would
@@ -50,7 +50,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 def set_flags(config: RunConfig) -> None:
     """Has XLA leave products on a GPU to cuBLAS, each as it is, and, where that is asked for, exclude what
-    computes other bits each time. What XLA_FLAGS says of the former already, stays.
+    computes other bits each time. What XLA_FLAGS says of products already, stays.
 
     Raises:
       InputError: if JAX has started already and a deterministic run needs a flag: XLA reads them once.

@@ -15,8 +15,8 @@ from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_ran
 from mora_jax.methods.operators import Operator, Share
 
 # The floating-point operations that take as long as moving one byte. Products run at about 650 TFLOP/s,
-# sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 210 to 340 the
-# fastest order is taken for every layer of the 250M and 1.3B models (docs/performance.md).
+# sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 210 to 275 what was
+# fastest is taken for every layer of the 250M and 1.3B models (docs/performance.md).
 FLOPS_PER_BYTE = 250
 
 # Products take rows of a multiple of this many numbers, whatever the side of the stored M: 16 bytes of
@@ -169,7 +169,7 @@ def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
 def _cut_first(k: int, d: int, kernels: int, side: int, blocks: int) -> bool:
     """Whether x, and the dy of every kernel, are best cut into the blocks that M is applied to, instead of
     the whole product x^T dy."""
-    if blocks == 1:  # M is applied to a part of x alone
+    if not blocks:
         return True
     # Cutting reads and writes them once; each kernel's own product reads them again.
     numbers = k * (2 + kernels) + 3 * kernels * d

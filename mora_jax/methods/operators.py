@@ -45,8 +45,8 @@ class Operator:
         return None
 
     def blocks(self, r_hat: int, k: int, d: int) -> int:
-        """How many vectors of r_hat M is applied to."""
-        return 1
+        """How many blocks of r_hat inputs are cut to be multiplied by M; 0 for operators that cut none."""
+        return 0
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """The update that M stands for, in the orientation of a kernel: (inputs, outputs)."""

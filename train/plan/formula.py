@@ -14,8 +14,8 @@ Every figure is what one device sends in one step by ring algorithms, over the n
   kernel, counted once, in the backward pass, as on the merged path: (n - 1) / n of them. What embedding, head
   and loss send is left out, and so are kernels whose width the axis does not divide, which are gathered too.
 
-Gradients are sent in float32; those of adapters in the type of the products, but for MoRA's with sharing on
-the merged path, which large batches take: they are added up in float32 part by part of the batch.
+Gradients are sent in float32; those of adapters in the type of the products, but for MoRA's on the merged
+path, which large batches take: they are added up in float32 part by part of the batch.
 
 A compiler that sends more moves something twice, in a wider type, or where it need not.
 """
