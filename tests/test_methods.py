@@ -191,13 +191,16 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
     assert not merges_float32(4096, "activation", methods)
 
 
-@pytest.mark.parametrize("flops_per_byte", [0, 5, 10**9], ids=["sums first", "mixed", "product first"])
+@pytest.mark.parametrize(
+    ("flops_per_byte", "align"),
+    [(0, 8), (0, 1), (5, 1), (10**9, 8)],
+    ids=["sums first", "sums first, M not padded", "mixed, M not padded", "product first"],
+)
 @pytest.mark.parametrize(
     "operator",
     [Share(0), Share(1), Share((0, 1), "wrap"), Truncate(), Decouple(), Decouple("wrap", "drop")],
     ids=str,
 )
-@pytest.mark.parametrize("align", [1, 8])
 def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(
     operator, flops_per_byte, align, monkeypatch
 ):
