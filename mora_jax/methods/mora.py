@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.methods.base import Arrays, Leaf, Method, check_dropout, check_rank, outer_by_parts, padded
-from mora_jax.methods.operators import Operator, Share
+from mora_jax.methods.operators import GroupSums, Operator, Share, resized
 
 # The floating-point operations that take as long as moving one byte. Products run at about 650 TFLOP/s,
 # sums over groups at about 3 TB/s (H100), and the launch of a kernel costs as well. With 210 to 275 what was
@@ -86,7 +86,7 @@ class MoRA(Method):
         r_hat, side = self._used(arrays, x.shape[-1], d), _rows(arrays)
         # Groups and blocks do not end where a mesh divides a width.
         z = sharding.whole(self.operator.compress(sharding.whole(x), r_hat, d))
-        m_SS = padded(padded(arrays["m_RR"].astype(x.dtype), 0, side), 1, side)
+        m_SS = _square(arrays["m_RR"].astype(x.dtype), side)
         y = sharding.whole(padded(z, -1, side) @ m_SS)[..., :r_hat]
         return sharding.whole(self.operator.decompress(y, d))
 
@@ -100,15 +100,23 @@ class MoRA(Method):
         activations are cut into blocks, or the whole product is.
         """
         k, (n, d) = x.shape[-1], dy.shape[-2:]
-        r_hat, side, stored = self._used(arrays[0], k, d), _rows(arrays[0]), arrays[0]["m_RR"].shape[0]
+        r_hat, side = self._used(arrays[0], k, d), _rows(arrays[0])
         x, dy = sharding.whole(x), sharding.whole(dy)
-        sums = self.operator.sums(r_hat, side)
-        if sums is None:
-            first = _cut_first(k, d, n, side, self.operator.blocks(r_hat, k, d))
-            gs = (self._of_blocks if first else self._of_product)(r_hat, side, x, dy)
-            return [{"m_RR": g[:stored, :stored]} for g in gs]
+        if sums := self.operator.sums(r_hat, side):
+            gs = self._of_sums(sums, x, dy)
+        elif _cut_first(k, d, n, side, self.operator.blocks(r_hat, k, d)):
+            gs = self._of_blocks(r_hat, side, x, dy)
+        else:
+            gs = self._of_product(r_hat, x, dy)
+        return [{"m_RR": _square(g, a["m_RR"].shape[0])} for g, a in zip(gs, arrays, strict=True)]
+
+    def _of_sums(
+        self, sums: tuple[GroupSums, GroupSums], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+    ) -> list[Array]:
+        """The gradients of N kernels, x and dy being summed over their groups before or after the product."""
+        k, (n, d) = x.shape[-1], dy.shape[-2:]
         sum_x, sum_dy = sums
-        first_x, first_dy = _summed_first(k, d, n, side)
+        first_x, first_dy = _summed_first(k, d, n, sum_x.width)
         x = sum_x(x) if first_x else x
         dy = sum_dy(dy) if first_dy else dy
         g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))
@@ -116,7 +124,7 @@ class MoRA(Method):
         g_GKND = g_GKND if first_dy else sum_dy(g_GKND)
         gs = [g_GKND[:, :, i] for i in range(n)]
         gs = gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
-        return [{"m_RR": g.sum(axis=0)[:stored, :stored]} for g in gs]
+        return [g.sum(axis=0) for g in gs]
 
     def _of_blocks(
         self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
@@ -129,16 +137,13 @@ class MoRA(Method):
         dys = [padded(sharding.whole(outputs(dy[..., i, :])[0]), -1, side) for i in range(dy.shape[-2])]
         return [outer_by_parts(z, dy).sum(axis=0) for dy in dys]
 
-    def _of_product(
-        self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
-    ) -> list[Array]:
+    def _of_product(self, r_hat: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]) -> list[Array]:
         """The gradients of N kernels from one product x^T dy, of which the operator takes what is M's."""
         k, (n, d) = x.shape[-1], dy.shape[-2:]
         m_RR = jax.ShapeDtypeStruct((r_hat, r_hat), jnp.float32)
         folded = jax.vmap(jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR))
         g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
-        gs = [folded(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
-        return [padded(padded(g_RR, 0, side), 1, side) for g_RR in gs]
+        return [folded(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
 
     def after_restart(self) -> "MoRA":
         """Sharing switches its group type, so that the next update spans other directions; others cannot."""
@@ -152,6 +157,11 @@ def _rows(arrays: Arrays) -> int:
     """The width of what M is multiplied with, and of M's padded rows."""
     side = arrays["m_RR"].shape[0]
     return side + -side % ROW
+
+
+def _square(m: Array, side: int) -> Array:
+    """M, or its gradient, cut or filled up with zeros to a side."""
+    return resized(resized(m, side, axis=0), side, axis=1)
 
 
 def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:

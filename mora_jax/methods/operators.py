@@ -83,7 +83,7 @@ class GroupSums:
             sums = _contiguous_sums(x, self.r_hat)
         else:
             sums = _blocks(x, self.r_hat, self.pad).sum(axis=-2)
-        return sharding.whole(_resized(sums, self.width, axis=x.ndim - 1))
+        return sharding.whole(resized(sums, self.width, axis=x.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +94,15 @@ class Truncate(Operator):
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
         """The first r_hat inputs."""
-        return _resized(x, r_hat, axis=x.ndim - 1)
+        return resized(x, r_hat, axis=x.ndim - 1)
 
     def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
         """Zeros behind the r_hat outputs."""
-        return _resized(y, d, axis=y.ndim - 1)
+        return resized(y, d, axis=y.ndim - 1)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """M in the upper left corner of zeros."""
-        return _resized(_resized(m_RR, k, axis=0), d, axis=1)
+        return resized(resized(m_RR, k, axis=0), d, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Decouple(Operator):
         wanted = -(-d // r_hat)
         if self.surplus == "drop" or x_BNR.shape[-2] <= wanted:
             return x_BNR[..., :wanted, :]
-        x_BNR = _resized(x_BNR, -(-x_BNR.shape[-2] // wanted) * wanted, axis=x_BNR.ndim - 2)
+        x_BNR = resized(x_BNR, -(-x_BNR.shape[-2] // wanted) * wanted, axis=x_BNR.ndim - 2)
         return x_BNR.reshape(*x_BNR.shape[:-2], -1, wanted, r_hat).sum(axis=-3)
 
     def decompress(self, y: Float[Array, "*B N R"], d: int) -> Float[Array, "*B D"]:
@@ -273,7 +273,7 @@ def _angles(blocks: int, r_hat: int) -> tuple[Array, Array]:
     return jnp.asarray(np.cos(angles_NJ), jnp.float32), jnp.asarray(np.sin(angles_NJ), jnp.float32)
 
 
-def _resized(x: Array, width: int, axis: int) -> Array:
+def resized(x: Array, width: int, axis: int) -> Array:
     """Cut, or filled up with zeros, to `width` entries on `axis`."""
     kept = lax.slice_in_dim(x, 0, min(width, x.shape[axis]), axis=axis)
     missing = [(0, width - kept.shape[axis]) if a == axis else (0, 0) for a in range(x.ndim)]
@@ -284,14 +284,14 @@ def _blocks(x: Array, r_hat: int, pad: Pad) -> Array:
     """The last axis cut into blocks of r_hat, (..., N, R), the last one filled up."""
     surplus = -x.shape[-1] % r_hat
     width, axis = x.shape[-1] + surplus, x.ndim - 1
-    x = _spread(x, width, 0, axis) if pad == "wrap" else _resized(x, width, axis)
+    x = _spread(x, width, 0, axis) if pad == "wrap" else resized(x, width, axis)
     return x.reshape(*x.shape[:-1], -1, r_hat)
 
 
 def _wrapped_rows(dw_PD: Array, k: int) -> Array:
     """The rows behind the first k added to those whose inputs they hold once more."""
     rounds = -(-dw_PD.shape[0] // k)
-    return _resized(dw_PD, rounds * k, axis=0).reshape(rounds, k, -1).sum(axis=0)
+    return resized(dw_PD, rounds * k, axis=0).reshape(rounds, k, -1).sum(axis=0)
 
 
 def _contiguous_sums(x: Array, r_hat: int) -> Array:
