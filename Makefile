@@ -43,10 +43,10 @@ test-all:  ## `make test` on each of Python 3.12 and 3.11 found (with parity on 
 	@bash .ci/run
 
 soak: $(test_installed)  ## Kill a small run KILLS=100 times, and compare it with an undisturbed one
-	$(bin)/python tests/soak.py --kills $(KILLS)
+	$(bin)/python tests/tools/soak.py --kills $(KILLS)
 
 fuzz: $(test_installed)  ## Read CASES=100000 changed files: configs, text, weights, manifests, ...
-	$(bin)/python tests/fuzz.py --cases $(CASES)
+	$(bin)/python tests/tools/fuzz.py --cases $(CASES)
 
 lint: $(test_installed)  ## Check style, formatting and types
 	$(bin)/ruff check

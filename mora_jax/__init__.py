@@ -1,8 +1,7 @@
 """MoRA and its relatives as a functional transform over Flax parameter trees."""
 
 from mora_jax.errors import InputError
-from mora_jax.hf import load_hf, save_hf
-from mora_jax.llama import Compute, Llama, LlamaConfig
+from mora_jax.hf.weights import load_hf, save_hf
 from mora_jax.methods import (
     METHODS,
     OPERATORS,
@@ -19,16 +18,8 @@ from mora_jax.methods import (
     Truncate,
     dense,
 )
-from mora_jax.transform import (
-    Methods,
-    assign,
-    attach,
-    bind,
-    labels,
-    merge,
-    partition,
-    restart,
-)
+from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.transform import Methods, assign, attach, bind, labels, merge, partition, restart
 
 __all__ = [
     "METHODS",

@@ -120,7 +120,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_text` as a prepared data set of rows of 32 tokens."""
-    from train.data.builder import prepare
+    from train.data.rows.build import prepare
 
     out = tmp_path_factory.mktemp("tiny_data") / "data"
     source, validation = (str(tiny_text / f"c4-{split}.*") for split in ("train", "validation"))
@@ -141,7 +141,9 @@ def tiny_yaml(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def tiny_run(tiny_yaml: Path) -> TinyRun:
     """`tiny_yaml` trained from beginning to end without an interruption."""
-    from train import flags, loop, step
+    from train.config import flags
+    from train.jobs import pretrain as loop
+    from train.step import step
 
     config = flags.read_config(str(tiny_yaml))
     steps = {"train_step": step.train_step, "restart_step": step.restart_step}

@@ -12,11 +12,11 @@ import sentencepiece as spm
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.untrusted import read_bytes
-from train.buckets import in_bucket
-from train.data.c4 import documents, shards
-from train.data.format import TOKENIZER_BYTES, token_dtype
-from train.progress import progress
+from mora_jax.io import read_bytes
+from train.console.progress import progress
+from train.data.rows.layout import TOKENIZER_BYTES, token_dtype
+from train.data.text.c4 import documents, shards
+from train.storage.buckets import in_bucket
 
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
 MAX_VOCAB_SIZE = 1_000_000

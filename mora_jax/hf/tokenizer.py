@@ -1,0 +1,316 @@
+"""A SentencePiece model as a Hugging Face tokenizer that gives the same ids and the same text.
+
+SentencePiece's own loader is not the one in `transformers`, which differs from it on some texts. Here the
+model is spelled out as a tokenizer.json, and whatever that format cannot express exactly is refused.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+from mora_jax.errors import InputError
+from mora_jax.io import read_bytes
+
+Model = Any  # the parsed ModelProto, whose generated class has no static type
+Json = dict[str, Any]
+
+SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_MODEL_BYTES = 1 << 26
+_PIECE_CHARACTERS = 1024  # merges are looked for at every place of a piece
+_CHARSMAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
+
+
+def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.PathLike) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model.
+
+    `AutoTokenizer.from_pretrained(path)` then encodes as SentencePiece does: no BOS or EOS is added, and text
+    that looks like a special token is text. The ids are the same, with two rare exceptions. A unigram model
+    may split differently where two splits have the same score: SentencePiece then decides by the rounding
+    of float32. A model that normalises (nmt_nfkc and the like) may differ where a combining mark follows a
+    compatibility character, or where marks stand outside of their canonical order.
+
+    Args:
+      path: the folder; made where it is not there.
+      sentencepiece_model: a .model file or its content; BPE or unigram.
+
+    Raises:
+      InputError: if it is no SentencePiece model, or one that the format cannot express exactly.
+    """
+    content = _content(sentencepiece_model)
+    model = _parse(content)
+    names = _special_names(model)
+    files = {
+        "tokenizer.json": tokenizer_json(model),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "split_special_tokens": True,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            **names,
+        },
+        "special_tokens_map.json": names,
+    }
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(content)
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def special_ids(sentencepiece_model: bytes | epath.PathLike) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the model has, for a config.json."""
+    model = _parse(_content(sentencepiece_model))
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    return {f"{role}_id": ids[name] for role, name in _special_names(model).items() if role != "unk_token"}
+
+
+def tokenizer_json(model: Model) -> Json:
+    """The content of tokenizer.json for a parsed model. Raises InputError where it cannot be exact."""
+    _refuse_what_differs(model)
+    is_bpe = model.trainer_spec.model_type == _BPE
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(model),
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(model.normalizer_spec)},
+        "pre_tokenizer": None if is_bpe else _pre_tokenizer(model),
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": _decoders(model)},
+        "model": _bpe(model) if is_bpe else _unigram(model),
+    }
+
+
+# Reading
+
+
+def _content(sentencepiece_model: bytes | epath.PathLike) -> bytes:
+    if isinstance(sentencepiece_model, bytes):
+        return sentencepiece_model
+    return read_bytes(sentencepiece_model, _MODEL_BYTES)
+
+
+def _parse(content: bytes) -> Model:
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        model.ParseFromString(content)
+    except DecodeError as error:
+        raise InputError(f"the tokenizer is no SentencePiece model: {error}") from error
+    if not model.pieces:
+        raise InputError("the tokenizer is no SentencePiece model: it has no pieces")
+    spec = model.trainer_spec
+    special = (spec.unk_piece, spec.bos_piece, spec.eos_piece, spec.pad_piece, spec.unk_surface)
+    texts = [piece.piece for piece in model.pieces] + [*special, model.normalizer_spec.name]
+    if not all(isinstance(text, str) for text in texts):  # protobuf gives bytes for what is not UTF-8
+        raise InputError("the tokenizer is damaged: a piece is not UTF-8 text")
+    return model
+
+
+def _of_type(model: Model, *types: int) -> list[str]:
+    return [piece.piece for piece in model.pieces if piece.type in types]
+
+
+def _special_names(model: Model) -> dict[str, str]:
+    """The names of the special tokens that the model has, by role (`bos_token`, ...)."""
+    spec, special = model.trainer_spec, set(_of_type(model, _CONTROL, _UNKNOWN))
+    names = {
+        "bos_token": spec.bos_piece,
+        "eos_token": spec.eos_piece,
+        "unk_token": spec.unk_piece,
+        "pad_token": spec.pad_piece,
+    }
+    return {role: name for role, name in names.items() if name in special}
+
+
+# What cannot be expressed
+
+
+def _refuse_what_differs(model: Model) -> None:
+    trainer, spec = model.trainer_spec, model.normalizer_spec
+    reasons = {
+        "its type must be BPE or unigram": trainer.model_type not in (_UNIGRAM, _BPE),
+        "it treats whitespace as a suffix": trainer.treat_whitespace_as_suffix,
+        f"a piece has more than {_PIECE_CHARACTERS} characters": any(
+            len(piece.piece) > _PIECE_CHARACTERS for piece in model.pieces
+        ),
+        "it has unused pieces": bool(_of_type(model, _UNUSED)),
+        "it has not exactly one unknown piece": len(_of_type(model, _UNKNOWN)) != 1,
+        "it rewrites text when decoding": bool(model.denormalizer_spec.precompiled_charsmap),
+        f"it normalises by rules of its own ({spec.name!r})": bool(spec.precompiled_charsmap)
+        and spec.name not in _CHARSMAPS,
+    }
+    _refuse(reason for reason, holds in reasons.items() if holds)
+    _refuse(_user_defined_faults(model))
+    if trainer.model_type == _BPE:
+        _refuse(_bpe_faults(model))
+
+
+def _refuse(reasons: Iterable[str]) -> None:
+    for reason in reasons:
+        raise InputError(f"the tokenizer cannot be exported exactly: {reason}")
+
+
+def _user_defined_faults(model: Model) -> list[str]:
+    """They cut the text before it is normalised, so each part would be normalised as a text of its own."""
+    spec, symbols = model.normalizer_spec, _of_type(model, _USER_DEFINED)
+    if not symbols:
+        return []
+    faults = {
+        "user-defined symbols need add_dummy_prefix false": spec.add_dummy_prefix,
+        "user-defined symbols need remove_extra_whitespaces false": spec.remove_extra_whitespaces,
+        "user-defined symbols need the normaliser 'identity'": bool(spec.precompiled_charsmap),
+        "user-defined symbols need a BPE model": model.trainer_spec.model_type != _BPE,
+        "a user-defined symbol holds a space": any(SPACE in s or " " in s for s in symbols),
+    }
+    return [fault for fault, holds in faults.items() if holds]
+
+
+def _bpe_faults(model: Model) -> list[str]:
+    normal = [piece for piece in model.pieces if piece.type == _NORMAL]
+    lone = set("".join(piece.piece for piece in normal)) - {piece.piece for piece in normal}
+    # Pieces of equal score merge from the left, while merges have an order. Runs of spaces may be equal (the
+    # order in `_merges` suits them); other pieces may not.
+    scores = [piece.score for piece in normal if len(piece.piece) > 1 and set(piece.piece) != {SPACE}]
+    faults = {
+        f"the character {min(lone, default='')!r} occurs in pieces but is none": bool(lone),
+        "several pieces have the same score": len(set(scores)) < len(scores),
+    }
+    return [fault for fault, holds in faults.items() if holds]
+
+
+# The parts of tokenizer.json
+
+
+def _added_tokens(model: Model) -> list[Json]:
+    return [
+        {
+            "id": i,
+            "content": piece.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": piece.type != _USER_DEFINED,
+        }
+        for i, piece in enumerate(model.pieces)
+        if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+
+
+def _normalizers(spec: Any) -> list[Json]:
+    """The steps of SentencePiece's normaliser, in its order."""
+    space = SPACE if spec.escape_whitespaces else " "
+    prefix = [{"type": "Prepend", "prepend": " "}] if spec.add_dummy_prefix else []
+    escape = [_replace(" ", SPACE)] if spec.escape_whitespaces else []
+    if not spec.remove_extra_whitespaces:
+        # The prefix comes first, for it is also there when the charsmap leaves nothing of the text.
+        return prefix + _charsmap(spec) + escape
+    collapse = [_replace_regex(r"\A +", ""), _replace_regex(" +", " ")]
+    return _charsmap(spec) + collapse + prefix + escape + [_replace_regex(rf"{space}+\z", "")]
+
+
+def _charsmap(spec: Any) -> list[Json]:
+    if not spec.precompiled_charsmap:
+        return []
+    encoded = base64.b64encode(spec.precompiled_charsmap).decode()
+    precompiled = {"type": "Precompiled", "precompiled_charsmap": encoded}
+    # Precompiled replaces a whole grapheme by its shortest match. A composed letter has no shorter match, so
+    # letters are composed first; \r takes \n along, and a visible space a mark, so they become spaces first.
+    spaces = [_replace_regex(f"[\r{SPACE}]", " ")] if spec.name.startswith("nmt") else []
+    return [*spaces, {"type": "NFC"}, precompiled]
+
+
+def _pre_tokenizer(model: Model) -> Json | None:
+    """Cuts through text such as `</s>`, which a unigram model would otherwise find in its vocabulary."""
+    normal = _of_type(model, _NORMAL)
+    joined = {piece[i : i + 2] for piece in normal for i in range(len(piece) - 1)}
+    literals = _of_type(model, _CONTROL, _UNKNOWN)
+    patterns = [_cut([re.escape(c) for c in name], list(name), joined, set(normal)) for name in literals]
+    if _of_type(model, _BYTE):
+        patterns.append(_cut(["<", "0", "x", "[0-9A-F]{2}>"], list("<0x"), joined, set(normal)))
+    pattern = {"Regex": "|".join(patterns)}
+    return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def _cut(regexes: Sequence[str], chars: Sequence[str], joined: set[str], normal: set[str]) -> str:
+    """A regex for the head of a literal, up to a place that no piece spans.
+
+    One of the two neighbours must be a piece, for unknown characters in a row are one unknown piece.
+    """
+    for i in range(1, len(chars)):
+        left, right = chars[i - 1], chars[i]
+        if left + right not in joined and (left in normal or right in normal):
+            return f"{''.join(regexes[:i])}(?={''.join(regexes[i:])})"
+    raise InputError(
+        f"the tokenizer cannot be exported exactly: text like {''.join(chars)!r} cannot be told from a token"
+    )
+
+
+def _decoders(model: Model) -> list[Json]:
+    spec, trainer = model.normalizer_spec, model.trainer_spec
+    unknown = rf"\A{re.escape(_of_type(model, _UNKNOWN)[0])}\z"
+    spaces = 2**31 - 1 if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix)
+    return [
+        _replace_regex(unknown, trainer.unk_surface),
+        *([{"type": "ByteFallback"}] if trainer.byte_fallback else []),
+        {"type": "Fuse"},
+        {"type": "Strip", "content": SPACE, "start": spaces, "stop": 0},
+        _replace(SPACE, " "),
+    ]
+
+
+def _bpe(model: Model) -> Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": _of_type(model, _UNKNOWN)[0],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.piece: i for i, piece in enumerate(model.pieces)},
+        "merges": _merges(model),
+    }
+
+
+def _merges(model: Model) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best score first, the longer left part first among equals.
+
+    SentencePiece takes the leftmost pair among equals, so runs of one character grow from the left.
+    """
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
+    ranked = [
+        (score, cut, piece)
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(piece[:cut], piece[cut:]) for _, cut, piece in sorted(ranked, reverse=True)]
+
+
+def _unigram(model: Model) -> Json:
+    return {
+        "type": "Unigram",
+        "unk_id": [piece.type for piece in model.pieces].index(_UNKNOWN),
+        "vocab": [(piece.piece, piece.score) for piece in model.pieces],
+        "byte_fallback": model.trainer_spec.byte_fallback,
+    }
+
+
+def _replace(text: str, by: str) -> Json:
+    return {"type": "Replace", "pattern": {"String": text}, "content": by}
+
+
+def _replace_regex(regex: str, by: str) -> Json:
+    return {"type": "Replace", "pattern": {"Regex": regex}, "content": by}

@@ -1,0 +1,122 @@
+"""The demo from text to export, on very little text; and whose folder it may replace."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mora_jax.errors import InputError
+from train.cli.demo import MARK, demo
+from train.console.exits import Preempted
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Leaves the gathering of text out, which has its own tests."""
+
+    def write(tiny_text):
+        def copy(folder: str, limit_bytes: int) -> None:
+            shutil.copytree(tiny_text, folder)
+
+        monkeypatch.setattr("train.cli.demo.write_shards", copy)
+
+    return write
+
+
+@pytest.fixture
+def config(tiny_yaml, tmp_path) -> str:
+    """The tiny config with few steps, and pieces for all the characters of real text."""
+    path = tmp_path / "demo.yaml"
+    text = tiny_yaml.read_text()
+    for was, now in (("steps: 22", "steps: 4"), ("vocab_size: 384", "vocab_size: 512")):
+        assert was in text
+        text = text.replace(was, now)
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_whole_path(config, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    demo(config, str(folder), text_bytes=60_000)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["restarts"] == 1
+    shards = sorted((folder / "text").glob("*.json.gz"))
+    lines = [line for path in shards for line in gzip.decompress(path.read_bytes()).splitlines()]
+    texts = [json.loads(line)["text"] for line in lines]
+    assert 20_000 < sum(len(text.encode()) for text in texts) <= 60_000
+    np.testing.assert_allclose(summary["exported_perplexity"], summary["validation_perplexity"], rtol=1e-5)
+    assert summary["unigram_perplexity"] > 1
+    assert summary["tokens_per_second"] > 0
+    for name in ("metrics.jsonl", "loss.png", "export/model.safetensors", "export/tokenizer.json"):
+        assert (folder / name).stat().st_size > 0
+    out = capsys.readouterr().out
+    for name in ("metrics.jsonl", "summary.json", "loss.png", "export/", "unigram"):
+        assert name in out
+
+
+def test_a_second_demo_starts_afresh(config, tmp_path, tiny_text, short, monkeypatch):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / MARK).write_text("made by a demo")
+    (folder / "left-over").write_text("x")
+    monkeypatch.setattr("train.cli.demo.pretrain", stop)
+    short(tiny_text)
+    with pytest.raises(KeyboardInterrupt):
+        demo(config, str(folder))
+    assert not (folder / "left-over").exists()
+    assert (folder / "data/dataset_info.json").exists()
+    assert (folder / MARK).exists()  # so that an interrupted demo can be started again
+
+
+def stop(config):
+    raise KeyboardInterrupt
+
+
+def test_a_demo_under_way_is_not_removed(config, tmp_path):
+    (tmp_path / MARK).write_text("made by a demo")
+    hold = "import sys; from train import lock\nwith lock.alone(sys.argv[1]): print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        assert other.stdout.readline()
+        with pytest.raises(InputError, match="is in use by process"):
+            demo(config, str(tmp_path))
+        other.kill()
+    assert (tmp_path / MARK).exists()
+
+
+def test_a_demo_that_was_stopped_tells_how_its_training_goes_on(
+    config, tiny_text, tmp_path, short, monkeypatch
+):
+    def preempted(config):
+        raise Preempted("stopped after 3 of 10 updates; the same command goes on")
+
+    monkeypatch.setattr("train.cli.demo.pretrain", preempted)
+    short(tiny_text)
+    with pytest.raises(Preempted, match=r"mora pretrain .*/demo/config\.yaml goes on with its training"):
+        demo(config, str(tmp_path / "demo"))
+
+
+def test_a_folder_of_something_else_is_not_removed(config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds something else than a demo"):
+        demo(config, str(tmp_path))
+    with pytest.raises(InputError, match="holds something else than a demo"):
+        demo(config, str(tmp_path / "thesis.tex"))
+    with pytest.raises(InputError, match="cannot be made"):
+        demo(config, str(tmp_path / "thesis.tex" / "demo"))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_bad_config_costs_no_demo(tmp_path):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / MARK).write_text("made by a demo")
+    (folder / "loss.png").write_text("x")
+    with pytest.raises(InputError, match=r"nowhere\.yaml is missing"):
+        demo(str(tmp_path / "nowhere.yaml"), str(folder))
+    assert (folder / "loss.png").exists()

@@ -1,0 +1,246 @@
+"""Configs: refused where they are built, the same after YAML, and those in configs/ fit their models."""
+
+import math
+import re
+import typing
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+from mora_jax import trees
+from mora_jax.errors import InputError
+from mora_jax.methods import LoRA, Method, MoRA
+from mora_jax.models.llama import Compute
+from train.config import flags
+from train.config import run as c
+from train.config import sections as s
+from train.config.run import RunConfig
+from train.run import folder as runs
+from train.step.step import init_params
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PRESETS = [path for path in CONFIGS if path.stem.startswith("1_3b_remora_")]
+PAPER = [path for path in CONFIGS if path.stem.startswith(("250m", "1_3b")) and path not in PRESETS]
+PARAMETERS = {"250m": 247.5e6, "1_3b": 1339.5e6}
+RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(100, 10)}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: s.Data("az://bucket/c4"),
+            r"data\.directory az://bucket/c4 must be a folder, or one",
+        ),
+        (
+            lambda: RunConfig(run_dir="http://host/run"),
+            r"run_dir http://host/run must be a folder, or one",
+        ),
+        (
+            lambda: RunConfig(compute=Compute(attention="splash"), data=s.Data(sequence_length=200)),
+            r"compute\.attention splash needs sequences of a multiple of 128 tokens, not 200",
+        ),
+        (lambda: s.Data(sequence_length=1), r"data\.sequence_length must be at least 2, not 1"),
+        (lambda: s.MethodFlags("lora", rank=0), "rank"),
+        (lambda: s.MethodFlags("mora", align=0), "align"),
+        (lambda: s.MethodFlags("mora", group=2), "group"),  # type: ignore[arg-type]
+        (lambda: s.Optimizer(learning_rate=0.0), r"optimizer\.learning_rate must be above 0, not 0"),
+        (
+            lambda: s.Optimizer(learning_rate=math.inf),
+            r"optimizer\.learning_rate must be above 0, not inf",
+        ),
+        (lambda: s.Optimizer(b1=1.0), r"optimizer\.b1 must lie in \[0, 1\), not 1\.0"),
+        (lambda: s.Optimizer(b2=-0.1), r"optimizer\.b2 must lie in \[0, 1\), not -0\.1"),
+        (lambda: s.Optimizer(eps=0.0), r"optimizer\.eps must be above 0"),
+        (
+            lambda: s.Optimizer(weight_decay=-1.0),
+            r"optimizer\.weight_decay must be at least 0, not -1\.0",
+        ),
+        (lambda: s.Optimizer(clip_norm=math.nan), r"optimizer\.clip_norm must be at least 0, not nan"),
+        (lambda: s.Schedule(warmup=-1), r"schedule\.warmup must be at least 0"),
+        (lambda: s.Schedule(min_ratio=1.5), r"schedule\.min_ratio must lie in \[0, 1\], not 1\.5"),
+        (lambda: s.Restart(every=-1), r"restart\.every must be at least 0"),
+        (lambda: s.Restart(every=5, warmup=-1), r"restart\.warmup must be at least 0"),
+        (
+            lambda: s.Restart(every=5, warmup=5),
+            r"restart\.warmup 5 must be shorter than restart\.every 5",
+        ),
+        (lambda: s.Evaluation(every=-1), r"eval\.every must be at least 0"),
+        (lambda: s.Evaluation(batch_size=0), r"eval\.batch_size must be at least 1"),
+        (lambda: s.Evaluation(max_batches=-1), r"eval\.max_batches must be at least 0"),
+        (lambda: s.Checkpoint(every=-1), r"checkpoint\.every must be at least 0"),
+        (lambda: s.Checkpoint(keep=-1), r"checkpoint\.keep must be at least 0"),
+        (lambda: s.Checkpoint(keep_every=-1), r"checkpoint\.keep_every must be at least 0"),
+        (
+            lambda: s.Checkpoint(every=10, keep_every=15),
+            "keep_every 15 must be a multiple of checkpoint.every 10",
+        ),
+        (lambda: s.Checkpoint(every=0, keep_every=15), "keep_every 15 must be a multiple"),
+        (lambda: s.Mesh(data=0), r"mesh\.data must be at least 1, not 0"),
+        (lambda: RunConfig(seed=-1), "seed must lie in"),
+        (lambda: RunConfig(seed=2**32), "seed must lie in"),
+        (lambda: RunConfig(steps=0), "steps must be at least 1"),
+        (lambda: RunConfig(batch_size=0), "batch_size must be at least 1"),
+        (lambda: RunConfig(microbatches=0), "microbatches must be at least 1"),
+        (lambda: RunConfig(batch_size=6, microbatches=4), "batch_size 6 does not divide into 4 microbatches"),
+        (lambda: RunConfig(steps=10), r"schedule\.warmup 1000 is longer than the run of 10 steps"),
+        (
+            lambda: RunConfig(data=s.Data(sequence_length=4096)),
+            "longer than model.max_position_embeddings",
+        ),
+        (lambda: RunConfig(schedule=s.Schedule("jagged-cosine")), "jagged-cosine needs restart"),
+        (
+            lambda: RunConfig(schedule=s.Schedule("jagged-cosine", 60), restart=s.Restart(50, 10)),
+            r"schedule\.warmup 60 is longer than restart\.every 50",
+        ),
+        (lambda: RunConfig(method=s.MethodFlags("full"), **RESTARTED), r"restart\.every needs"),
+        (lambda: RunConfig(method=s.MethodFlags("frozen"), **RESTARTED), r"restart\.every needs"),
+        (
+            lambda: RunConfig(rules=((".*", "train"),), method=s.MethodFlags("lora")),
+            r"either rules or method\.\*",
+        ),
+    ],
+)
+def test_out_of_range(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def test_a_config_is_the_same_after_yaml(tmp_path):
+    config = RunConfig(
+        run_dir="some where",
+        seed=7,
+        optimizer=s.Optimizer(learning_rate=3e-4, eps=1e-9),
+        log=s.Log(wandb="project"),
+        mesh=s.Mesh(2),
+        **RESTARTED,
+    )
+    assert flags.read_config(written(config, tmp_path)) == config
+
+
+def test_rules_are_the_same_after_yaml(tmp_path):
+    rules = (
+        ("layers/mlp/.*/kernel", MoRA(8, align=4)),
+        ("layers/self_attn/[qv]_proj/kernel", LoRA(4, 8.0)),
+        ("embed_tokens/embedding", "train"),
+        (".*", "frozen"),
+    )
+    config = RunConfig(rules=rules, **RESTARTED)
+    assert flags.read_config(written(config, tmp_path)) == config
+    assert config.parameter_rules() == rules
+
+
+def written(config: RunConfig, folder: Path) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(c.to_plain(config), sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "plain", [{}, "frozen", [["a"]], [["a", "b", "c"]], ["ab"], [["a", "other"]], [["a", {}]]]
+)
+def test_what_are_no_rules(plain):
+    with pytest.raises(InputError):
+        c.rules_from_plain(plain)
+
+
+def test_restarts():
+    config = RunConfig(steps=30, schedule=s.Schedule("linear", 5), restart=s.Restart(10, 2))
+    assert [step for step in range(40) if config.restarts_at(step)] == [10, 20]
+    # Counted by the updates done: the restart at 10 is part of update 10.
+    assert [config.restarts_before(step) for step in (0, 1, 10, 11, 20, 21, 30)] == [0, 0, 0, 1, 1, 2, 2]
+    never = RunConfig()
+    assert not any(never.restarts_at(step) for step in range(20_000))
+    assert never.restarts_before(10_000) == 0
+
+
+def test_the_configs_are_those_of_the_paper():
+    kinds = ("full", "lora", "mora", "relora", "remora")
+    assert {path.stem for path in PAPER} == {f"{size}_{kind}" for size in PARAMETERS for kind in kinds}
+    assert "demo" in {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_fits_its_model(path):
+    """Raises where a parameter is not covered or a rule decides nothing; the last one may."""
+    config = flags.read_config(str(path))
+    params = jax.eval_shape(lambda: init_params(config))
+    methods = runs.assign_methods(config)
+    assert {name for name, _ in methods.choices} == trees.flatten(params).keys()
+    decided = {choice for _, choice in methods.choices}
+    for _, choice in config.parameter_rules():
+        assert choice in decided or choice == "frozen"
+    assert path.stem.startswith(Path(config.run_dir).name)
+    if path in PAPER:
+        entries = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        assert abs(entries - PARAMETERS[path.stem[:4]]) < 0.1e6
+        assert not config.model.tie_word_embeddings
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_trains_what_its_run_trains(path):
+    """Only how it is computed differs."""
+    preset, run = (
+        dict(flags.flatten(c.to_plain(flags.read_config(str(p)))))
+        for p in (path, path.parent / "1_3b_remora.yaml")
+    )
+    differs = {name for name in run if preset[name] != run[name]}
+    assert differs
+    how = re.compile(r"microbatches|mesh\..*|compute\.(attention|layers)|eval\.batch_size")
+    assert all(how.fullmatch(name) for name in differs), differs
+    shards = preset["mesh.data"] * preset["mesh.fsdp"]
+    assert preset["batch_size"] % (preset["microbatches"] * shards) == preset["eval.batch_size"] % shards == 0
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_values(path):
+    config = flags.read_config(str(path))
+    kind = path.stem[5:]
+    assert (config.steps, config.batch_size, config.data.sequence_length) == (10_000, 1024, 512)
+    assert config.model.vocab_size == 32_100
+    assert config.restart.every == (2000 if kind.startswith("re") else 0)
+    assert config.restart.warmup == 50
+    assert config.method.name == kind.removeprefix("re")
+    assert config.method.rank == 128
+
+
+def adapter_entries(path: Path) -> int:
+    config = flags.read_config(str(path))
+    flat = trees.flatten(jax.eval_shape(lambda: init_params(config)))
+    adapted = [(name, m) for name, m in runs.assign_methods(config).adapted() if isinstance(m, Method)]
+    assert len(adapted) == 7
+    return sum(m.count(*flat[n].shape[-2:]) * flat[n].shape[0] for n, m in adapted)
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_mora_trains_no_more_than_lora(size):
+    folder = CONFIGS[0].parent
+    entries = {kind: adapter_entries(folder / f"{size}_{kind}.yaml") for kind in ("mora", "lora")}
+    assert 0.99 * entries["lora"] < entries["mora"] <= entries["lora"]
+
+
+def test_a_name_gives_its_method():
+    for name in typing.get_type_hints(s.MethodFlags)["name"].__args__:
+        method = s.MethodFlags(name).method()
+        assert method == ("train" if name == "full" else "frozen") or method.name == name
+
+
+@pytest.mark.parametrize(("window", "warned"), [(99, False), (100, True), (101, True), (0, False)])
+def test_a_window_that_is_never_full_is_warned_of(window, warned):
+    config = RunConfig(**RESTARTED, bad_steps=s.BadSteps(window=window))
+    assert any("no spike of the gradient can be seen" in told for told in config.warnings()) == warned
+
+
+def test_a_deterministic_run_has_no_attention_of_cudnn():
+    cudnn = Compute(attention="cudnn")
+    RunConfig(compute=cudnn)
+    RunConfig(deterministic=True)
+    with pytest.raises(InputError, match=r"deterministic excludes compute\.attention cudnn"):
+        RunConfig(compute=cudnn, deterministic=True)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_here_warn_of_nothing(path):
+    assert flags.read_config(str(path)).warnings() == []

@@ -1,0 +1,155 @@
+"""Output whose reader has gone away, or reads nothing, and output that no disk has room for."""
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from rich.console import Console
+
+from train.console.streams import PATIENCE, unheard
+
+FULL = Path("/dev/full")
+MUCH = "x" * (1 << 18)  # more than what a pipe and a stream hold back
+
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+
+
+@contextlib.contextmanager
+def replaced(monkeypatch: pytest.MonkeyPatch, stream: TextIO | None) -> Iterator[None]:
+    """A stream in the place of both; closing it fails where something in it can go nowhere."""
+    with monkeypatch.context() as patch, stream or contextlib.nullcontext():
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        yield
+
+
+def tell(told: str, drawn: bool) -> None:
+    for stream in (sys.stdout, sys.stderr, sys.stdout):
+        print(told, file=stream)
+        if drawn:
+            Console(file=stream).print(told[:9])
+
+
+@pytest.mark.parametrize("result", [False, True])
+@pytest.mark.parametrize("told", ["", "a little", MUCH], ids=["nothing", "a little", "much"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_what_nobody_reads_any_more_is_dropped(monkeypatch, told, drawn, result):
+    reading, writing = os.pipe()
+    with replaced(monkeypatch, os.fdopen(writing, "w")):
+        with unheard(result):
+            print("heard", flush=True)
+            assert os.read(reading, 100) == b"heard\n"
+            os.close(reading)
+            tell(told, drawn)
+            sys.stdout.flush()
+        sys.stdout.flush()  # as the interpreter does in the end
+
+
+@pytest.mark.parametrize("told", ["", "a little", MUCH], ids=["nothing", "a little", "much"])
+@pytest.mark.parametrize("drawn", [False, True])
+@needs_full
+def test_what_no_disk_has_room_for_is_dropped(monkeypatch, told, drawn):
+    with replaced(monkeypatch, FULL.open("w")), unheard():
+        tell(told, drawn)
+        sys.stdout.flush()
+
+
+def test_what_a_lost_terminal_is_told_is_dropped(monkeypatch):
+    screen, terminal = os.openpty()
+    os.close(screen)
+    with replaced(monkeypatch, os.fdopen(terminal, "w")), unheard():
+        tell("a little", drawn=True)
+        sys.stdout.flush()
+
+
+def test_streams_that_were_closed_are_none(monkeypatch):
+    with replaced(monkeypatch, None), unheard():
+        tell("a little", drawn=True)
+        assert not sys.stderr.isatty()
+
+
+def test_a_reader_that_reads_nothing_is_waited_for_once_and_not_long(monkeypatch):
+    reading, writing = os.pipe()
+    with replaced(monkeypatch, os.fdopen(writing, "w")):
+        began = time.monotonic()
+        with unheard():
+            for _ in range(3):
+                tell(MUCH, drawn=True)
+        assert PATIENCE <= time.monotonic() - began < 3 * PATIENCE  # two streams
+    with os.fdopen(reading) as file:
+        assert len(file.read()) >= len(MUCH)
+
+
+def test_a_reader_that_comes_back_hears_what_is_told_then(monkeypatch):
+    reading, writing = os.pipe()
+    with replaced(monkeypatch, os.fdopen(writing, "w")):
+        with unheard():
+            print(MUCH, flush=True)
+            print("dropped", flush=True)
+            left = len(MUCH) + 1
+            while left:
+                left -= len(os.read(reading, left))
+            while not select.select([reading], [], [], 0.1)[0]:
+                print("heard", flush=True)
+        assert os.read(reading, 100).startswith(b"heard\n")
+    os.close(reading)
+
+
+def test_a_result_waits_for_a_slow_reader(monkeypatch):
+    reading, writing = os.pipe()
+    heard = []
+
+    def read_late() -> None:
+        time.sleep(1.5 * PATIENCE)
+        with os.fdopen(reading) as file:
+            heard.append(file.read())
+
+    thread = threading.Thread(target=read_late)
+    thread.start()
+    with replaced(monkeypatch, os.fdopen(writing, "w")), unheard(result=True):
+        print(MUCH)
+    thread.join()
+    assert heard == [MUCH + "\n"]
+
+
+@pytest.mark.parametrize("result", [False, True])
+def test_what_is_read_arrives(capsys, result):
+    with unheard(result):
+        print("out")
+        print("err", end="", file=sys.stderr)
+    assert capsys.readouterr() == ("out\n", "err")
+
+
+@needs_full
+def test_a_result_that_cannot_be_written_is_an_error(monkeypatch):
+    with replaced(monkeypatch, FULL.open("w")), unheard(result=True):
+        print(MUCH)
+        with pytest.raises(OSError, match="No space left"):
+            sys.stdout.flush()
+
+
+CLOSED = """
+import os
+from train.console.streams import unheard
+with unheard():
+    with open("file", "w") as file:
+        assert file.fileno() > 2
+    print("nothing")
+    os.system("echo to nobody")
+"""
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", words, sys.executable, CLOSED], cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == ""

@@ -1,0 +1,111 @@
+"""The exported folder holds the merged weights and the tokenizer, whole or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from mora_jax import trees
+from mora_jax.errors import InputError
+from mora_jax.hf import weights as hf
+from train.data.tokenizer import Tokenizer
+from train.jobs.export import export
+from train.run import folder as runs
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "out"
+    params, model = export(str(tiny_run.folder), str(out))
+    return out, params, model
+
+
+def test_what_is_read_back_is_the_merged_model_bit_for_bit(tiny_run, exported):
+    out, params, model = exported
+    read, config = hf.load_hf(out)
+    merged, _ = runs.load_model(str(tiny_run.folder))
+    for path, leaf in trees.flatten(read).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(merged)[path])
+        np.testing.assert_array_equal(leaf, trees.flatten(params)[path])
+    assert config == model
+    assert model == tiny_run.config.model
+
+
+def test_the_tokenizer_comes_along(tiny_run, exported):
+    out, *_ = exported
+    data_tokenizer = f"{tiny_run.config.data.directory}/tokenizer.model"
+    assert (out / "tokenizer.model").read_bytes() == Path(data_tokenizer).read_bytes()
+    content = json.loads((out / "tokenizer.json").read_text())
+    assert len(content["model"]["vocab"]) == 384
+    config = json.loads((out / "config.json").read_text())
+    tokenizer = Tokenizer.load(data_tokenizer)
+    assert config["eos_token_id"] == tokenizer.eos_id
+    assert config["bos_token_id"] == tokenizer.processor.bos_id()
+
+
+def test_bfloat16_rounds_after_merging(tiny_run, exported, tmp_path):
+    export(str(tiny_run.folder), str(tmp_path / "out"), "bfloat16")
+    read, _ = hf.load_hf(tmp_path / "out")
+    _, params, _ = exported
+    ours = trees.flatten(params)["layers/mlp/up_proj/kernel"]
+    theirs = trees.flatten(read)["layers/mlp/up_proj/kernel"]
+    np.testing.assert_array_equal(theirs, np.asarray(ours.astype(jnp.bfloat16).astype(jnp.float32)))
+    assert not np.array_equal(theirs, ours)
+
+
+def test_a_folder_that_is_there_stays_as_it_is(tiny_run, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="exists already; choose another name"):
+        export(str(tiny_run.folder), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture
+def other_tokenizer(tiny_run, tiny_text, tmp_path):
+    """A copy of the run whose data set has a tokenizer of another kind."""
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    shutil.copytree(tiny_run.config.data.directory, tmp_path / "data")
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    config["data"]["directory"] = str(tmp_path / "data")
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def test_another_tokenizer_than_the_rows_were_made_with_is_refused(other_tokenizer):
+    path = other_tokenizer / "data/tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"\x0a\x00")
+    with pytest.raises(InputError, match="is not the tokenizer that the rows were made with"):
+        export(str(other_tokenizer / "run"), str(other_tokenizer / "out"))
+    assert not (other_tokenizer / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_no_folder(other_tokenizer, monkeypatch):
+    def refuse(*_):
+        raise InputError("cannot be expressed")
+
+    monkeypatch.setattr("mora_jax.hf.tokenizer.save_tokenizer", refuse)
+    with pytest.raises(InputError, match="cannot be expressed"):
+        export(str(other_tokenizer / "run"), str(other_tokenizer / "out"))
+    assert not (other_tokenizer / "out").exists()
+    monkeypatch.undo()
+    export(str(other_tokenizer / "run"), str(other_tokenizer / "out"))
+
+
+def test_transformers_reads_it_with_the_same_logits(exported, tiny_text):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
+    torch = pytest.importorskip("torch", reason="needs the extra `parity`")
+    from mora_jax.models.llama import Compute, Llama
+
+    out, params, model = exported
+    loaded, told = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    tokens_BT = np.random.default_rng(0).integers(0, 384, (2, 32))
+    ours = Llama(model, Compute(dtype="float32")).apply({"params": params}, jnp.asarray(tokens_BT))
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(tokens_BT)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -1,0 +1,67 @@
+"""A run, its export and the run's own summary agree on the score."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mora_jax.errors import InputError
+from train.jobs.evaluate import evaluate
+from train.jobs.export import export
+from train.jobs.score import score_path
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("scoring") / "export")
+    export(str(tiny_run.folder), out)
+    return out
+
+
+def test_a_run_its_export_and_its_summary_agree(tiny_run, exported):
+    how = tiny_run.config.eval
+    data = tiny_run.config.data.directory
+    run = score_path(str(tiny_run.folder), "", how, "float32")
+    export = score_path(exported, data, how, "float32")
+    assert run == export
+    # The run computes W + dW and the merged model holds it, both in float32.
+    np.testing.assert_allclose(run.loss, tiny_run.summary["validation_loss"], rtol=1e-5)
+
+
+def test_products_in_bfloat16_are_near(tiny_run, exported):
+    how = dataclasses.replace(tiny_run.config.eval, max_batches=1)
+    data = tiny_run.config.data.directory
+    exact, rounded = (score_path(exported, data, how, dtype) for dtype in ("float32", "bfloat16"))
+    assert rounded.loss != exact.loss
+    np.testing.assert_allclose(rounded.loss, exact.loss, rtol=2e-3)
+
+
+def test_a_model_is_divided_over_all_devices(tiny_run, monkeypatch):
+    seen = []
+
+    def noted(model, methods, params, *rest):
+        seen.append(params["layers"]["mlp"]["up_proj"]["kernel"].sharding.shard_shape((2, 32, 48)))
+        return evaluate(model, methods, params, *rest)
+
+    monkeypatch.setattr("train.jobs.score.evaluate", noted)
+    how = dataclasses.replace(tiny_run.config.eval, batch_size=8, max_batches=1)
+    score_path(str(tiny_run.folder), "", how, "float32")
+    assert seen == [(2, 4, 48)]
+
+
+def test_a_batch_that_the_devices_cannot_share_runs_on_one(tiny_run):
+    how = dataclasses.replace(tiny_run.config.eval, batch_size=3, max_batches=1)
+    assert score_path(str(tiny_run.folder), "", how, "float32").predictions == 3 * 31
+
+
+def test_an_export_needs_a_data_set(tiny_run, exported):
+    with pytest.raises(InputError, match="for a Hugging Face folder, --data must name a data set"):
+        score_path(exported, "", tiny_run.config.eval, "float32")
+
+
+def test_what_is_not_there_is_named(tiny_run, tmp_path):
+    how, data = tiny_run.config.eval, tiny_run.config.data.directory
+    with pytest.raises(InputError, match=r"nowhere/config\.json is missing"):
+        score_path(str(tmp_path / "nowhere"), data, how, "float32")
+    with pytest.raises(InputError, match="nowhere is not a data set"):
+        score_path(str(tiny_run.folder), str(tmp_path / "nowhere"), how, "float32")

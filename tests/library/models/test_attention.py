@@ -1,0 +1,90 @@
+"""The splash kernel, interpreted on the CPU, against XLA's attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from mora_jax.models.attention import attention
+from mora_jax.models.llama import Compute
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    """The kernel's own program, run step by step where there is no TPU."""
+    make = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", make)
+
+
+def heads(count: int, width: int, rows: int = 2, length: int = 128, seed: int = 0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (rows, length, count, width), dtype)
+
+
+def results(kernel, q, k, v, w):
+    """What comes out, and the gradients for q, k and v of its product with w."""
+
+    def loss(q, k, v):
+        y = attention(q, k, v, kernel)
+        return (y.astype(jnp.float32) * w).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+
+@pytest.mark.parametrize(("kv_heads", "width"), [(4, 48), (2, 64), (1, 16)])
+def test_equals_xla(kv_heads, width):
+    q, k, v, w = (heads(n, width, seed=i) for i, n in enumerate((4, kv_heads, kv_heads, 4)))
+    for ours, theirs in zip(results("splash", q, k, v, w), results("xla", q, k, v, w), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_several_blocks():
+    q, k, v, w = (heads(2, 16, rows=1, length=384, seed=i) for i in range(4))
+    for ours, theirs in zip(results("splash", q, k, v, w), results("xla", q, k, v, w), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_no_place_sees_those_after_it():
+    q, k, v = (heads(2, 16, seed=i) for i in range(3))
+    changed = v.at[:, 100:].add(1.0)
+    before, after = (attention(q, k, each, "splash") for each in (v, changed))
+    np.testing.assert_array_equal(before[:, :100], after[:, :100])
+    assert jnp.abs(after[:, 100:] - before[:, 100:]).min() > 0
+
+
+def test_bfloat16_is_near():
+    q, k, v, w = (heads(2, 64, seed=i, dtype=jnp.bfloat16) for i in range(4))
+    y, exact = (
+        results("splash", q, k, v, w)[0],
+        results("xla", *(x.astype(jnp.float32) for x in (q, k, v, w)))[0],
+    )
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), exact, atol=0.03)
+
+
+def test_each_device_computes_its_own_rows_and_heads():
+    q, k, v, w = (heads(4, 16, rows=4, seed=i) for i in range(4))
+    alone = results("splash", q, k, v, w)
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+    place = NamedSharding(mesh, P("fsdp", None, "tensor"))
+    with jax.set_mesh(mesh):
+        divided = results("splash", *(jax.device_put(x, place) for x in (q, k, v, w)))
+    for ours, theirs in zip(divided, alone, strict=True):
+        assert ours.sharding.is_equivalent_to(place, ours.ndim)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_lengths_that_no_block_divides_are_refused():
+    with pytest.raises(InputError, match="a multiple of 128 tokens, not 100; use xla"):
+        attention(*(heads(2, 16, length=100) for _ in range(3)), "splash")
+
+
+def test_the_model_takes_it():
+    assert Compute(attention="splash", dtype="float32").attention == "splash"

@@ -1,0 +1,229 @@
+"""The model: recorded numbers of the authors' code, compute options against each other, causality."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax import trees
+from mora_jax.errors import InputError
+from mora_jax.methods import LoRA, MoRA, Rotate, Share
+from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.transform import assign, attach, bind, merge
+from train.perf.plan.flops import product_flops
+
+LINEARS = "layers/.*_proj/kernel"
+TINY = LlamaConfig(
+    vocab_size=320, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4,
+)  # fmt: skip
+GROUPED = LlamaConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+)  # fmt: skip
+F32 = Compute(dtype="float32", loss_chunk=16)
+TOKENS = jax.random.randint(jax.random.key(9), (2, 16), 0, 50)
+
+
+def random_params(config: LlamaConfig) -> dict:
+    return Llama(config, F32).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return random_params(GROUPED)
+
+
+def logits(params, compute: Compute, adapter=None) -> jax.Array:
+    variables = {"params": params} | ({"adapter": adapter} if adapter else {})
+    return Llama(GROUPED, compute).apply(variables, TOKENS)
+
+
+def loss(params, compute: Compute, adapter=None, weights_B=None) -> jax.Array:
+    variables = {"params": params} | ({"adapter": adapter} if adapter else {})
+    weights_B = jnp.ones(2) if weights_B is None else weights_B
+    total, count = Llama(GROUPED, compute).apply(variables, TOKENS, weights_B, method="loss")
+    return total / count
+
+
+@pytest.mark.parametrize("layers", ["scan", "remat"])
+def test_every_way_through_the_layers_is_the_same(params, layers):
+    other = Compute(dtype="float32", layers=layers, loss_chunk=16)
+    np.testing.assert_allclose(logits(params, other), logits(params, F32), atol=1e-5)
+    expected = jax.grad(loss)(params, F32)
+    for g, e in zip(jax.tree.leaves(jax.grad(loss)(params, other)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["merged", "activation"])
+def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(params, path):
+    methods = assign([(LINEARS, MoRA(4)), (".*", "frozen")], params)
+    adapters = attach(jax.random.key(1), params, methods)
+
+    def pullback(layers):
+        compute = Compute(layers=layers, loss_chunk=16, adapter_path=path)
+        return lambda a: jax.vjp(lambda a: loss(params, compute, bind(a, methods)), a)[1]
+
+    def products(layers):
+        return product_flops(jax.make_jaxpr(lambda a: pullback(layers)(a)(1.0))(adapters))
+
+    assert products("scan") == products("unrolled") < products("remat")
+    kept = jax.tree.leaves(pullback("scan")(adapters))
+    wide = [a for a in kept if a.shape[1:3] == TOKENS.shape]  # over layers, then batch and tokens
+    assert {a.dtype for a in wide} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_remat_keeps_the_residual_stream_alone(params):
+    """For each layer what enters it and what enters its MLP; the loss is another loop."""
+    pullback = jax.vjp(lambda p: loss(p, Compute(layers="remat", loss_chunk=16)), params)[1]
+    kept = [a.shape for a in jax.tree.leaves(pullback) if a.ndim > 2 and a.dtype == jnp.bfloat16]
+    assert kept == 2 * [(GROUPED.num_hidden_layers, *TOKENS.shape, GROUPED.hidden_size)]
+
+
+def test_the_loss_is_the_mean_of_shifted_predictions(params):
+    logp = jax.nn.log_softmax(logits(params, F32))[:, :-1]
+    expected = -jnp.mean(jnp.take_along_axis(logp, TOKENS[:, 1:, None], axis=-1))
+    np.testing.assert_allclose(loss(params, F32), expected, rtol=1e-6)
+
+
+def test_rows_of_weight_zero_count_for_nothing(params):
+    first = loss(params, F32, weights_B=jnp.array([1.0, 0.0]))
+    total, count = Llama(GROUPED, F32).apply({"params": params}, TOKENS[:1], jnp.ones(1), method="loss")
+    np.testing.assert_allclose(first, total / count, rtol=1e-6)
+    assert int(count) == 15
+
+
+def test_no_output_depends_on_a_later_token(params):
+    """By the gradient of place t's logits with respect to the table: token i stands at place i, so row i is
+    place i's input."""
+
+    def place(table, t):
+        tokens_BT = jnp.arange(16)[None]
+        y = Llama(GROUPED, F32).apply({"params": params | {"embed_tokens": {"embedding": table}}}, tokens_BT)
+        return jnp.sum(y[0, t] * jnp.linspace(-1, 1, GROUPED.vocab_size))
+
+    untied = params["embed_tokens"]["embedding"]
+    for t in (0, 7, 15):
+        # The head is tied to the same table, so its own share of the gradient is taken out.
+        full = jax.grad(place)(untied, t)
+        head_only = jax.grad(lambda table, t=t: head_part(params, table, t))(untied)
+        through_inputs = np.asarray(full - head_only)[:16]
+        assert np.abs(through_inputs[: t + 1]).max(axis=1).min() > 1e-6
+        np.testing.assert_allclose(through_inputs[t + 1 :], 0, atol=1e-6)
+
+
+def head_part(params, table, t):
+    hidden = Llama(GROUPED, F32).apply({"params": params}, jnp.arange(16)[None], method="hidden")
+    return jnp.sum(hidden[0, t] @ table.T * jnp.linspace(-1, 1, GROUPED.vocab_size))
+
+
+@pytest.mark.parametrize("method", [MoRA(4), MoRA(4, Share(1), align=8), LoRA(4)], ids=str)
+@pytest.mark.parametrize("layers", ["unrolled", "scan", "remat"])
+def test_adapted_forward_is_the_merged_forward(params, method, layers):
+    methods = assign([(LINEARS, method), (".*", "frozen")], params)
+    adapters = jax.tree.map(
+        lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape),
+        attach(jax.random.key(1), params, methods),
+    )
+    if isinstance(method, MoRA) and method.align > 1:
+        adapters = cut_to_r_hat(adapters, params, method)
+    merged = logits(merge(params, adapters, methods), F32)
+    assert float(jnp.abs(merged - logits(params, F32)).max()) > 0.1
+    for path in ("merged", "activation"):
+        compute = Compute(dtype="float32", layers=layers, adapter_path=path)
+        np.testing.assert_allclose(logits(params, compute, bind(adapters, methods)), merged, atol=2e-4)
+
+
+def cut_to_r_hat(adapters, params, method: MoRA):
+    shapes = trees.flatten(params)
+
+    def cut(path, m):
+        r = method.r_hat(*shapes[path.removesuffix("/m_RR")].shape[-2:])
+        return jnp.zeros_like(m).at[:, :r, :r].set(m[:, :r, :r])
+
+    return trees.unflatten({path: cut(path, m) for path, m in trees.flatten(adapters).items()})
+
+
+def test_only_some_kernels_may_have_adapters(params):
+    methods = assign([("layers/mlp/up_proj/kernel", LoRA(2)), (".*", "frozen")], params)
+    adapters = jax.tree.map(lambda a: a + 0.3, attach(jax.random.key(1), params, methods))
+    got = logits(params, F32, bind(adapters, methods))
+    np.testing.assert_allclose(got, logits(merge(params, adapters, methods), F32), atol=1e-4)
+
+
+def test_an_adapter_of_the_head_counts():
+    params = random_params(TINY)
+    methods = assign([("lm_head/kernel", LoRA(2)), (".*", "frozen")], params)
+    adapters = jax.tree.map(lambda a: a + 0.3, attach(jax.random.key(1), params, methods))
+    got = Llama(TINY, F32).apply({"params": params, "adapter": bind(adapters, methods)}, TOKENS)
+    expected = Llama(TINY, F32).apply({"params": merge(params, adapters, methods)}, TOKENS)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 16}, "does not divide into 16 heads"),
+        ({"num_key_value_heads": 5}, "does not divide num_attention_heads"),
+        ({"vocab_size": 0}, "vocab_size must be positive"),
+    ],
+)
+def test_an_impossible_model_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        LlamaConfig(**fields)
+
+
+def test_cudnn_attention_is_bfloat16_only():
+    with pytest.raises(InputError, match=r"needs compute\.dtype bfloat16"):
+        Compute(dtype="float32", attention="cudnn")
+
+
+NAMES = {
+    "embed_tokens/embedding": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+}
+
+
+def recorded(data, prefix: str, suffix: str, path: str) -> np.ndarray:
+    """An array of a recorded model in this project's layout."""
+    kernel = path.endswith("kernel")
+    if path in NAMES:
+        array = data[prefix + NAMES[path]]
+        return array.T if kernel else array
+    name = path.removeprefix("layers/").rpartition("/")[0].replace("/", ".")
+    array = np.stack([data[f"{prefix}model.layers.{i}.{name}{suffix}"] for i in range(2)])
+    return array.swapaxes(1, 2) if kernel else array
+
+
+@pytest.fixture(params=[(1, Share(0, "wrap")), (6, Rotate("wrap", "drop"))], ids=["type 1", "type 6"])
+def tinyllama(golden, request):
+    mora_type, operator = request.param
+    data = np.load(golden / f"tinyllama_mora_type{mora_type}.npz")
+    shapes = trees.flatten(random_params(TINY))
+    params = trees.unflatten({path: jnp.array(recorded(data, "base/", ".weight", path)) for path in shapes})
+    methods = assign([(LINEARS, MoRA(8, operator)), (".*", "frozen")], params)
+    m = {f"{path}/m_RR": jnp.array(recorded(data, "M/", "", path)) for path, _ in methods.adapted()}
+    return data, params, trees.unflatten(m), methods
+
+
+@pytest.mark.parametrize("path", ["merged", "activation"])
+def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
+    data, params, adapters, methods = tinyllama
+    model = Llama(TINY, Compute(dtype="float32", adapter_path=path))
+    tokens_BT = jnp.array(data["input_ids"], jnp.int32)
+
+    def mean_loss(adapters):
+        variables = {"params": params, "adapter": bind(adapters, methods)}
+        total, count = model.apply(variables, tokens_BT, jnp.ones(4), method="loss")
+        return total / count
+
+    adapted = model.apply({"params": params, "adapter": bind(adapters, methods)}, tokens_BT)
+    np.testing.assert_allclose(adapted, data["logits"], atol=1e-5)
+    merged = model.apply({"params": merge(params, adapters, methods)}, tokens_BT)
+    np.testing.assert_allclose(merged, data["merged_logits"], atol=1e-5)
+    value, gradients = jax.jit(jax.value_and_grad(mean_loss))(adapters)
+    np.testing.assert_allclose(value, data["loss"], rtol=1e-6)
+    for name, gradient in trees.flatten(gradients).items():
+        expected = recorded(data, "gradM/", "", name.removesuffix("/m_RR"))
+        np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)

@@ -1,0 +1,58 @@
+"""What is measured: sizes with a name and words for methods."""
+
+import math
+
+import jax
+import pytest
+
+from mora_jax import trees
+from mora_jax.errors import InputError
+from mora_jax.methods import LoRA, MoRA, Rotate, Share
+from train.perf.bench.cases import SIZES, with_method
+from train.step.step import init_params
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("250m", 247.5), ("1.3b", 1339.5), ("7b", 6738.4), ("tiny", 0.119)]
+)
+def test_sizes_have_the_parameters_of_the_models_they_are_named_after(size: str, millions: float):
+    params = jax.eval_shape(lambda: init_params(SIZES[size]().config))
+    count = sum(math.prod(leaf.shape) for leaf in trees.flatten(params).values())
+    assert count / 1e6 == pytest.approx(millions, abs=0.05 if millions > 1 else 0.001)
+
+
+def test_words_choose_method_rank_operator_and_path():
+    config = SIZES["250m"]().config
+    assert with_method(config, "mora").method.method() == MoRA(128, Share(), align=64)
+    assert with_method(config, "mora-rotate:8").method.method() == MoRA(8, Rotate(), align=64)
+    lora = with_method(config, "lora:256/activation")
+    assert isinstance(lora.method.method(), LoRA)
+    assert (lora.method.rank, lora.compute.adapter_path) == (256, "activation")
+    assert with_method(config, "full").method.method() == "train"
+    assert with_method(config, "frozen").parameter_rules()[-1] == (".*", "frozen")
+    assert with_method(config, "config").method == config.method
+
+
+def test_every_method_of_every_size_is_a_config():
+    for size in SIZES.values():
+        case = size()
+        for word in case.methods:
+            with_method(case.config, word).parameter_rules()
+
+
+@pytest.mark.parametrize(
+    "word", ["", "mora:", "nix", "mora-", "mora-share:8/", "lora:8/merged/activation", "mora:x"]
+)
+def test_words_that_say_nothing_are_refused(word: str):
+    with pytest.raises(InputError, match="no method reads"):
+        with_method(SIZES["tiny"]().config, word)
+
+
+def test_what_does_not_exist_is_refused_by_name():
+    config = SIZES["tiny"]().config
+    with pytest.raises(InputError, match="no operator 'turn', there are share"):
+        with_method(config, "mora-turn")
+    with pytest.raises(InputError, match="no path 'fast', there are auto"):
+        with_method(config, "mora/fast")
+    with pytest.raises(InputError, match="rank"):
+        with_method(config, "mora:0")

@@ -1,0 +1,245 @@
+"""The order of a benchmark's work, what it writes, and once the real processes."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mora_jax.errors import InputError
+from train.cli import main as cli
+from train.config.run import RunConfig
+from train.perf.bench import children, measure, options, program, record, step
+from train.perf.bench.cases import SIZES, Case
+from train.perf.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, peer_job
+
+RATE = {"device": "toy", "platform": "cpu", "matmul_side": 8, "matmul_tflops": 2.0, "versions": {"jax": "1"}}
+CHECKED = {"worst": {"merged float32": 1e-6}, "failures": [], "compared": 4}
+
+
+def figures(milliseconds: float) -> dict[str, Any]:
+    times = {"milliseconds": milliseconds, "p10": milliseconds, "p90": milliseconds, "steps": 2}
+    counts = {
+        "needed_tflop": 0.001,
+        "needed_tflop_base": 0.0005,
+        "tokens_per_second": 128 / milliseconds * 1e3,
+    }
+    return {**times, **counts, "compile_seconds": 1.0, "peak_gib": 3.0, "planned_gib": 2.0, "loss": 5.0}
+
+
+class World:
+    """Stands in for the processes: answers each job and remembers it."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Any] = []
+        self.rate, self.checked, self.failing = RATE, CHECKED, set[str]()
+
+    def call(self, module: str, job: Any, seconds: float, environment: Any = None) -> dict[str, Any]:
+        self.jobs.append(job)
+        if isinstance(job, MatmulJob):
+            return dict(self.rate)
+        if isinstance(job, CheckJob):
+            return dict(self.checked)
+        if job.method in self.failing:
+            return {"error": "out of memory"}
+        return figures({"full": 12.0, "frozen": 8.0, "mora": 10.0}.get(job.method, 11.0))
+
+    def methods(self) -> list[str]:
+        return [job.method for job in self.jobs if isinstance(job, StepJob | PeerJob)]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World()
+    monkeypatch.setattr(children, "call", made.call)
+    return made
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., record.Record]:
+    def run(case: Case | None = None, **changes: Any) -> record.Record:
+        case = case or SIZES["tiny"]()
+        asked = options.BenchStep("tiny", case.config, out=str(tmp_path / "figures.json"), **changes)
+        return step.bench(case, asked)
+
+    return run
+
+
+def test_all_methods_are_checked_measured_and_written(world: World, bench, tmp_path: Path, capsys):
+    bench()
+    assert [type(job) for job in world.jobs[:2]] == [MatmulJob, CheckJob]
+    assert world.methods() == [*SIZES["tiny"]().methods, "frozen"]  # once more at the end, to see drift
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["what"]["name"] for row in written["rows"]] == [
+        "full",
+        "frozen",
+        "lora",
+        "lora",
+        "mora",
+        "mora",
+    ]
+    assert written["runs"][0]["frozen_milliseconds"] == [8.0, 8.0]
+    assert written["runs"][0]["check"] == CHECKED["worst"]
+    shown = capsys.readouterr().out
+    assert "MoRA r 8 minus the frozen base" in shown
+    assert "LoRA r 8 (merged path)" in shown
+
+
+@pytest.mark.parametrize(("after", "warned"), [(8.2, False), (8.3, True), (7.7, True)])
+def test_rows_between_which_the_device_changed_are_not_to_be_compared(
+    world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys, after, warned
+):
+    milliseconds = iter((8.0, after))
+    answers = {MatmulJob: lambda: dict(RATE), StepJob: lambda: figures(next(milliseconds))}
+    monkeypatch.setattr(children, "call", lambda module, job, *others: answers[type(job)]())
+    bench(methods=("frozen",), no_check=True)
+    assert ("do not compare these rows" in capsys.readouterr().out) == warned
+
+
+def test_wrong_results_are_not_timed(world: World, bench):
+    world.checked = CHECKED | {"failures": ["mora on q/k/v is off by 1.0", "another"]}
+    with pytest.raises(InputError, match=r"nothing is timed: mora on q/k/v is off by 1.0 \(and 1 more\)"):
+        bench()
+    assert world.methods() == []
+
+
+def test_the_check_can_be_left_out(world: World, bench):
+    bench(no_check=True, methods=("mora",))
+    assert not any(isinstance(job, CheckJob) for job in world.jobs)
+
+
+def test_a_row_that_fails_says_so_and_the_others_go_on(world: World, bench, tmp_path: Path, capsys):
+    world.failing = {"full"}
+    found = bench(methods=("full", "mora"))
+    assert found.rows[0]["error"] == "out of memory"
+    assert found.rows[1]["milliseconds"] == 10.0
+    assert "failed: out of memory" in capsys.readouterr().out
+    world.failing = set()
+    assert "error" not in bench(methods=("full",)).rows[0]
+
+
+def test_missing_measures_what_the_file_lacks(world: World, bench):
+    world.failing = {"lora/merged"}
+    bench(methods=("mora", "lora/merged"))
+    world.jobs.clear()
+    found = bench(methods=("mora,lora/merged", "full"), missing=True)
+    assert world.methods() == ["lora/merged", "full"]
+    assert [row["run"] for row in found.rows] == [0, 1, 1]
+    world.jobs.clear()
+    assert len(bench(methods=("mora", "full"), missing=True).runs) == 2
+    assert world.jobs == []
+
+
+def test_no_row_is_begun_that_would_end_too_late(
+    world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    clock = iter(range(0, 10_000, 40))  # seconds; each look at the clock is 40 later
+    monkeypatch.setattr(step.time, "monotonic", lambda: next(clock))
+    bench(minutes=4)
+    assert world.methods() == ["full", "frozen", "lora/activation"]
+    assert "4 minutes are over: LoRA r 8 (merged path)" in capsys.readouterr().out
+
+
+def test_figures_of_another_setting_or_device_are_not_mixed(world: World, bench):
+    bench(methods=("mora",))
+    case = SIZES["tiny"]()
+    other = dataclasses.replace(case, config=dataclasses.replace(case.config, batch_size=8))
+    with pytest.raises(InputError, match=r"another setting \(batch_size\)"):
+        bench(other, methods=("mora",))
+    world.rate = RATE | {"device": "another toy"}
+    with pytest.raises(InputError, match=r"of another device \(toy\), this is another toy"):
+        bench(methods=("mora",))
+
+
+def test_a_device_that_cannot_be_used_is_told(world: World, bench):
+    world.rate = {"error": "no device"}
+    with pytest.raises(InputError, match="the device cannot be used: no device"):
+        bench()
+
+
+def test_an_attention_that_is_not_here_is_told_before_anything_is_measured(world: World, bench):
+    case = SIZES["250m"]()
+    with pytest.raises(InputError, match="cudnn needs an NVIDIA GPU"):
+        bench(case)
+    assert world.methods() == []
+
+
+def test_peers_come_after_the_methods(world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: True)
+    found = bench(methods=("mora",), peers=("lora:4/compiled,mora", "full/compiled-bf16"))
+    peers = [job for job in world.jobs if isinstance(job, PeerJob)]
+    assert [(j.method, j.rank, j.compiled, j.pure) for j in peers] == [
+        ("lora", 4, True, False),
+        ("mora", 8, False, False),
+        ("full", 8, True, True),
+    ]
+    assert record.label(found.rows[-1]["what"]) == "PyTorch full fine-tuning, compiled, all bf16"
+    assert "MoRA r 8 / PyTorch MoRA, tokens/s" in capsys.readouterr().out
+
+
+def test_peers_that_are_not_installed_are_left_out_with_a_message(
+    world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == "peft" else True)
+    bench(methods=("mora",), peers=("all",))
+    assert world.methods() == ["mora"]
+    assert "no peers: peft not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["nix", "lora/fast", "lora:", "full/compiled/bf16"])
+def test_words_for_peers_that_say_nothing_are_refused(word: str):
+    with pytest.raises(InputError, match="no peer reads"):
+        peer_job(SIZES["tiny"](), word, 1, 2)
+
+
+def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "figures.json"
+    cli.main(
+        [
+            "bench",
+            "step",
+            "tiny",
+            "--methods",
+            "mora/merged",
+            "--no-check",
+            "--timed-steps",
+            "3",
+            "--out",
+            str(out),
+        ]
+    )
+    found = record.load(str(out))
+    row = found.rows[0]
+    assert row["what"] == {
+        "framework": "jax",
+        "name": "mora",
+        "rank": 8,
+        "path": "merged",
+        "operator": "share",
+    }
+    assert row["steps"] == 3
+    assert row["p10"] <= row["milliseconds"] <= row["p90"]
+    assert row["tokens_per_second"] == pytest.approx(4 * 32 / row["milliseconds"] * 1e3)
+    assert row["planned_gib"] > 0
+    assert 0 < row["needed_tflop_base"] < row["needed_tflop"]
+    assert 5 < row["loss"] < 7  # the logarithm of 384 is 5.95
+    assert "MoRA r 8 (merged path)" in capsys.readouterr().out
+
+
+def test_a_deterministic_case_is_measured_as_such(monkeypatch: pytest.MonkeyPatch):
+    """XLA is told before JAX starts, as in a run, and the figures are of another setting."""
+    told = []
+
+    def stop(config: RunConfig) -> None:
+        told.append(config.deterministic)
+        raise InterruptedError
+
+    monkeypatch.setattr(program.backend, "set_flags", stop)
+    case = SIZES["tiny"]()
+    deterministic = dataclasses.replace(case, config=dataclasses.replace(case.config, deterministic=True))
+    with pytest.raises(InterruptedError):
+        measure.run(StepJob(deterministic, "mora", 1, 2))
+    assert told == [True]
+    assert record.setting(case) != record.setting(deterministic)

@@ -1,0 +1,107 @@
+"""The PyTorch programs, against this project's own mathematics and against plain transformers."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# ruff: noqa: E402
+for package in ("torch", "transformers", "peft"):
+    pytest.importorskip(package, reason="needs the extra parity: torch, transformers and peft")
+
+import torch
+
+from mora_jax import transform
+from mora_jax.methods import MoRA, Rotate, Share
+from train.perf.bench import torch_mora, torch_peers
+from train.perf.bench.cases import SIZES, Case, with_method
+from train.perf.bench.jobs import PeerJob, peer_job
+from train.step.step import init_params, init_state
+
+CPU = torch.device("cpu")
+# PEFT asks transformers in a way that transformers will not answer for ever.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def job(word: str, case: Case | None = None) -> PeerJob:
+    return peer_job(case or SIZES["tiny"](), word, warmup=1, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator"),
+    [(torch_mora.SharingLinear, Share()), (torch_mora.RotatingLinear, Rotate(surplus="drop"))],
+)
+@pytest.mark.parametrize(("k", "d"), [(20, 20), (20, 33), (33, 20)])
+def test_torch_mora_computes_what_this_project_does(kind: Any, operator: Any, k: int, d: int):
+    layer = kind(torch.nn.Linear(k, d, bias=False), rank=3, dtype=torch.float32)
+    method = MoRA(3, operator)
+    assert layer.r_hat == method.r_hat(k, d)
+    x = np.random.default_rng(0).normal(size=(2, 5, k)).astype(np.float32)
+    w, m = (p.detach().numpy().T for p in (layer.base.weight, layer.m))
+    ours = x @ np.asarray(method.weight({"m_RR": jnp.asarray(m)}, jnp.asarray(w)))
+    np.testing.assert_allclose(layer(torch.tensor(x)).detach().numpy(), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", ["full", "lora", "mora", "mora-rotate:4", "lora/bf16"])
+def test_a_peer_trains_and_gives_a_row(word: str):
+    row = torch_peers.run(job(word))
+    assert row["steps"] == 3
+    assert row["p10"] <= row["milliseconds"] <= row["p90"]
+    assert row["tokens_per_second"] == pytest.approx(128 / row["milliseconds"] * 1e3)
+    assert 5 < row["loss"] < 7
+    assert set(row["versions"]) == {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("word", ["full", "lora", "mora", "mora-rotate:4"])
+def test_a_peer_trains_as_many_parameters_as_this_project(word: str):
+    model = torch_peers.build(job(word), CPU)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = with_method(SIZES["tiny"]().config, word)
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, align=1))
+    params = jax.eval_shape(lambda: init_params(config))
+    methods = transform.assign(config.parameter_rules(), params)
+    state = jax.eval_shape(lambda p: init_state(config, methods, p), params)
+    ours, _ = transform.partition(state.params, state.adapters, methods)
+    assert trained == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
+
+
+def test_what_a_peer_trains_moves_and_nothing_else():
+    asked = job("lora")
+    model = torch_peers.build(asked, CPU)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = torch_peers.training_step(asked, model, CPU)
+    for batch in torch_peers.random_batches(asked, CPU)[:2]:
+        step(batch)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in moved)
+    assert "lm_head.weight" in moved
+
+
+def test_precision_is_what_was_asked_for():
+    mixed, pure = (torch_peers.build(job(word), CPU) for word in ("lora", "lora/bf16"))
+    assert {p.dtype for p in mixed.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in mixed.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in pure.parameters()} == {torch.bfloat16}
+
+
+def test_table_5_trains_adapters_alone_and_computes_layers_again():
+    tiny, table_5 = SIZES["tiny"](), SIZES["7b"]()
+    config = dataclasses.replace(
+        table_5.config, model=tiny.config.model, data=tiny.config.data, method=table_5.config.method
+    )
+    model = torch_peers.build(job("lora", dataclasses.replace(table_5, config=config)), CPU)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_the_attention_is_that_of_transformers():
+    model = torch_peers.random_model(job("full"), CPU).float()
+    tokens = torch_peers.random_batches(job("full"), CPU)[0]
+    ours = model(input_ids=tokens).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(input_ids=tokens).logits, ours, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,283 @@
+"""Plans: the state's bytes, the formula, the command line, and one compilation by the TPU compiler."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from mora_jax.methods import Decouple
+from train.cli import main as cli
+from train.config import flags
+from train.perf.plan import targets
+from train.perf.plan.formula import expected
+from train.perf.plan.plan import held, make_plan
+from train.perf.plan.report import plan
+from train.run import folder as runs
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture
+def config(tiny_yaml):
+    return flags.read_config(str(tiny_yaml))
+
+
+@pytest.fixture
+def abstract(config):
+    """The state of a config, by the sizes of a mesh."""
+
+    def state(**sizes: int):
+        mesh = sharding.make_mesh(**sizes)
+        methods = runs.assign_methods(config)
+        return runs.abstract_state(config, methods, mesh), methods, mesh
+
+    return state
+
+
+# Sizes
+
+
+def test_the_state_that_one_device_holds(abstract):
+    state, _, _ = abstract(data=2)
+    found = held(state)
+    assert found.parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    assert found.adapters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters)) > 0
+    assert found.adapter_optimizer == 2 * found.adapters + 4  # two moments and a count
+    assert found.total() == sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((state.params, state.adapters, state.opt_state))
+    )
+
+
+@pytest.mark.parametrize("name", ["250m_remora", "1_3b_remora", "7b_remora"])
+def test_what_a_device_holds_falls_as_devices_are_added(name):
+    """To 1 / N of the whole, within a tenth: vectors alone are whole on each."""
+    config = flags.read_config(str(CONFIGS / f"{name}.yaml"))
+    methods = runs.assign_methods(config)
+    whole = held(runs.abstract_state(config, methods, divided(1)))
+    for count in (8, 64, 256):
+        part = held(runs.abstract_state(config, methods, divided(count)))
+        assert whole.total() / count < part.total() < 1.1 * whole.total() / count
+        assert part.adapters == whole.adapters / count
+
+
+def divided(count: int) -> AbstractMesh:
+    return AbstractMesh((1, count, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def test_gradients_are_summed_over_data(abstract, config):
+    """By hand: embedding, head, norms and adapters are trained, and each is whole on both devices."""
+    state, methods, mesh = abstract(data=2)
+    (line,) = expected(config, methods, state, mesh)
+    d, v, layers = 32, 384, 2
+    trained = 2 * v * d + d + layers * 2 * d
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
+    assert (line.kind, line.axes) == ("all-reduce", "data")
+    assert (line.base, line.adapters) == (trained * 4, adapters * 4)  # 2 (n - 1) / n is 1
+    twice = dataclasses.replace(config, microbatches=2)
+    assert expected(twice, methods, state, mesh)[0].base == 2 * line.base
+
+
+def test_gradients_of_adapters_are_sent_as_they_are_added_up(abstract, config):
+    """In float32 where MoRA does it part by part of the batch, else in the type of the products."""
+    state, methods, mesh = abstract(data=2)
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
+    half = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+
+    def sent(rows: int, **method: object) -> int:
+        large = dataclasses.replace(half, batch_size=rows)
+        other = methods
+        if method:
+            choices = [(p, dataclasses.replace(m, **method)) for p, m in methods.adapted()]
+            trained = [(p, "train") for p in methods.trained()]
+            other = dataclasses.replace(methods, choices=(*choices, *trained))
+        (line,) = expected(large, other, state, mesh)
+        return line.adapters
+
+    assert sent(32) == adapters * 4  # 1024 tokens: the merged path
+    assert sent(31) == adapters * 2
+    assert sent(32, operator=Decouple()) == adapters * 4
+    assert sent(32, dropout=0.1) == adapters * 2
+
+
+def test_divided_arrays_are_gathered_and_their_gradients_scattered(abstract, config):
+    """By hand, over two devices that share one copy of the state: half of all is sent each time."""
+    state, methods, mesh = abstract(data=1, fsdp=2)
+    lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
+    d, v, layers = 32, 384, 2
+    adapters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
+    kernels = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params["layers"]) if leaf.ndim == 3)
+    gathers = lines["all-gather", "fsdp"]
+    assert gathers.adapters == 2 * adapters / 2
+    assert gathers.base == (2 * kernels + 2 * v * d * 4) / 2  # embedding and head once
+    scatters = lines["reduce-scatter", "fsdp"]
+    assert (scatters.base, scatters.adapters) == (2 * v * d * 4 / 2, adapters / 2)
+    assert lines["all-reduce", "fsdp"].base == (2 * layers + 1) * d * 4  # norms' scales are whole
+    assert len(lines) == 3
+
+
+def test_activations_are_summed_over_tensor(abstract, config):
+    state, methods, mesh = abstract(data=2, tensor=2)
+    lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
+    tokens, d, layers = 4 * 32 // 2, 32, 2
+    assert lines["all-reduce", "tensor"].base == 4 * layers * tokens * d * 4
+
+
+def test_mora_gathers_activations_over_tensor(abstract, config):
+    """By hand: outputs of q, k, v, gate and up, inputs of o and down; and M for both passes."""
+    state, methods, mesh = abstract(data=2, tensor=2)
+    lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
+    tokens, d, f, layers = 4 * 32 // 2, 32, 48, 2
+    m = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
+    widths = 3 * d + 2 * f + d + f
+    assert lines["all-gather", "tensor"].adapters == layers * tokens * widths * 4 / 2 + 2 * m / 2
+    assert lines["all-reduce", "data"].adapters == m  # whole
+
+
+# The command
+
+
+def test_simulated_devices(capsys, tiny_yaml, tmp_path):
+    out = tmp_path / "plan.json"
+    cli.main(["plan", str(tiny_yaml), "--devices", "2", "--mesh.data", "2", "--out", str(out)])
+    shown = " ".join(capsys.readouterr().out.split())  # lines break where the path's length has them break
+    assert "2 simulated devices" in shown
+    assert "the CPU compiler's" in shown
+    assert shown.endswith("It fits.")
+    figures = json.loads(out.read_text())
+    assert figures["fits"] is True
+    assert figures["mesh"]["data"] == 2
+    assert figures["sequences"] == 2
+    (train,) = figures["programs"]
+    assert train["peak"] >= sum(figures["held"].values())
+    assert {c["axes"] for c in train["collectives"]} == {"data"}
+
+
+def test_every_program(config):
+    names = [program.name for program in plan(config, "", 2, 80.0, ["train", "restart", "eval"]).programs]
+    assert names == ["train_step", "restart_step", "eval_step"]
+
+
+def test_what_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(tiny_yaml), "--devices", "1", "--memory", "0.0001"])
+    assert stop.value.code == 1
+    assert "It does not fit." in capsys.readouterr().out
+
+
+def test_what_is_not_known_is_left_open(config):
+    made = make_plan(config, targets.simulated(1, 0.0))
+    assert made.fits() is None
+    peak, state = made.programs[0].peak, made.held.total()
+    assert peak > state
+    by_size = {
+        size: dataclasses.replace(made, usable=size).fits() for size in (peak, peak - 1, state, state - 1)
+    }
+    assert list(by_size.values()) == [True, None, None, False]
+    tpu = dataclasses.replace(made, compiler="TPU compiler (libtpu)", usable=peak - 1)
+    assert tpu.fits() is False
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "needs one of --topology, such as v5e:16x16, and --devices"),
+        (["--devices", "2", "--topology", "v5e:2x2"], "needs one of"),
+        (["--devices", "-1"], "--devices must be at least 1, not -1"),
+        (["--devices", "400"], "JAX has started with 8 CPU devices; 400 are asked for"),
+        (["--devices", "2", "--mesh.data", "4"], "mesh.data"),
+        (
+            ["--devices", "3", "--mesh.data", "3"],
+            "batch_size / microbatches 4 does not divide among 3 devices",
+        ),
+        (["--topology", "v9:2x2"], "--topology v9:2x2 is not known; known are v5e:1x1 2x2"),
+        (["--topology", "v5p:2x2"], "--topology v5p:2x2 is not known"),
+        (["--topology", "v5e:2x2", "--compute.attention", "cudnn"], "cudnn needs"),
+        (["--topologie", "v5e:2x2"], "did you mean --topology?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(capsys, tiny_yaml, args, expected):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(tiny_yaml), *args])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert expected in line
+
+
+def test_the_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'mora_jax\[tpu\]'"):
+        targets.topology("v5e:2x2")
+
+
+# By the TPU compiler
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: the extra `tpu`"
+)
+
+
+def planned_for_tpus(*words: str, folder: Path) -> dict:
+    """The figures of `mora plan`, in a process of its own: libtpu is not loaded here, and it optimises."""
+    out = folder / "plan.json"
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
+    }
+    command = [sys.executable, "-m", "train.cli", "plan", *words, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "by the TPU compiler (libtpu " in done.stdout
+    return json.loads(out.read_text())
+
+
+@needs_libtpu
+@pytest.mark.parametrize("rows", [4, 64], ids=["activation path", "merged path"])
+def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
+    """In bfloat16: what is sent in float32 all the same, and what is not."""
+    words = ["--topology", "v5e:2x2", "--mesh.data", "4"]
+    words += ["--compute.dtype", "bfloat16", "--batch-size", str(rows)]
+    figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
+    assert (figures["devices"], figures["fits"]) == (4, True)
+    (train,) = figures["programs"]
+    assert train["peak"] > sum(figures["held"].values())
+    assert train["flops"] > 0
+    sent = sum(c["sent"] for c in train["collectives"])
+    assert sent == pytest.approx(sum(e["base"] + e["adapters"] for e in figures["expected"]), rel=0.001)
+
+
+@needs_libtpu
+def test_what_mora_gathers_over_tensor_by_the_tpu_compiler(tiny_yaml, tmp_path):
+    words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2"]
+    words += ["--compute.dtype", "bfloat16", "--batch-size", "64"]
+    figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
+    (train,) = figures["programs"]
+    (sent,) = (c["sent"] for c in train["collectives"] if (c["kind"], c["axes"]) == ("all-gather", "tensor"))
+    formula = {(e["kind"], e["axes"]): e["base"] + e["adapters"] for e in figures["expected"]}
+    assert sent == pytest.approx(formula["all-gather", "tensor"], rel=0.001)
+
+
+@needs_libtpu
+def test_splash_attention_by_the_tpu_compiler(tiny_yaml, tmp_path):
+    """Heads of 48, as 250M has them, divided over `tensor`; rows over `data`."""
+    words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2", "--compute.dtype", "bfloat16"]
+    words += ["--data.sequence-length", "128", "--model.max-position-embeddings", "128"]
+    words += ["--model.hidden-size", "96", "--model.intermediate-size", "128"]
+    figures = {
+        kernel: planned_for_tpus(str(tiny_yaml), *words, "--compute.attention", kernel, folder=tmp_path)
+        for kernel in ("splash", "xla")
+    }
+    assert figures["splash"]["fits"]
+    assert figures["splash"]["held"] == figures["xla"]["held"]
+    axes = {c["axes"] for c in figures["splash"]["programs"][0]["collectives"]}
+    assert axes == {c["axes"] for c in figures["xla"]["programs"][0]["collectives"]}

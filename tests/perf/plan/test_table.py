@@ -1,0 +1,100 @@
+"""The table of plans: what a config becomes for a slice, and what is in its file is not compiled again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mora_jax.errors import InputError
+from train.cli import main as cli
+from train.config import flags
+from train.perf.plan import table
+from train.perf.plan.formula import Expected
+from train.perf.plan.hlo import Collective
+from train.perf.plan.plan import Held, Plan
+from train.perf.plan.programs import Program
+from train.perf.plan.targets import chips
+
+CONFIG = str(Path(__file__).parents[3] / "configs/250m_remora.yaml")
+GIB = 2**30
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[tuple]:
+    """The plans that were asked for, none of which is really made."""
+    asked = []
+
+    def plan(config, topology, devices, memory, programs):
+        assert (devices, memory) == (0, 0.0)
+        asked.append((topology, config.mesh.fsdp, config.microbatches, *programs))
+        sent = [Collective("all-gather", "fsdp", 3, 2 * GIB, GIB), Collective("all-gather", "data", 1, 8, 4)]
+        program = Program("train_step", 0, 0, 7 * GIB // 2, "", 5e12, sent, 1.0)
+        held = Held(3 * 2**20, 2**20, 2 * 2**20, 2 * 2**20)
+        lines = [Expected("all-gather", "fsdp", GIB // 2, GIB // 2)]
+        return Plan(
+            topology, "none", chips(topology), {}, 4.0, 1, 16 * GIB, held, [program][: len(programs)], lines
+        )
+
+    monkeypatch.setattr(table, "plan", plan)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("devices", "sequences", "microbatches"), [(8, 4, 32), (256, 4, 1), (8, 100, 2), (1024, 4, 1)]
+)
+def test_microbatches_hold_so_many_sequences_at_most(devices, sequences, microbatches):
+    config = table.spread(flags.read_config(CONFIG), devices, sequences)
+    assert (config.microbatches, config.mesh.fsdp) == (microbatches, devices)
+    assert 1024 % (devices * microbatches) == 0
+    assert (config.compute.layers, config.compute.attention) == ("remat", "splash")
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(InputError, match="batch_size 1024 does not divide among 48 devices"):
+        table.spread(flags.read_config(CONFIG), 48, 4)
+
+
+def test_a_plan_is_compiled_once(compiled, tmp_path, capsys):
+    out = tmp_path / "plans.json"
+    words = ["plan-table", "--configs", CONFIG, "--out", str(out), "--topologies"]
+    cli.main([*words, "v5e:2x4"])
+    cli.main([*words, "v5e:2x4", "v5p:2x2x4"])
+    assert compiled == [("v5e:2x4", 8, 32, "train"), ("v5p:2x2x4", 16, 16, "train")]
+    assert len(json.loads(out.read_text())) == 2
+    header, _, *rows = capsys.readouterr().out.splitlines()[-4:]
+    assert [cells(row)[1] for row in rows] == ["v5e:2x4", "v5p:2x2x4"]
+    assert cells(header) == list(table.COLUMNS)
+    expected = ["4.0", "4.0", "0.06", "38%", "3.50 of 16", "yes", "5.0", "1.00", "50%", "1.00"]
+    assert cells(rows[0]) == ["250m_remora", "v5e:2x4", "8", *expected]
+
+
+def test_the_state_alone(compiled, tmp_path, capsys):
+    """Nothing is compiled and nothing kept; what was compiled before is shown whole."""
+    out = tmp_path / "plans.json"
+    words = ["plan-table", "--configs", CONFIG, "--out", str(out), "--topologies", "v5e:2x4"]
+    cli.main([*words, "v5e:4x4", "--state-only"])
+    assert compiled == [("v5e:2x4", 8, 32), ("v5e:4x4", 16, 16)]
+    assert not out.exists()
+    bare = capsys.readouterr().out.splitlines()[-2]
+    assert cells(bare)[-6:] == ["", "", "", "1.00", "50%", ""]
+    cli.main(words)
+    cli.main([*words, "--state-only"])
+    assert compiled[2:] == [("v5e:2x4", 8, 32, "train")]
+    assert cells(capsys.readouterr().out.splitlines()[-1])[-6:] == [
+        "3.50 of 16",
+        "yes",
+        "5.0",
+        "1.00",
+        "50%",
+        "1.00",
+    ]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_an_unknown_slice(compiled, tmp_path):
+    with pytest.raises(InputError, match="v5e:2x2x2 is not known"):
+        table.make_table([CONFIG], ["v5e:2x2x2"], 4, str(tmp_path / "plans.json"))
+    assert not compiled

@@ -1,0 +1,261 @@
+"""Where compiled programs are kept, and that a kill in mid-write does no lasting harm."""
+
+import dataclasses
+import errno
+import importlib
+import os
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mora_jax.errors import InputError
+from train.config.run import RunConfig
+from train.config.sections import Compilation
+from train.runtime import backend
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> RunConfig:
+    monkeypatch.setattr(backend, "_WORTH_KEEPING", 0.0)
+    return RunConfig(run_dir=str(tmp_path / "runs/a"))
+
+
+def programs(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*-cache")}
+
+
+def compile_something(config: RunConfig, number: int) -> None:
+    with backend.compiled_programs(config):
+        jax.jit(lambda x: jnp.sin(x) * number)(jnp.ones(3)).block_until_ready()
+
+
+def test_programs_lie_beside_the_run_and_options_come_back(config, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    compile_something(config, 1)
+    kept = programs(tmp_path / "runs/jax_cache")
+    assert kept
+    assert jax.config.jax_compilation_cache_dir == before
+    jax.jit(lambda x: jnp.cos(x) * 2)(jnp.ones(3))
+    assert programs(tmp_path / "runs/jax_cache") == kept
+
+
+@pytest.mark.parametrize("cache", ["off", "elsewhere"])
+def test_the_cache_may_be_moved_or_turned_off(config, tmp_path, cache):
+    where = cache if cache == "off" else str(tmp_path / cache)
+    compile_something(dataclasses.replace(config, compilation=Compilation(where)), 3)
+    assert not (tmp_path / "runs").exists()
+    assert bool(programs(tmp_path / cache)) == (cache != "off")
+
+
+def test_a_folder_named_in_the_environment_is_taken(config, tmp_path, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "named"))
+    try:
+        assert str(backend.cache_folder(config)) == str(tmp_path / "named")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(InputError, match=r"compilation\.cache must be"):
+        Compilation("")
+
+
+def compressors() -> list:
+    return ["zlib", pytest.param("zstandard", marks=pytest.mark.skipif(
+        not importlib.util.find_spec("zstandard"), reason="needs zstandard"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("compressor", compressors())
+def test_a_program_that_a_kill_cut_off_is_removed_and_whole_ones_stay(config, tmp_path, compressor):
+    folder = tmp_path / "runs/jax_cache"
+    folder.mkdir(parents=True)
+    compress = zlib.compress if compressor == "zlib" else importlib.import_module(compressor).compress
+    program = compress(os.urandom(1 << 16))
+    (folder / "whole-cache").write_bytes(program)
+    for name, size in (("a", 0), ("b", 1), ("c", len(program) // 2), ("d", len(program) - 1)):
+        (folder / f"cut_{name}-cache").write_bytes(program[:size])
+    compile_something(config, 4)
+    assert not any(name.startswith("cut") for name in programs(folder))
+    assert "whole-cache" in programs(folder)
+
+
+def test_programs_looked_at_before_are_not_read_again(config, tmp_path):
+    compile_something(config, 5)
+    folder = tmp_path / "runs/jax_cache"
+    old = folder / "old-cache"
+    old.write_bytes(b"cut off")
+    long_ago = time.time() - 3600
+    os.utime(old, (long_ago, long_ago))
+    compile_something(config, 5)
+    assert old.exists()
+
+
+def test_a_full_disk_is_named(disk):
+    config = RunConfig(run_dir=str(disk.path / "run"), deterministic=True)
+    folder = disk.path / "run" / backend.CACHE
+    folder.mkdir(parents=True)
+    disk.fill()
+    with pytest.raises(OSError, match="No space left") as told:
+        compile_something(config, 8)
+    assert told.value.filename == str(folder)
+    disk.free()
+    compile_something(config, 8)
+    with pytest.raises(OSError, match="No space left") as told, backend.compiled_programs(config):
+        raise OSError(errno.ENOSPC, "No space left")  # of something else
+    assert told.value.filename is None
+
+
+def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
+    compile_something(config, 7)
+    folder = tmp_path / "runs/jax_cache"
+    (folder / "checked").unlink(missing_ok=True)
+    (folder / "cut-cache").write_bytes(b"cut off")
+    long_ago = time.time() - 3600
+    os.utime(folder / "cut-cache", (long_ago, long_ago))
+
+    def fail(program: bytes) -> bool:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_look", fail)
+        compile_something(config, 7)
+    assert (folder / "cut-cache").exists()
+    compile_something(config, 7)
+    assert not (folder / "cut-cache").exists()
+
+
+def test_a_program_that_cannot_be_unpacked_here_is_left_alone(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    folder = tmp_path / "runs/jax_cache"
+    folder.mkdir(parents=True)
+    (folder / "other-cache").write_bytes(backend._ZSTD + b"whatever")
+    compile_something(config, 8)
+    assert (folder / "other-cache").exists()
+
+
+@pytest.fixture
+def gpu_expected(monkeypatch):
+    """As if a GPU's plugin were installed, and JAX had not started."""
+    monkeypatch.setattr(backend, "_gpu_expected", lambda: True)
+    monkeypatch.setattr(backend.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    return monkeypatch
+
+
+def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
+    deterministic = dataclasses.replace(config, deterministic=True)
+    flags = " ".join(["--xla_dump_to=x", *backend._PRODUCTS])
+    for told, expected in ((config, flags), (deterministic, f"{flags} {backend._DETERMINISTIC}")):
+        for _ in range(2):
+            backend.set_flags(told)
+            assert os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_what_the_user_chose_stays_but_not_against_determinism(config, gpu_expected, value):
+    own = f"--xla_gpu_enable_triton_gemm={value} --xla_gpu_exclude_nondeterministic_ops=false"
+    gpu_expected.setenv("XLA_FLAGS", own)
+    backend.set_flags(config)
+    flags = f"{own} {backend._PRODUCTS[1]}"
+    assert os.environ["XLA_FLAGS"] == flags
+    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == f"{flags} {backend._DETERMINISTIC}"  # XLA goes by the last
+
+
+def test_flags_are_known_to_this_xla(config, gpu_expected):
+    gpu_expected.setenv("XLA_FLAGS", "")
+    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    code = "import jax; jax.jit(lambda: 1)()"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_once_jax_has_started_determinism_comes_too_late_and_nothing_else_is_told(config, gpu_expected):
+    deterministic = dataclasses.replace(config, deterministic=True)
+    gpu_expected.setattr(backend.xla_bridge, "backends_are_initialized", lambda: True)
+    backend.set_flags(config)
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+    with pytest.raises(
+        InputError, match="deterministic comes too late, JAX has started: set XLA_FLAGS=--xla_gpu"
+    ):
+        backend.set_flags(deterministic)
+    gpu_expected.setenv("XLA_FLAGS", backend._DETERMINISTIC)
+    backend.set_flags(deterministic)
+
+
+def test_without_a_gpu_no_flag_is_set(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_a_deterministic_run_keeps_every_program_in_its_own_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_WORTH_KEEPING", 1e9)
+    compile_something(config, 6)
+    assert not programs(tmp_path / "runs/jax_cache")
+    compile_something(dataclasses.replace(config, deterministic=True), 6)
+    assert programs(tmp_path / "runs/a/jax_cache")
+    with pytest.raises(InputError, match=r"leave compilation\.cache at auto"):
+        dataclasses.replace(config, deterministic=True, compilation=Compilation("off"))
+
+
+@pytest.mark.parametrize("compressor", compressors())
+def test_a_deterministic_run_looks_at_every_program_at_every_start(config, tmp_path, compressor):
+    """Whatever was looked at before: a program compiled in the place of another may compute other bits."""
+    deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
+    compile_something(deterministic, 9)
+    program = importlib.import_module(compressor).compress(os.urandom(1 << 16))
+    altered = program[:2] + bytes(b ^ 255 for b in program[2:40]) + program[40:]
+    if compressor == "zstandard":
+        altered = program[:4] + bytes(b ^ 255 for b in program[4:40]) + program[40:]
+    long_ago = time.time() - 3600
+    for name, content in (("cut", program[:99]), ("whole", program), ("altered", altered)):
+        (folder / f"{name}-cache").write_bytes(content)
+        os.utime(folder / f"{name}-cache", (long_ago, long_ago))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"altered-cache is damaged: remove it .* other bits"):
+            compile_something(deterministic, 9)
+    (folder / "altered-cache").unlink()
+    compile_something(deterministic, 9)
+    assert "cut-cache" not in programs(folder)
+    assert "whole-cache" in programs(folder)
+
+
+def test_a_deterministic_run_takes_back_what_it_kept(config, tmp_path):
+    """JAX itself ends where a program that it kept cannot be unpacked."""
+    deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
+    compile_something(deterministic, 10)
+    for path in folder.glob("*-cache"):
+        kept = path.read_bytes()
+        path.write_bytes(kept[:100] + bytes([kept[100] ^ 255]) + kept[101:])
+        os.utime(path, (0, 0))
+    with pytest.raises(InputError, match="-cache is damaged"):
+        compile_something(deterministic, 10)
+
+
+def test_the_flag_is_one_that_xla_knows_and_importing_starts_nothing():
+    """In programs of their own: XLA ends one for a flag that it does not know."""
+    source = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+from train.runtime import backend
+from train.jobs import pretrain as loop
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+os.environ["XLA_FLAGS"] = backend._DETERMINISTIC if len(sys.argv) < 2 else sys.argv[1]
+import jax
+print(jax.numpy.ones(2).sum())
+"""
+    known, unknown = (
+        subprocess.run([sys.executable, "-c", source, *more], capture_output=True, text=True)
+        for more in ([], ["--xla_gpu_no_such_flag=true"])
+    )
+    assert (known.returncode, known.stdout) == (0, "2.0\n"), known.stderr
+    assert unknown.returncode != 0

@@ -1,0 +1,114 @@
+"""One run at a time in a folder, whatever became of the one before."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from mora_jax.errors import InputError
+from train.storage import lock
+
+HOLD = """
+import sys, time
+from train.storage import lock
+with lock.alone(sys.argv[1]):
+    print("held", flush=True)
+    if len(sys.argv) > 2:  # a child that outlives this program
+        import os
+        if os.fork() == 0:
+            time.sleep(float(sys.argv[2]))
+            os._exit(0)
+    time.sleep(60)
+"""
+
+
+def holder(folder, *more: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLD, str(folder), *more], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def enter(folder) -> None:
+    with lock.alone(str(folder)):
+        pass
+
+
+@pytest.mark.parametrize("child", [(), ("20",)], ids=["alone", "with a child that goes on"])
+def test_a_folder_is_held_until_the_program_is_killed(tmp_path, child):
+    with holder(tmp_path, *child) as process:
+        with pytest.raises(InputError, match=rf"is in use by process {process.pid} on "):
+            enter(tmp_path)
+        time.sleep(0.2)
+        os.kill(process.pid, signal.SIGKILL)
+    with lock.alone(str(tmp_path)):
+        assert f"process {os.getpid()}" in (tmp_path / lock.LOCK).read_text()
+    enter(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / lock.LOCK).mkdir()
+    with pytest.raises(InputError, match="cannot be written to: Is a directory"):
+        enter(tmp_path)
+
+
+def test_a_disk_without_room_is_no_bad_input(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space left") as told:
+        enter(tmp_path)
+    assert told.value.filename == str(tmp_path / lock.LOCK)
+
+
+def test_a_bucket_has_no_lock_and_this_machine_has(bucket, capfd):
+    run = f"{bucket}/runs/a"
+    with lock.alone(run):
+        assert f"process {os.getpid()} on " in (epath.Path(run) / lock.LOCK).read_text()
+        assert (lock.place(run) / lock.LOCK).exists()
+    assert not (epath.Path(run) / lock.LOCK).exists()
+    with holder(lock.place(run)) as process:
+        with pytest.raises(InputError, match=rf"{run} is in use by process {process.pid} on "):
+            enter(run)
+        process.kill()
+    enter(run)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("host", ["another-host", socket.gethostname()])
+def test_a_note_in_the_bucket_tells_of_another_machine(bucket, capfd, host):
+    run = f"{bucket}/run"
+    (epath.Path(run) / lock.LOCK).write_text(f"process 7 on {host}")
+    enter(run)
+    told = capfd.readouterr().err
+    assert ("was not left by process 7 on another-host" in told) == (host == "another-host")
+    assert "warning" in told or host == socket.gethostname()
+
+
+def test_what_a_note_says_is_one_line_that_no_terminal_obeys(bucket, capfd):
+    (epath.Path(f"{bucket}/run") / lock.LOCK).write_text("process 7 on \x1b[31m\nmora: fine")
+    enter(f"{bucket}/run")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert r"process 7 on \x1b[31m\nmora: fine" in line
+
+
+def test_a_note_of_a_program_that_began_meanwhile_stays(bucket):
+    note = epath.Path(f"{bucket}/run") / lock.LOCK
+    with lock.alone(f"{bucket}/run"):
+        note.write_text("process 7 on another-host")
+    assert note.read_text() == "process 7 on another-host"
+
+
+def test_a_bucket_that_is_not_there(bucket):
+    with pytest.raises(InputError, match="s3://none/run cannot be written to: there is no bucket none"):
+        enter("s3://none/run")

@@ -1,0 +1,83 @@
+"""What a config amounts to, before anything is paid for it: `mora pretrain CONFIG --dry-run`."""
+
+import math
+from typing import Any
+
+import jax
+from rich.table import Column, Table
+
+from mora_jax import trees
+from mora_jax.methods import MoRA
+from mora_jax.transform import Choice, Methods
+from train.config.run import RunConfig
+from train.console.terminal import console
+from train.run import folder as runs
+from train.step.step import init_params, init_state
+
+
+def describe(config: RunConfig) -> tuple[Table, Table]:
+    """Tables of every parameter (shape, what is done with it, trained entries) and of the whole run.
+
+    Raises:
+      InputError: for rules that do not fit the model.
+    """
+    methods = runs.assign_methods(config)
+    state = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+    return _parameters(state.params, methods), _run(config, methods, state)
+
+
+def print_description(config: RunConfig) -> None:
+    """Prints `describe`."""
+    console().print(*describe(config))
+
+
+def trained_entries(choice: Choice, shape: tuple[int, ...]) -> int:
+    """How many numbers are trained for one parameter: its own, its adapter's (without padding), or none."""
+    if isinstance(choice, str):
+        return math.prod(shape) if choice == "train" else 0
+    return choice.count(*shape[-2:]) * math.prod(shape[:-2])
+
+
+def _parameters(params: Any, methods: Methods) -> Table:
+    path_column = Column("parameter", overflow="fold")  # a narrow terminal must not cut names off
+    table = Table(path_column, "shape", "treatment", "trained", title="parameters", title_justify="left")
+    for path, leaf in trees.flatten(params).items():
+        trained = trained_entries(methods[path], leaf.shape)
+        table.add_row(
+            path, "x".join(map(str, leaf.shape)), _treatment(methods[path], leaf.shape), f"{trained:,}"
+        )
+    return table
+
+
+def _run(config: RunConfig, methods: Methods, state: Any) -> Table:
+    flat = trees.flatten(state.params)
+    trained = sum(trained_entries(methods[path], leaf.shape) for path, leaf in flat.items())
+    frozen = sum(math.prod(leaf.shape) for path, leaf in flat.items() if methods[path] != "train")
+    table = Table("", "", title="run", title_justify="left", show_header=False)
+    for name, value in {
+        "model": f"{_size(state.params):,} parameters",
+        "trainable": f"{trained:,} parameters",
+        "frozen": f"{frozen:,} parameters",
+        "optimizer state": f"{_bytes(state.opt_state) / 2**20:,.1f} MiB",
+        "a step": f"{config.tokens_per_step():,} tokens",
+        "the run": f"{config.steps:,} steps, {config.tokens_per_step() * config.steps:,} tokens",
+        "restarts": f"{config.restarts_before(config.steps):,}",
+    }.items():
+        table.add_row(name, value)
+    return table
+
+
+def _treatment(choice: Choice, shape: tuple[int, ...]) -> str:
+    if isinstance(choice, str):
+        return choice
+    if isinstance(choice, MoRA):
+        return f"mora r {choice.rank}, r_hat {choice.r_hat(*shape[-2:])}"
+    return choice.name
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,282 @@
+"""`mora`: the one command line. Each subcommand is a frozen dataclass of flags and a function of it."""
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from mora_jax.errors import InputError, spelled_out
+from train.cli.commands import (
+    Demo,
+    Evaluate,
+    Export,
+    ListCheckpoints,
+    Plan,
+    PlanTable,
+    PrepareData,
+    Pretrain,
+    SurveyMethods,
+    TrainTokenizer,
+)
+from train.config import flags
+from train.config.run import RunConfig
+from train.config.sections import Evaluation
+from train.console import exits, streams
+from train.console.terminal import console
+from train.perf.bench import options
+from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
+from train.storage import buckets
+
+
+def prepare_data(command: PrepareData) -> None:
+    """Runs `mora prepare-data`."""
+    from train.data.rows.build import prepare
+
+    info = prepare(**dataclasses.asdict(command))
+    counts = (f"{split} {info.rows[split]:,} rows, {info.tokens[split]:,} tokens" for split in info.rows)
+    print(f"{command.out}: {'; '.join(counts)}")
+
+
+def train_tokenizer(command: TrainTokenizer) -> None:
+    """Runs `mora train-tokenizer`."""
+    from train.data.tokenizer import train_tokenizer as train
+
+    made = train(command.source, command.out, command.vocab_size, command.max_documents)
+    print(f"{made.path}: {made.vocab_size:,} pieces")
+
+
+def pretrain(command: Pretrain) -> None:
+    """Runs `mora pretrain`."""
+    if command.dry_run:
+        from train.cli.describe import print_description
+
+        print_description(command.run)
+    else:
+        train(command)
+
+
+def train(command: Pretrain) -> None:
+    """Trains, as one of several processes where it is so."""
+    import jax
+
+    from train.jobs.pretrain import pretrain as run
+    from train.runtime.distributed import joined
+    from train.runtime.preempt import ended_at_once
+
+    with ended_at_once(), joined(command.run.distributed, explain):
+        summary = run(command.run, command.resume)
+        if jax.process_index() == 0:
+            print_summary(summary, command.run.run_dir)
+
+
+def plan(command: Plan) -> None:
+    """Runs `mora plan`."""
+    from train.perf.plan.report import plan as make
+    from train.perf.plan.report import show
+
+    programs = ["train", *(["restart"] if command.run.restart.every else []), "eval"]
+    programs = programs if command.every_program else programs[:1]
+    made = make(command.run, command.topology, command.devices, command.memory, programs)
+    show(made, command.config, command.out)
+    if made.fits() is False:
+        raise SystemExit(1)
+
+
+def plan_table(command: PlanTable) -> None:
+    """Runs `mora plan-table`."""
+    from train.perf.plan.table import make_table
+
+    slices, compiling = command.topologies, not command.state_only
+    print(make_table(command.configs, slices, command.sequences, command.out, compiling))
+
+
+def evaluate(command: Evaluate) -> None:
+    """Runs `mora evaluate`."""
+    from train.jobs.score import score_path
+
+    how = Evaluation(batch_size=command.batch_size, max_batches=command.max_batches)
+    score = score_path(command.path, command.data, how, command.dtype)
+    print_summary({"validation_loss": score.loss, "validation_perplexity": score.perplexity}, command.path)
+
+
+def export(command: Export) -> None:
+    """Runs `mora export`."""
+    from train.jobs.export import export as write
+
+    write(command.run_dir, command.out, command.dtype)
+    print(f"written: {command.out}")
+
+
+def list_checkpoints(command: ListCheckpoints) -> None:
+    """Runs `mora checkpoints`."""
+    from train.run.inventory import print_inventory
+
+    if not print_inventory(command.run_dir, not command.no_verify):
+        raise SystemExit(exits.DAMAGED)
+
+
+def survey_methods(command: SurveyMethods) -> None:
+    """Runs `mora methods`."""
+    from train.cli.methods import print_survey
+
+    print_survey(command.model, command.rank)
+
+
+def bench_data(command: BenchData) -> None:
+    """Runs `mora bench data`."""
+    from train.perf.bench.data import bench
+
+    bench(command.source, command.tokenizer, command.sequence_length, command.batch_size, command.out)
+
+
+def bench_profile(command: BenchProfile) -> None:
+    """Runs `mora bench profile`."""
+    from train.perf.bench.profile import bench
+
+    case = options.case_of(command)
+    bench(case, command.method, command.profiled_steps, command.top, command.out)
+
+
+def bench_step(command: BenchStep) -> None:
+    """Runs `mora bench step`."""
+    from train.perf.bench.step import bench
+
+    bench(options.case_of(command), command)
+
+
+def bench_sweep(command: BenchSweep) -> None:
+    """Runs `mora bench sweep`."""
+    from train.perf.bench.sweep import bench
+
+    bench(options.case_of(command), command)
+
+
+def bench_report(command: BenchReport) -> None:
+    """Runs `mora bench report`."""
+    from train.perf.bench.report import refresh
+
+    print(f"{command.page}: {refresh(command.page)} tables written")
+
+
+def demo(command: Demo) -> None:
+    """Runs `mora demo`."""
+    from train.cli.demo import demo as run
+
+    run(command.config, command.folder)
+
+
+# What they print is a log: their results are files. What any other command prints is its result.
+_WORK = ("prepare-data", "train-tokenizer", "pretrain", "export", "demo")
+
+# Functions import what they run only then, so that `mora --help` answers at once.
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "prepare-data": (PrepareData, prepare_data),
+    "train-tokenizer": (TrainTokenizer, train_tokenizer),
+    "pretrain": (Pretrain, pretrain),
+    "plan": (Plan, plan),
+    "plan-table": (PlanTable, plan_table),
+    "evaluate": (Evaluate, evaluate),
+    "checkpoints": (ListCheckpoints, list_checkpoints),
+    "export": (Export, export),
+    "methods": (SurveyMethods, survey_methods),
+    "bench data": (BenchData, bench_data),
+    "bench step": (BenchStep, bench_step),
+    "bench profile": (BenchProfile, bench_profile),
+    "bench sweep": (BenchSweep, bench_sweep),
+    "bench report": (BenchReport, bench_report),
+    "demo": (Demo, demo),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command. What ends it early is one line on stderr and a status of `train.console.exits`."""
+    words = sys.argv[1:] if args is None else list(args)
+    with streams.unheard(result=not set(words[:1]) & set(_WORK)):
+        try:
+            run(words)
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            raise SystemExit(explain(error)) from None
+
+
+def explain(error: BaseException) -> int:
+    """Says in one line on stderr what ended a command, or shows where a bug is; the status to exit with."""
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else bool(error.code)
+        case InputError():
+            line, status = str(error), exits.BAD_INPUT
+        case exits.Stopped():
+            line, status = str(error), error.status
+        case OSError():
+            line = f"{error.filename or 'input or output'}: {error.strerror or error}"
+            status = exits.DISK
+        case KeyboardInterrupt():
+            line, status = "interrupted", exits.INTERRUPTED
+        case _ if line := buckets.trouble(error):
+            status = exits.BAD_INPUT if isinstance(error, ImportError) else exits.DISK
+        case _:
+            traceback.print_exception(error)
+            return exits.BUG
+    print(f"mora: {line}", file=sys.stderr)
+    return status
+
+
+def run(args: list[str]) -> None:
+    """Finds the command, builds its flags and calls it. Raises InputError for an unknown one."""
+    if not args or args[0] in ("-h", "--help"):
+        return print_commands()
+    words = 2 if args[0] == "bench" else 1
+    name, rest = " ".join(args[:words]), args[words:]
+    if name not in COMMANDS:
+        raise InputError(
+            f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)"
+        )
+    command, function = COMMANDS[name]
+    if command in (Pretrain, Plan) and not {"-h", "--help"} & set(rest[:1]):
+        return function(read_with_config(command, name, rest))
+    if command in (BenchProfile, BenchStep, BenchSweep):
+        return function(options.read(command, rest, f"mora {name}"))
+    return function(flags.parse(command, rest, f"mora {name}"))
+
+
+def read_with_config(command: type, name: str, args: list[str]) -> Any:
+    """`mora NAME CONFIG ...`: the file's values as flags ahead of the user's.
+
+    Raises:
+      InputError: naming what is wrong, also where the file does not come first.
+    """
+    if not args or args[0].startswith("-"):
+        raise InputError(f"mora {name} needs a config file first: mora {name} CONFIG [flags]")
+    words, rules = flags.words_of_yaml(args[0])
+    default = command(args[0], RunConfig(rules=rules))
+    return flags.parse(command, [args[0], *words, *args[1:]], f"mora {name}", default)
+
+
+def print_commands() -> None:
+    """The list of commands, one line each."""
+    table = Table.grid(padding=(0, 2))
+    for name, (command, _) in COMMANDS.items():
+        table.add_row(f"mora {name}", (command.__doc__ or "").splitlines()[0])
+    console().print("MoRA and ReMoRA pretraining in JAX. `mora COMMAND --help` explains a command.\n", table)
+
+
+def print_summary(summary: dict[str, Any], title: str) -> None:
+    """A short table of figures, which may come from a file."""
+    table = Table("", "", title=spelled_out(title), show_header=False)
+    for name, value in summary.items():
+        table.add_row(spelled_out(name.replace("_", " ")), spelled_out(_readable(value)))
+    console().print(table)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    main()

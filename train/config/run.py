@@ -1,0 +1,205 @@
+"""Everything that a run depends on: a frozen dataclass of sections, checked where it is built.
+
+A config file is YAML with the same nesting. Scalar fields are also flags (`--optimizer.learning-rate 1e-3`).
+"""
+
+import dataclasses
+from typing import Annotated, Any
+
+import tyro
+
+from mora_jax import methods as method_table
+from mora_jax import transform
+from mora_jax.errors import InputError
+from mora_jax.methods import Method, MoRA
+from mora_jax.models.attention import check_splash
+from mora_jax.models.llama import Compute, LlamaConfig
+from train.config.sections import (
+    MOST_SEQUENCES,
+    BadSteps,
+    Checkpoint,
+    Compilation,
+    Data,
+    Distributed,
+    Evaluation,
+    Log,
+    Mesh,
+    MethodFlags,
+    Optimizer,
+    Restart,
+    Schedule,
+    at_least,
+)
+from train.storage.buckets import reachable
+
+Rule = tuple[str, "Method | str"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One pretraining run.
+
+    Attributes:
+      run_dir: folder the run is written to, on a disk or in a bucket of gs:// or s3://.
+      seed: of the initialisation, the order of the data and the restarts.
+      steps: optimizer steps.
+      batch_size: sequences of an optimizer step, over all devices.
+      microbatches: parts that a batch is computed in, one after another (gradient accumulation).
+      init_from: Hugging Face folder or run to start from instead of random weights; empty for none.
+      model: what the model is.
+      compute: how it is computed.
+      data: where the prepared text is.
+      method: the common case of rules as plain flags.
+      optimizer: AdamW.
+      schedule: how the learning rate goes.
+      restart: ReMoRA's and ReLoRA's restarts.
+      bad_steps: which updates are skipped.
+      eval: perplexity on the validation split.
+      checkpoint: what is kept.
+      deterministic: the same bits on a GPU, too, after going on from a checkpoint; programs are then kept in
+        the run's folder, some are slower, and attention is not cuDNN's. Elsewhere it is so in any case.
+      compilation: how programs are compiled.
+      log: who is told.
+      mesh: how the devices are laid out.
+      distributed: the processes that the run is made of.
+      rules: (regex of paths, method | "train" | "frozen"), first match wins; YAML and Python only, instead
+        of `method`.
+    """
+
+    run_dir: str = "runs/run"
+    seed: int = 0
+    steps: int = 10_000
+    batch_size: int = 1024
+    microbatches: int = 1
+    init_from: str = ""
+    model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    data: Data = dataclasses.field(default_factory=Data)
+    method: MethodFlags = dataclasses.field(default_factory=MethodFlags)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    restart: Restart = dataclasses.field(default_factory=Restart)
+    bad_steps: BadSteps = dataclasses.field(default_factory=BadSteps)
+    eval: Evaluation = dataclasses.field(default_factory=Evaluation)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    deterministic: bool = False
+    compilation: Compilation = dataclasses.field(default_factory=Compilation)
+    log: Log = dataclasses.field(default_factory=Log)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
+
+    def __post_init__(self) -> None:
+        reachable("run_dir", self.run_dir)
+        if not 0 <= self.seed < 2**32:  # what JAX's keys can tell apart
+            raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
+        at_least("steps", self.steps, 1)
+        at_least("batch_size", self.batch_size, 1, MOST_SEQUENCES)
+        at_least("microbatches", self.microbatches, 1)
+        if self.batch_size % self.microbatches:
+            raise InputError(
+                f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches"
+            )
+        if self.schedule.warmup > self.steps:
+            raise InputError(
+                f"schedule.warmup {self.schedule.warmup} is longer than the run of {self.steps} steps"
+            )
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise InputError(
+                f"data.sequence_length {self.data.sequence_length} is longer than "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        if self.compute.attention == "splash":
+            check_splash(self.data.sequence_length)
+        if self.rules and self.method != MethodFlags():
+            raise InputError("give either rules or method.* fields, not both")
+        if self.deterministic and self.compilation.cache != "auto":
+            raise InputError(
+                "deterministic keeps compiled programs in the run's folder; leave compilation.cache at auto"
+            )
+        if self.deterministic and self.compute.attention == "cudnn":
+            # With jaxlib 0.11.2 the first step of every head width tried ends in an IndexError of XLA.
+            raise InputError(
+                "deterministic excludes compute.attention cudnn, whose backward pass is another each time, "
+                "and which XLA cannot run deterministically; use xla"
+            )
+        self._check_restarts()
+
+    def _check_restarts(self) -> None:
+        if self.schedule.kind == "jagged-cosine" and not self.restart.every:
+            raise InputError("schedule.kind jagged-cosine needs restart.every above 0")
+        if not self.restart.every:
+            return
+        if self.schedule.kind == "jagged-cosine" and self.schedule.warmup > self.restart.every:
+            raise InputError(
+                f"schedule.warmup {self.schedule.warmup} is longer than restart.every {self.restart.every}"
+            )
+        adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
+        if not adapted or not all(m.additive for m in adapted):
+            raise InputError("restart.every needs methods with an update to merge: mora or lora")
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant, a sentence each."""
+        operators = (
+            {c.operator for _, c in self.parameter_rules() if isinstance(c, MoRA)}
+            if self.restart.every
+            else ()
+        )
+        told = [
+            f"operator {o.name} has one pattern only: restarts add no rank to the sum of updates"
+            for o in operators
+            if o.switched() == o
+        ]
+        if 0 < self.restart.every <= self.bad_steps.window:
+            told.append(
+                f"no spike of the gradient can be seen: bad_steps.window {self.bad_steps.window} is not full "
+                f"before the next restart; choose one below restart.every {self.restart.every}"
+            )
+        return told
+
+    def parameter_rules(self) -> transform.Rules:
+        """The rules for `mora_jax.assign`, from `rules` or from `method`."""
+        if self.rules:
+            return self.rules  # pyright: ignore[reportReturnType]
+        flags = self.method
+        if flags.name == "full":
+            return ((".*", "train"),)
+        adapt: transform.Rules = () if flags.name == "frozen" else ((flags.adapt, flags.method()),)
+        train: transform.Rules = ((flags.train, "train"),) if flags.train else ()
+        return (*adapt, *train, (".*", "frozen"))
+
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_size * self.data.sequence_length
+
+    def restarts_before(self, step: int) -> int:
+        """How many restarts happened before the restart, if any, of optimizer step `step` (from 0)."""
+        return max(step - 1, 0) // self.restart.every if self.restart.every else 0
+
+    def restarts_at(self, step: int) -> bool:
+        """Whether a restart happens just before optimizer step `step` (from 0)."""
+        return bool(self.restart.every) and 0 < step < self.steps and step % self.restart.every == 0
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config as nested plain data, as YAML and JSON hold it."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "rules":
+            value = [[regex, _plain_choice(choice)] for regex, choice in value]
+        plain[field.name] = to_plain(value) if dataclasses.is_dataclass(value) else value
+    return plain
+
+
+def rules_from_plain(data: Any) -> tuple[Rule, ...]:
+    """The inverse of what `to_plain` makes of rules. Raises InputError for anything else."""
+    if not isinstance(data, list) or not all(
+        isinstance(r, list) and len(r) == 2 and isinstance(r[0], str) for r in data
+    ):
+        raise InputError("rules is a list of pairs [regex, method | train | frozen]")
+    return tuple((regex, transform.choice_from_json(choice)) for regex, choice in data)
+
+
+def _plain_choice(choice: Any) -> Any:
+    return method_table.to_json(choice) if isinstance(choice, Method) else choice

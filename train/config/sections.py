@@ -1,0 +1,348 @@
+"""The sections of a run's config: frozen dataclasses, each checked where it is built."""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from mora_jax.errors import InputError
+from mora_jax.methods import Decouple, DoRA, LoRA, Method, MoRA, Operator, Rotate, Share, Truncate
+from train.storage.buckets import reachable
+
+LINEARS = "layers/.*_proj/kernel"
+REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
+
+
+# What JAX's int32 holds; no count of a run is near it.
+MOST = 2**31 - 1
+MOST_SEQUENCES = 2**24
+
+
+def at_least(name: str, value: float, least: float, most: float = MOST) -> None:
+    """Raises InputError for a value below `least`, above `most` or not a number."""
+    if not value >= least or value == math.inf:
+        raise InputError(f"{name} must be at least {least}, not {value}")
+    if value > most:
+        raise InputError(f"{name} must be at most {most:,}, not {value}")
+
+
+def above(name: str, value: float, bound: float) -> None:
+    """Raises InputError for a value not above `bound` or not finite."""
+    if not bound < value < math.inf:
+        raise InputError(f"{name} must be above {bound}, not {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the prepared text is.
+
+    Attributes:
+      directory: data set made by `mora prepare-data`; one of gs:// or s3:// is copied to this machine's disk
+        first, into MORA_CACHE or ~/.cache/mora_jax.
+      sequence_length: tokens of a row; must be the data set's.
+    """
+
+    directory: str = "data/c4"
+    sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        reachable("data.directory", self.directory)
+        at_least("data.sequence_length", self.sequence_length, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodFlags:
+    """The common case of rules as plain flags: one method for all adapted kernels.
+
+    Attributes:
+      name: "full" trains every parameter itself; "frozen" adapts nothing.
+      rank: LoRA's and DoRA's rank; for MoRA the rank whose parameter count is matched.
+      alpha: LoRA, DoRA: the update is scaled by alpha / rank.
+      rslora: LoRA: scaled by alpha / sqrt(rank) instead.
+      b_lr_scale: LoRA: the learning rate of B over that of A (LoRA+).
+      train_factors: LoRA: which factors are trained; with "b" A stays as it was drawn (AsyLoRA).
+      a_init: LoRA: how A is drawn.
+      operator: MoRA: how widths are compressed and decompressed.
+      group: MoRA, share: group type at the start, 0 strided or 1 contiguous.
+      cycle: MoRA, share: group types that restarts go through, the paper's 2 or all 4 pairs.
+      pad: MoRA: how inputs that r_hat does not divide are padded.
+      surplus: MoRA, decouple and rotate: what becomes of surplus input blocks.
+      align: MoRA: m is stored padded to a multiple of this.
+      dropout: LoRA, MoRA: share of the adapter's inputs zeroed in training.
+      adapt: regex of the kernels that get an adapter.
+      train: regex of the parameters that are trained themselves; empty for none.
+    """
+
+    name: Literal["full", "frozen", "lora", "dora", "mora"] = "mora"
+    rank: int = 128
+    alpha: float = 128.0
+    rslora: bool = False
+    b_lr_scale: float = 1.0
+    train_factors: Literal["ab", "b"] = "ab"
+    a_init: Literal["uniform", "orthogonal", "normal"] = "uniform"
+    operator: Literal["truncate", "share", "decouple", "rotate"] = "share"
+    group: Literal[0, 1] = 0
+    cycle: Literal[2, 4] = 2
+    pad: Literal["zero", "wrap"] = "zero"
+    surplus: Literal["fold", "drop"] = "fold"
+    align: int = 128
+    dropout: float = 0.0
+    adapt: str = LINEARS
+    train: str = REST
+
+    def __post_init__(self) -> None:
+        self.method()
+
+    def method(self) -> Method | Literal["train", "frozen"]:
+        """What these flags say of an adapted kernel."""
+        if self.name == "lora":
+            return LoRA(
+                self.rank,
+                self.alpha,
+                self.rslora,
+                self.b_lr_scale,
+                self.train_factors,
+                self.a_init,
+                self.dropout,
+            )
+        if self.name == "dora":
+            return DoRA(self.rank, self.alpha)
+        if self.name == "mora":
+            return MoRA(self.rank, self._operator(), self.align, self.dropout)
+        return "train" if self.name == "full" else "frozen"
+
+    def _operator(self) -> Operator:
+        if self.operator == "share":
+            return Share(self.group, self.pad, self.cycle)
+        blocks = {"decouple": Decouple, "rotate": Rotate}
+        return blocks[self.operator](self.pad, self.surplus) if self.operator in blocks else Truncate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW.
+
+    Attributes:
+      learning_rate: the peak rate.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled decay of all trained arrays but the scales of norms and DoRA's magnitudes, per
+        unit of learning rate.
+      clip_norm: largest global norm of the gradient; 0 does not clip.
+    """
+
+    learning_rate: float = 5e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        above("optimizer.learning_rate", self.learning_rate, 0)
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
+        above("optimizer.eps", self.eps, 0)
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        at_least("optimizer.clip_norm", self.clip_norm, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the learning rate goes over the run.
+
+    Attributes:
+      kind: shape after the warm-up; jagged-cosine warms up again after every restart.
+      warmup: optimizer steps of linear warm-up from 0.
+      min_ratio: the rate at the end, as a share of the peak.
+    """
+
+    kind: Literal["linear", "cosine", "jagged-cosine"] = "cosine"
+    warmup: int = 1000
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least("schedule.warmup", self.warmup, 0)
+        if not 0 <= self.min_ratio <= 1:
+            raise InputError(f"schedule.min_ratio must lie in [0, 1], not {self.min_ratio}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BadSteps:
+    """Which updates are skipped: those of a loss or gradient that is not finite, or a spike.
+
+    Attributes:
+      window: good steps before, whose median is what is normal; no spike is seen before there are as many
+        (gradients: since the last restart). 0 looks for no spikes.
+      factor: a spike is a perplexity or a gradient norm above this many times the median.
+      patience: bad steps in a row that stop the run.
+    """
+
+    window: int = 100
+    factor: float = 10.0
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("bad_steps.window", self.window, 0)
+        above("bad_steps.factor", self.factor, 1)
+        at_least("bad_steps.patience", self.patience, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """Merge, re-initialise, switch the group type: ReMoRA and ReLoRA.
+
+    Attributes:
+      every: optimizer steps between restarts; 0 for none.
+      warmup: optimizer steps of linear warm-up after a restart.
+      optimizer: the adapters' Adam state: "reset" zeroes moments and count; "magnitude" and "random" zero a
+        share of the entries of each moment, the smallest or any, and keep the count.
+      prune: that share, in (0, 1]; not used by "reset".
+    """
+
+    every: int = 0
+    warmup: int = 50
+    optimizer: Literal["reset", "magnitude", "random"] = "reset"
+    prune: float = 0.9
+
+    def __post_init__(self) -> None:
+        at_least("restart.every", self.every, 0)
+        at_least("restart.warmup", self.warmup, 0)
+        if not 0 < self.prune <= 1:
+            raise InputError(f"restart.prune must lie in (0, 1], not {self.prune}")
+        if 0 < self.every <= self.warmup:
+            raise InputError(f"restart.warmup {self.warmup} must be shorter than restart.every {self.every}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Perplexity on the validation split.
+
+    Attributes:
+      every: optimizer steps between evaluations; 0 for the end only.
+      batch_size: sequences a batch.
+      max_batches: batches an evaluation reads; 0 for the whole split.
+    """
+
+    every: int = 1000
+    batch_size: int = 64
+    max_batches: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("eval.every", self.every, 0)
+        at_least("eval.batch_size", self.batch_size, 1, MOST_SEQUENCES)
+        at_least("eval.max_batches", self.max_batches, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is kept.
+
+    Attributes:
+      every: optimizer steps between checkpoints; 0 for the end only.
+      keep: newest checkpoints to keep; 0 for all.
+      keep_every: steps between checkpoints that are kept for good, a multiple of every; 0 for none.
+    """
+
+    every: int = 1000
+    keep: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 0)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise InputError(
+                f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every "
+                f"{self.every}: no other steps are saved"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """How programs are compiled.
+
+    Attributes:
+      cache: folder of compiled programs, which spares a restart the compiler; "auto" for jax_cache beside
+        the run's folder, or what JAX_COMPILATION_CACHE_DIR names; "off" for none. Who can write to it can
+        run code.
+    """
+
+    cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            raise InputError("compilation.cache must be a folder, auto or off, not empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Who is told. JSON lines and TensorBoard are always written.
+
+    Attributes:
+      wandb: Weights & Biases project; empty for none.
+    """
+
+    wandb: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices are laid out, in three axes. One of the sizes may be -1: all the devices that are left.
+
+    Attributes:
+      data: devices among which a batch is divided, each with a copy of the state.
+      fsdp: devices among which a batch and each copy of the state are divided.
+      tensor: devices that share the attention heads and the MLP's width of each token.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1:
+                at_least(f"mesh.{axis}", size, 1)
+        if list(sizes.values()).count(-1) > 1:
+            raise InputError(f"only one of {', '.join(f'mesh.{axis}' for axis in sizes)} may be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """The processes that a run is made of. Slurm, Open MPI and TPU pods are known by their environment.
+
+    Attributes:
+      coordinator_address: host:port of process 0, where the processes meet; empty for what the environment
+        says.
+      num_processes: processes, with a coordinator_address.
+      process_id: which of them this is, from 0, with a coordinator_address.
+      initialization_timeout: seconds that the processes wait for each other at the start.
+      heartbeat_timeout: seconds of silence after which a process counts as gone.
+    """
+
+    coordinator_address: str = ""
+    num_processes: int = 1
+    process_id: int = 0
+    initialization_timeout: int = 300
+    heartbeat_timeout: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("distributed.num_processes", self.num_processes, 1)
+        at_least("distributed.initialization_timeout", self.initialization_timeout, 1)
+        at_least("distributed.heartbeat_timeout", self.heartbeat_timeout, 1)
+        if not 0 <= self.process_id < self.num_processes:
+            raise InputError(
+                f"distributed.process_id {self.process_id} must lie in [0, distributed.num_processes "
+                f"{self.num_processes})"
+            )
+        if self.num_processes > 1 and not self.coordinator_address:
+            raise InputError("distributed.num_processes needs distributed.coordinator_address, host:port")
+        if self.coordinator_address and not re.fullmatch(r".+:\d+", self.coordinator_address):
+            raise InputError(
+                f"distributed.coordinator_address is host:port, not {self.coordinator_address!r}"
+            )

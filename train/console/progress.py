@@ -1,0 +1,102 @@
+"""Progress of long work, on stderr: a bar on a terminal, a short line every so often anywhere else."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from train.console import terminal
+
+# Seconds between two lines where there is no terminal.
+QUIET = 10.0
+
+
+@contextlib.contextmanager
+def progress(
+    description: str, total: float | None, unit: str, console: Console | None = None
+) -> Iterator[Callable[[float], None]]:
+    """Shows how far a long piece of work is; may be used inside another one.
+
+    Args:
+      description: what is being done, such as "evaluating".
+      total: units of all the work; None where that is not known.
+      unit: what is counted, in the plural.
+      console: where to; stderr by default.
+
+    Yields:
+      advance(n): says that n more units are done.
+    """
+    with Bar(description, total, unit, console) as bar:
+        yield lambda n: bar.advance(n)
+
+
+class Bar:
+    """One piece of work: how much is done, the time left, and its speed or other facts. A context manager."""
+
+    def __init__(
+        self,
+        description: str,
+        total: float | None,
+        unit: str,
+        console: Console | None = None,
+        start: float = 0,
+    ) -> None:
+        """As `progress`; `start` is what was done before, which counts for no speed."""
+        self._console = console or terminal.console(stderr=True)
+        self._drawn = self._console.is_terminal
+        self._unit = unit
+        self._started = self._told_at = time.monotonic()
+        self._untold = False
+        # Where nothing is drawn, rich still keeps count of speed and time left.
+        columns = (
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
+        )
+        self._rich = Progress(*columns, console=self._console, disable=not self._drawn)
+        self._id = self._rich.add_task(description, total=total, completed=start, line=description)  # pyright: ignore[reportArgumentType]
+
+    def advance(self, n: float, facts: str = "") -> None:
+        """Says that n more units are done.
+
+        Args:
+          n: units done since.
+          facts: shown in place of the speed.
+        """
+        self._rich.advance(self._id, n)
+        self._rich.update(self._id, line=self._line(facts))
+        self._untold = not self._drawn
+        if self._untold and time.monotonic() - self._told_at >= QUIET:
+            self._tell()
+
+    def _line(self, facts: str) -> str:
+        task = self._rich.tasks[0]
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        left = None if task.finished else task.time_remaining
+        parts = (
+            f"{task.description} {task.completed:,.0f}{total} {self._unit}",
+            "" if left is None else f"{timedelta(seconds=int(left))} left",
+            facts or (f"{task.speed:,.0f} {self._unit}/s" if task.speed else ""),
+        )
+        return " · ".join(part for part in parts if part)
+
+    def _tell(self) -> None:
+        self._told_at, self._untold = time.monotonic(), False
+        self._console.print(self._rich.tasks[0].fields["line"], highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._rich.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rich.stop()
+        # Work that was over before a line was due stays silent.
+        if self._untold and time.monotonic() - self._started >= QUIET:
+            self._tell()

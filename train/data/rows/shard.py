@@ -1,0 +1,168 @@
+"""One shard of text into one ArrayRecord file of rows: what a worker process does."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mora_jax.errors import InputError
+from mora_jax.io import read_bytes, read_json
+from train.data.rows import layout
+from train.data.rows.layout import FIELD, row_features, token_dtype
+from train.data.text.c4 import Record
+from train.data.tokenizer import Tokenizer
+from train.storage.files import sync, write_whole
+
+BLOCK_CHARACTERS = 1_000_000
+BLOCK_RECORDS = 1_000
+
+
+class TextShard(Protocol):
+    """A part of a source that one worker reads: a file of JSON lines, or a range of a TFDS split."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def records(self, skip_lines: int) -> Iterator[Record]: ...
+
+
+class Advance(NamedTuple):
+    """What was done since the last report; `units` are those of the shard's `size`."""
+
+    units: int
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a shard became. `tokens` counts those in rows, `dropped_tokens` the last partial row."""
+
+    documents: int = 0
+    rows: int = 0
+    tokens: int = 0
+    dropped_tokens: int = 0
+    skipped_lines: int = 0
+    file_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be written: `target` is its file of rows, `record` the record of its counts."""
+
+    shard: TextShard
+    tokenizer: Tokenizer
+    sequence_length: int
+    skip_lines: int
+    target: Path
+    record: Path
+
+    @property
+    def unigram(self) -> Path:
+        """The file of piece counts that goes with the record."""
+        return self.record.with_suffix(".npy")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it is there; what is damaged is done again."""
+        with contextlib.suppress(InputError):
+            self.counts()
+            self.piece_counts()
+            return True
+        return False
+
+    def counts(self) -> Counts:
+        """The count record of a finished job. Raises InputError where it is damaged, or its rows are."""
+        try:
+            counts = Counts(**read_json(self.record))
+            for value in astuple(counts):
+                layout.count(value)
+        except (InputError, TypeError) as error:
+            raise InputError(f"{self.record} is damaged; the same command does its shard again") from error
+        if not self.target.is_file() or self.target.stat().st_size != counts.file_bytes:
+            raise InputError(f"{self.target} is not as {self.record} says; the same command does it again")
+        return counts
+
+    def piece_counts(self) -> np.ndarray:
+        """How often each piece occurs in the rows, (V,). Raises InputError for a file that is damaged."""
+        pieces = self.tokenizer.vocab_size
+        try:
+            content = read_bytes(self.unigram, layout.piece_count_bytes(pieces))
+            return layout.piece_counts(content, pieces)
+        except ValueError as error:
+            raise InputError(f"{self.unigram} is damaged; the same command does its shard again") from error
+
+
+def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
+    """Writes the rows of one shard and, at the very end, its record, which means that all is there.
+
+    Raises:
+      InputError: the text is bad (see `c4.records`). Nothing is left behind.
+    """
+    unfinished = job.record.with_suffix(f".rows-{os.getpid()}")
+    try:
+        counts, unigram_V = _write_rows(job, unfinished, report)
+        sync(unfinished)
+        unfinished.replace(job.target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync(job.target.parent)
+    npy = io.BytesIO()
+    np.save(npy, unigram_V)
+    write_whole(job.unigram, npy.getvalue())
+    write_whole(job.record, json.dumps(asdict(counts)))
+
+
+def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tuple[Counts, np.ndarray]:
+    """Cuts the stream of tokens into rows of T and writes them; gives its counts, and each piece's, (V,)."""
+    serialize = row_features(job.sequence_length, job.tokenizer.vocab_size).serialize_example
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # one row a group: rows are read at random
+    documents, rows, skipped, position = 0, 0, 0, 0
+    unigram_V = np.zeros(job.tokenizer.vocab_size, np.int64)
+    rest = np.empty(0, token_dtype(job.tokenizer.vocab_size))
+    for block in _blocks(job.shard.records(job.skip_lines)):
+        texts = [record.text for record in block if record.text is not None]
+        tokens = job.tokenizer.encode_documents(texts)
+        rows_RT, rest = _split_rows(np.concatenate([rest, tokens]), job.sequence_length)
+        for row_T in rows_RT:
+            writer.write(serialize({FIELD: row_T}))
+        unigram_V += np.bincount(rows_RT.ravel(), minlength=len(unigram_V))
+        documents, rows, skipped = (
+            documents + len(texts),
+            rows + len(rows_RT),
+            skipped + len(block) - len(texts),
+        )
+        report(Advance(block[-1].position - position, len(texts), len(tokens)))
+        position = block[-1].position
+    writer.close()
+    in_rows = rows * job.sequence_length
+    return Counts(documents, rows, in_rows, len(rest), skipped, path.stat().st_size), unigram_V
+
+
+def _split_rows(tokens_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """As many rows of `length` as there are, and the tokens left over."""
+    whole = len(tokens_N) // length * length
+    return tokens_N[:whole].reshape(-1, length), tokens_N[whole:]
+
+
+def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Lists of records, bounded in number and in characters, so that memory does not grow with the shard."""
+    block, characters = [], 0
+    for record in records:
+        block.append(record)
+        characters += len(record.text or "")
+        if characters >= BLOCK_CHARACTERS or len(block) == BLOCK_RECORDS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block

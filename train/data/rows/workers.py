@@ -1,0 +1,89 @@
+"""Shards in parallel: worker processes that report, stop on demand, and do not outlive the program."""
+
+import functools
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
+
+from mora_jax.errors import InputError
+from train.data.rows.shard import Advance, Job, write_shard
+
+POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """Raised in a worker whose program has given up."""
+
+
+def run(jobs: Sequence[Job], workers: int, report: Callable[[Advance], None]) -> None:
+    """Does all jobs, in this process if `workers` is 1; the result does not depend on the number of workers.
+
+    Raises:
+      InputError: the first that a job raised, once the other workers have stopped; or a worker was killed.
+    """
+    if min(workers, len(jobs)) <= 1:
+        for job in jobs:
+            write_shard(job, report)
+        return
+    with _processes(min(workers, len(jobs))) as (pool, messages, stop):
+        send = functools.partial(_send, messages, stop)
+        futures = [pool.submit(write_shard, job, send) for job in jobs]
+        try:
+            _follow(futures, messages, report)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a worker process was killed, probably for want of memory; the finished shards are kept: "
+                "run again with fewer workers"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[tuple[ProcessPoolExecutor, queue.Queue, threading.Event]]:
+    """A pool, a queue of reports and an event that stops the workers."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in mid-air
+    manager = SyncManager(ctx=context)
+    manager.start(_follow_parent)
+    try:
+        yield ProcessPoolExecutor(count, context, _follow_parent), manager.Queue(), manager.Event()
+    finally:
+        manager.shutdown()
+
+
+def _follow(futures: Sequence[Future], messages: queue.Queue, report: Callable[[Advance], None]) -> None:
+    """Passes reports on until all futures are done; raises what the first failed one raised."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+        while not messages.empty():
+            report(messages.get())
+        for future in done:
+            future.result()
+
+
+def _send(messages: queue.Queue, stop: threading.Event, advance: Advance) -> None:
+    if stop.is_set():
+        raise Stopped
+    messages.put(advance)
+
+
+def _follow_parent() -> None:
+    """Ends this process when its parent has gone, even by a kill; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,170 @@
+"""Text in allenai/c4's format: JSON lines with a string `text`, plain or gzip, on any `etils.epath` path."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from etils import epath
+
+from mora_jax.errors import InputError
+from train.storage.buckets import in_bucket
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+# JSON may take thirty times its own length in memory; the longest line of C4 has a million bytes.
+MAX_LINE_BYTES = 16 * 2**20
+WILDCARDS = "*?["
+
+
+class Record(NamedTuple):
+    """One line of a shard: its text (None: a bad line that was skipped), and how far in the shard it ends."""
+
+    text: str | None
+    position: int
+
+
+@dataclass(frozen=True)
+class FileShard:
+    """One file of JSON lines. `size` is the file's bytes, the unit of `Record.position`."""
+
+    path: epath.Path
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def records(self, skip_lines: int) -> Iterator[Record]:
+        return records(self.path, skip_lines)
+
+
+def shards(source: str) -> list[epath.Path]:
+    """The files that a glob, a folder or a file name stands for, sorted by name.
+
+    Raises:
+      InputError: `source` matches no file, or its file system cannot be reached.
+    """
+    try:
+        found = sorted(file for file in _matches(epath.Path(source).expanduser()) if not _is_pipe(file))
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"{source} cannot be read: {_reason(error)}") from error
+    if not found:
+        raise InputError(
+            f"{source} matches no file ({', '.join(SUFFIXES)} in a folder); check the path or the glob"
+        )
+    return found
+
+
+def file_shards(source: str) -> list[FileShard]:
+    """The files of `source` with their sizes. Raises InputError as `shards` does."""
+    return [FileShard(path, path.stat().length) for path in shards(source)]
+
+
+def documents(path: epath.PathLike, skip_lines: int) -> Iterator[str]:
+    """The texts of one file, in order; at most `skip_lines` bad lines are passed over.
+
+    Raises:
+      InputError: see `records`.
+    """
+    return (record.text for record in records(epath.Path(path), skip_lines) if record.text is not None)
+
+
+def records(path: epath.Path, skip_lines: int) -> Iterator[Record]:
+    """The lines of one file, in order; at most `skip_lines` bad ones are skipped, blank ones ignored.
+
+    Raises:
+      InputError: the file is missing, truncated or corrupt, or one bad line too many
+        (not JSON, no string `text`), named by its file and 1-based number.
+    """
+    skipped = 0
+    for number, line, position in _lines(path):
+        if not line.strip():
+            continue
+        text, wrong = _parse(line)
+        if wrong:
+            skipped += 1
+        if skipped > skip_lines:
+            raise InputError(
+                f"{path}: line {number} {wrong}; mend the file or raise skip_lines "
+                f"(now {skip_lines}), the number of bad lines that may be skipped"
+            )
+        yield Record(text, position)
+
+
+def _matches(path: epath.Path) -> list[epath.Path]:
+    if path.is_dir():
+        return [file for file in path.iterdir() if file.name.endswith(SUFFIXES)]
+    if path.is_file():
+        return [path]
+    fixed = next(parent for parent in (path, *path.parents) if not _has_wildcard(parent))
+    if fixed == path or not fixed.is_dir():
+        return []
+    return [file for file in fixed.glob(str(path.relative_to(fixed))) if file.is_file()]
+
+
+def _is_pipe(path: epath.Path) -> bool:
+    """Whether it is a pipe or a device, which epath takes for a file."""
+    return not in_bucket(path) and not Path(path).is_file()
+
+
+def _has_wildcard(path: epath.Path) -> bool:
+    return any(mark in str(path) for mark in WILDCARDS)
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:
+    """(1-based number, line, bytes of the file read so far); a file broken in any way is an InputError."""
+    try:
+        with path.open("rb") as file:
+            stream = _decompressed(path, file)
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise InputError(
+                        f"{path}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; split the file"
+                    )
+                yield number, line, file.tell()
+    except EOFError as error:
+        raise InputError(f"{path} is a truncated gzip file; fetch it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path} is not a sound gzip file ({_reason(error)}); fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _decompressed(path: epath.Path, file: IO[bytes]) -> IO[bytes]:
+    if path.suffix != ".gz":
+        return file
+    if path.stat().length == 0:  # gzip would read it as no lines at all
+        raise InputError(f"{path} is empty, not a gzip file; fetch it again")
+    return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+
+
+def _parse(line: bytes) -> tuple[str | None, str]:
+    """The text of a line, or None and what is wrong with the line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError covers text that is not UTF-8
+        return None, "is not JSON"
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        return None, "has no string `text`"
+    if not text.isascii() and not _is_unicode(text):
+        return None, "has a `text` with a lone surrogate, which is not Unicode"
+    return text, ""
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what an exception says."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

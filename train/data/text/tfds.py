@@ -1,0 +1,108 @@
+"""Text from a TFDS data set already prepared, such as `tfds:c4/en` or `tfds:/path/to/c4/en/3.1.0`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import tensorflow_datasets as tfds
+from etils import epath
+from google.protobuf import json_format
+from tensorflow_datasets.core.constants import DATA_DIR
+
+from mora_jax.errors import InputError
+from train.data.rows.description import INFO, check_description
+from train.data.text.c4 import Record
+
+PREFIX = "tfds:"
+READ_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TfdsShard:
+    """The documents `start` to `stop` of one split. `size` and `Record.position` count documents."""
+
+    directory: str
+    split: str
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}[{self.start}:{self.stop}]"
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def records(self, skip_lines: int) -> Iterator[Record]:
+        """The texts in order. A TFDS data set has no bad lines: `skip_lines` has nothing to do here."""
+        del skip_lines
+        rows = tfds.builder_from_directory(self.directory).as_data_source(self.name)  # pyright: ignore
+        for first in range(0, self.size, READ_AT_ONCE):
+            block = rows.__getitems__(range(first, min(first + READ_AT_ONCE, self.size)))
+            for position, row in enumerate(block, start=first + 1):
+                yield Record(_text(row["text"], f"{self.directory} {self.name}", position), position)
+
+
+def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
+    """The shards of one split of `tfds:NAME` (looked for in `data_dir`) or `tfds:/a/prepared/directory`.
+
+    Raises:
+      InputError: no such data set, split or `text` feature, or files that cannot be read at random.
+    """
+    builder = _builder(source, data_dir)
+    if split not in builder.info.splits:
+        raise InputError(
+            f"{source} has no split {split!r}; it has {', '.join(builder.info.splits) or 'none'}"
+        )
+    if (
+        not isinstance(features := builder.info.features, tfds.features.FeaturesDict)
+        or "text" not in features
+    ):
+        raise InputError(f"{source} has no feature `text`")
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise InputError(
+            f"{source} is not stored as ArrayRecord, and other formats need TensorFlow; prepare it with "
+            "file_format='array_record' (`tfds convert_format` converts one)"
+        )
+    ends = [0]
+    for length in builder.info.splits[split].shard_lengths:
+        ends.append(ends[-1] + length)
+    return [TfdsShard(str(builder.data_path), split, a, b) for a, b in pairwise(ends) if b > a]
+
+
+def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    name = source.removeprefix(PREFIX)
+    if (epath.Path(name) / INFO).exists():
+        return _from_directory(source, name)
+    _check_prepared(epath.Path(data_dir or DATA_DIR) / re.split("[/:]", name)[0])
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ValueError, ImportError, AssertionError) as error:
+        raise InputError(f"{source} is not known to TFDS: {str(error).splitlines()[0]}") from error
+    if not builder.info.splits:
+        raise InputError(f"{source} is not prepared in {builder.data_dir}; prepare it there first")
+    return builder
+
+
+def _check_prepared(folder: epath.Path) -> None:
+    """Checks all that is prepared under one name, with a config or without: TFDS chooses among them."""
+    for versions in ("*", "*/*"):
+        for description in folder.glob(f"{versions}/{INFO}") if folder.is_dir() else ():
+            check_description(description.parent)
+
+
+def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:
+    check_description(directory)
+    try:
+        return tfds.builder_from_directory(directory)
+    except (ValueError, LookupError, TypeError, AttributeError, json_format.ParseError) as error:
+        raise InputError(f"{source} is not a data set of TFDS: {str(error).splitlines()[0]}") from error
+
+
+def _text(value: bytes | str, source: str, position: int) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: document {position} is not UTF-8 text") from error

@@ -1,0 +1,109 @@
+"""Perplexity on the validation split."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mora_jax import sharding
+from mora_jax.errors import InputError
+from mora_jax.models.llama import Llama
+from mora_jax.transform import Methods
+from train.config.run import RunConfig
+from train.config.sections import Evaluation
+from train.console.progress import progress
+from train.data.rows.read import DataInfo, eval_batches
+from train.step.step import eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What an evaluation found.
+
+    Attributes:
+      loss: mean next-token loss, nats.
+      predictions: tokens predicted.
+    """
+
+    loss: float
+    predictions: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+class Abandoned(Exception):
+    """An evaluation was stopped before its end."""
+
+
+def evaluate(
+    model: Llama,
+    methods: Methods,
+    params: Any,
+    adapters: Any,
+    info: DataInfo,
+    how: Evaluation,
+    mesh: Mesh,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Score:
+    """The mean loss over the validation split, or over its first `how.max_batches` batches.
+
+    Args:
+      stopping: asked before each batch; whether to give up.
+
+    Raises:
+      Abandoned: if `stopping` says so.
+      InputError: if the data set's vocabulary is larger than the model's, a batch does not divide among the
+        devices, or the split is empty.
+    """
+    check_vocabulary(info, model.config.vocab_size)
+    check_divides("eval.batch_size", how.batch_size, mesh)
+    held = sharding.local_rows(mesh, how.batch_size)
+    batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None, held)
+    total = count = 0.0
+    rows = info.rows["validation"]
+    total_rows = min(rows, how.max_batches * how.batch_size or rows)
+    first = jax.process_index() == 0
+    shown = progress("evaluating", total_rows, "rows") if first else contextlib.nullcontext(lambda n: None)
+    with jax.set_mesh(mesh), shown as advance:
+        for tokens_BT, weights_B in batches:
+            if stopping():
+                raise Abandoned
+            on_device = sharding.to_global(mesh, how.batch_size, tokens_BT, weights_B)
+            loss, predictions = eval_step(model, methods, params, adapters, *on_device)
+            total, count = total + float(loss), count + float(predictions)
+            advance(int(weights_B.sum()) * how.batch_size / len(held))
+    if not count:
+        raise InputError(f"{info.directory} has no validation rows")
+    return Score(total / count, int(count))
+
+
+def check_vocabulary(info: DataInfo, vocab_size: int) -> None:
+    """Raises InputError if the data set has tokens that the model does not know."""
+    if info.vocab_size > vocab_size:
+        raise InputError(
+            f"{info.directory} has a vocabulary of {info.vocab_size} tokens, "
+            f"more than model.vocab_size {vocab_size}"
+        )
+
+
+def check_mesh(config: RunConfig, mesh: Mesh) -> None:
+    """Raises InputError if a run's batches or heads cannot be divided equally among the devices."""
+    heads, tensor = config.model.num_key_value_heads, mesh.shape["tensor"]
+    if heads % tensor:
+        raise InputError(f"mesh.tensor {tensor} must divide model.num_key_value_heads {heads}")
+    check_divides("batch_size / microbatches", config.batch_size // config.microbatches, mesh)
+    check_divides("eval.batch_size", config.eval.batch_size, mesh)
+
+
+def check_divides(name: str, batch: int, mesh: Mesh) -> None:
+    """Raises InputError if a batch cannot be divided equally among the devices."""
+    shards = sharding.batch_shards(mesh)
+    if batch % shards:
+        raise InputError(f"{name} {batch} does not divide among {shards} devices (mesh.data x mesh.fsdp)")

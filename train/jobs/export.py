@@ -1,0 +1,39 @@
+"""A run into a Hugging Face folder: merged float32 weights, config and tokenizer."""
+
+from typing import Any, Literal
+
+from etils import epath
+
+from mora_jax.hf import tokenizer as hf_tokenizer
+from mora_jax.hf import weights as hf
+from mora_jax.models.llama import LlamaConfig
+from train.data.rows.read import load_info
+from train.run import folder as runs
+
+
+def export(
+    run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[Any, LlamaConfig]:
+    """Writes config.json, model.safetensors and the tokenizer's files, from one process with any devices.
+
+    The state is read divided over them, and the host holds one layer of one kernel at a time.
+
+    Args:
+      run_dir: the run; its newest good checkpoint is taken and its adapters are merged in float32.
+      out: the folder to write.
+      dtype: type of the stored weights; bfloat16 rounds after merging.
+
+    Returns:
+      The merged parameters and the model's config.
+
+    Raises:
+      InputError: if the run has no complete checkpoint, its data set is gone, or its tokenizer cannot be
+        written as tokenizer.json exactly.
+    """
+    info = load_info(runs.read_config(run_dir).data.directory, splits=())
+    tokenizer = epath.Path(info.tokenizer).read_bytes()
+    with hf.whole_folder(out) as folder:
+        params, model = runs.load_model(run_dir, info, runs.widest_mesh(run_dir))
+        hf.save_hf(folder, params, model, dtype, hf_tokenizer.special_ids(tokenizer))
+        hf_tokenizer.save_tokenizer(folder, tokenizer)
+    return params, model

@@ -1,0 +1,30 @@
+"""The validation score of what lies in a folder: a run or an exported model."""
+
+from typing import Literal
+
+from mora_jax.errors import InputError
+from mora_jax.models.llama import Compute, Llama
+from mora_jax.transform import Methods
+from train.config.sections import Evaluation
+from train.data.rows.read import load_info
+from train.jobs.evaluate import Score, evaluate
+from train.run import folder as runs
+
+
+def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
+    """Evaluates the merged model in `path` on the validation split of `data`, or of the run's own data set.
+
+    Model and batches are divided over all devices, or over as many as divide both.
+
+    Raises:
+      InputError: if the folder holds no model, or is no run and `data` is empty.
+    """
+    if not data:
+        try:
+            data = runs.read_config(path).data.directory
+        except InputError as error:
+            raise InputError(f"{error}; for a Hugging Face folder, --data must name a data set") from error
+    info = load_info(data, splits=("validation",))
+    mesh = runs.widest_mesh(path, how.batch_size)
+    params, model = runs.load_model(path, info, mesh)
+    return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)

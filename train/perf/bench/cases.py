@@ -1,0 +1,139 @@
+"""What is measured: the sizes that have a name, and the methods a row of a table is made of."""
+
+import dataclasses
+import re
+from typing import Any, Literal, get_args
+
+from mora_jax.errors import InputError
+from mora_jax.methods import Path
+from mora_jax.models.llama import Compute, LlamaConfig
+from train.config.run import RunConfig
+from train.config.sections import Data, MethodFlags, Restart, Schedule
+
+DType = Literal["float32", "bfloat16"]
+NAMES = ("config", "full", "frozen", "lora", "dora", "mora")
+OPERATORS = ("share", "rotate", "decouple", "truncate")
+METHOD = re.compile(r"(?P<name>[a-z]+)(-(?P<operator>[a-z]+))?(:(?P<rank>\d+))?(/(?P<path>[a-z]+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, a batch, and what is compared on them.
+
+    Attributes:
+      name: of the case.
+      config: model, batch, sequence length, how it is computed, what is trained beside the adapters.
+      base_dtype: type that the frozen parameters are held in.
+      methods: rows of the table where none are asked for, as `with_method` reads them.
+      peers: PyTorch programs beside them, as `jobs.peer_job` reads them.
+    """
+
+    name: str
+    config: RunConfig
+    base_dtype: DType = "float32"
+    methods: tuple[str, ...] = (
+        "full",
+        "frozen",
+        "lora/activation",
+        "lora/merged",
+        "mora",
+        "lora:8/activation",
+        "lora:8/merged",
+        "mora-rotate:8",
+        "lora:256/activation",
+        "lora:256/merged",
+        "mora:256",
+    )
+    peers: tuple[str, ...] = (
+        "full/compiled",
+        "full/compiled-bf16",
+        "lora",
+        "lora/compiled",
+        "lora/compiled-bf16",
+        "mora",
+        "mora/compiled",
+        "mora/compiled-bf16",
+    )
+
+
+def pretraining(name: str, model: LlamaConfig, batch_size: int, align: int = 128) -> Case:
+    """The paper's pretraining, a batch of it as one GPU takes it: embedding, head and norms are trained."""
+    config = RunConfig(
+        batch_size=batch_size,
+        model=model,
+        compute=Compute(attention="cudnn"),
+        data=Data(sequence_length=512),
+        method=MethodFlags(align=align),
+    )
+    return Case(name, config)
+
+
+def table_5() -> Case:
+    """The paper's Table 5: a LLaMA-7B on one GPU, batch 1, recomputing layers, only the adapters trained."""
+    model = LlamaConfig(32_000, 4096, 11_008, 32, 32, 32)
+    config = RunConfig(
+        batch_size=1,
+        model=model,
+        compute=Compute(attention="cudnn", layers="remat"),
+        data=Data(sequence_length=1024),
+        # Not padded, M takes no more memory than LoRA's factors; to a multiple of 128, up to an eighth more.
+        method=MethodFlags(rank=8, train="", align=1),
+    )
+    methods = ("lora:8", "mora-rotate:8", "lora:256", "mora:256")
+    return Case("7b", config, "bfloat16", methods, ("lora:8", "lora:256"))
+
+
+def tiny() -> Case:
+    """Runs on a CPU in seconds, to see that everything works."""
+    config = RunConfig(
+        batch_size=4,
+        model=LlamaConfig(384, 64, 96, 2, 2, 2, 64),
+        compute=Compute(dtype="float32", loss_chunk=64),
+        data=Data(sequence_length=32),
+        method=MethodFlags(rank=8, align=8),
+    )
+    methods = ("full", "frozen", "lora/activation", "lora/merged", "mora", "mora-rotate:4")
+    return Case("tiny", config, methods=methods)
+
+
+SIZES = {
+    # M's sides are 443 and 652: padded to 448 and 704 they take 1% less of a step than padded to 512 and 768.
+    "250m": lambda: pretraining("250m", LlamaConfig(), 64, align=64),
+    "1.3b": lambda: pretraining("1.3b", LlamaConfig(32_100, 2048, 5461, 24, 32, 32), 32),
+    "7b": table_5,
+    "tiny": tiny,
+}
+
+
+def with_method(config: RunConfig, text: str) -> RunConfig:
+    """The config with one method for all seven linears, as a word such as `mora-rotate:8` says.
+
+    Args:
+      config: what else is measured; its rank and options are kept where the word says nothing of them.
+      text: NAME[-OPERATOR][:RANK][/PATH]; "config" is the config's own method or rules.
+
+    Raises:
+      InputError: for a word that says nothing, or a config that contradicts it.
+    """
+    match = METHOD.fullmatch(text)
+    if not match or match["name"] not in NAMES:
+        raise InputError(
+            f"no method reads {text!r}: NAME[-OPERATOR][:RANK][/PATH], NAME one of {', '.join(NAMES)}"
+        )
+    _check("operator", match["operator"], OPERATORS)
+    _check("path", match["path"], get_args(Path))
+    config = dataclasses.replace(config, restart=Restart(), schedule=Schedule(warmup=0))
+    if match["path"]:
+        compute = dataclasses.replace(config.compute, adapter_path=match["path"])
+        config = dataclasses.replace(config, compute=compute)
+    if match["name"] == "config":
+        return config
+    changes: dict[str, Any] = {"name": match["name"], "operator": match["operator"] or "share"}
+    if match["rank"]:
+        changes["rank"] = int(match["rank"])
+    return dataclasses.replace(config, rules=(), method=dataclasses.replace(config.method, **changes))
+
+
+def _check(kind: str, word: str | None, known: tuple[str, ...]) -> None:
+    if word and word not in known:
+        raise InputError(f"there is no {kind} {word!r}, there are {', '.join(known)}")

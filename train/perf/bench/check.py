@@ -1,0 +1,177 @@
+"""Every way to compute an adapted layer against its formula, before any of them is timed.
+
+Legend of shapes in names: B tokens, K inputs, D outputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from mora_jax.methods import Adapter, Method, MoRA, Path, dense
+from mora_jax.methods.base import padded
+from mora_jax.methods.linear import TILE
+from mora_jax.models.llama import LlamaConfig
+from train.perf.bench.cases import DType
+
+# Largest relative error, by the type of products: |ours - formula| / |formula|, root of the sum of squares.
+LIMITS = {"bfloat16": 1e-2, "float32": 1e-5}
+STD = 0.02  # of kernels and adapters' arrays: at their start some are zero, which would prove nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The relative error of one quantity.
+
+    Attributes:
+      method: the method.
+      layer: the kernels that one input is multiplied with.
+      path: the way of computing that was forced.
+      dtype: the type of the products.
+      what: output, input gradient or the gradient of an array.
+      error: relative error.
+    """
+
+    method: str
+    layer: str
+    path: str
+    dtype: str
+    what: str
+    error: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether the error is within its limit (one that is no number is not)."""
+        return self.error < LIMITS[self.dtype]
+
+    def sentence(self) -> str:
+        """What is wrong, for who must mend it."""
+        return (
+            f"{self.method} on {self.layer} by the {self.path} path in {self.dtype}: {self.what} is off by "
+            f"{self.error:.1e} of the formula's (limit {LIMITS[self.dtype]:.0e})"
+        )
+
+
+def check(
+    model: LlamaConfig, methods: Sequence[Method], tokens: int, base_dtype: DType = "float32"
+) -> list[Finding]:
+    """Compares all paths on all layer shapes of a model with float32 autodiff of the plain formula.
+
+    The formula is `x @ method.weight(arrays, w)`.
+
+    Args:
+      model: whose layers are checked, q/k/v and gate/up in one product as in the model.
+      methods: the methods to check.
+      tokens: length of the input.
+      base_dtype: type of the kernels.
+    """
+    found = []
+    for method in dict.fromkeys(methods):
+        for layer, (k, widths) in layers(model).items():
+            errors = _errors(method, k, widths, tokens, base_dtype)
+            for (path, dtype), by_quantity in errors.items():
+                found += [
+                    Finding(repr(method), layer, path, dtype, what, float(error))
+                    for what, error in by_quantity.items()
+                ]
+    return found
+
+
+def layers(model: LlamaConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """The inputs and the outputs of every product of a layer, by the names of its kernels."""
+    hidden, wide = model.hidden_size, model.intermediate_size
+    narrow = model.num_key_value_heads * model.head_dim
+    return {
+        "q/k/v": (hidden, (hidden, narrow, narrow)),
+        "o": (hidden, (hidden,)),
+        "gate/up": (hidden, (wide, wide)),
+        "down": (wide, (hidden,)),
+    }
+
+
+def paths() -> Iterator[Any]:
+    """All ways of computing that can be forced."""
+    return (path for path in get_args(Path) if path != "auto")
+
+
+def _errors(
+    method: Method, k: int, widths: tuple[int, ...], tokens: int, base_dtype: DType
+) -> dict[Any, Any]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    # Exactly representable in bfloat16, so that one formula serves products of both types.
+    x_BK = jax.random.normal(keys[0], (tokens, k), jnp.bfloat16)
+    dys = [jax.random.normal(key, (tokens, d), jnp.bfloat16) for key, d in _each(keys[1], widths)]
+    ws = [jax.random.normal(key, (k, d), base_dtype) * STD for key, d in _each(keys[2], widths)]
+    arrays = [_random_arrays(key, method, w) for key, w in _each(keys[3], ws)]
+    return jax.device_get(_compiled()(method, x_BK, dys, ws, arrays))
+
+
+def _each(key: PRNGKeyArray, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(jax.random.split(key, len(items)), items, strict=True)
+
+
+def _random_arrays(key: PRNGKeyArray, method: Method, w: Array) -> dict[str, Array]:
+    """Of the adapter's own shapes; what it stores as padding is left as it is, zero."""
+    moved = {n: a + STD * jax.random.normal(key, a.shape) for n, a in method.init(key, w).items()}
+    if not isinstance(method, MoRA):
+        return moved
+    inside = jnp.arange(moved["m_RR"].shape[0]) < method.r_hat(*w.shape)
+    return {"m_RR": jnp.where(inside[:, None] & inside[None, :], moved["m_RR"], 0.0)}
+
+
+@functools.cache
+def _compiled() -> Any:
+    """`_compare`, on a GPU without the search for the fastest kernels: each is used once."""
+    on_gpu = jax.devices()[0].platform == "gpu"
+    return jax.jit(
+        _compare, static_argnums=0, compiler_options={"xla_gpu_autotune_level": 0} if on_gpu else None
+    )
+
+
+def _compare(
+    method: Method, x_BK: Array, dys: list[Array], ws: list[Array], arrays: list[Any]
+) -> dict[Any, Any]:
+    """Relative errors by (path, dtype) and quantity."""
+    formula = functools.partial(_formula, method, ws)
+    true = _value_and_gradients(method, formula, x_BK.astype(jnp.float32), arrays, dys)
+    errors = {}
+    for path in paths():
+        for dtype in LIMITS:
+            ours = functools.partial(_dense, method, ws, path)
+            # float32 products are made of three bfloat16 ones or TensorFloat32 by default.
+            with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+                found = _value_and_gradients(method, ours, x_BK.astype(dtype), arrays, dys)
+            errors[path, dtype] = {what: _distance(found[what], true[what]) for what in true}
+    return errors
+
+
+def _formula(method: Method, ws: list[Array], x_BK: Array, arrays: list[Any]) -> list[Array]:
+    kernels = [method.weight(a, w.astype(jnp.float32)) for w, a in zip(ws, arrays, strict=True)]
+    return [jnp.matmul(x_BK, w, precision=jax.lax.Precision.HIGHEST) for w in kernels]
+
+
+def _dense(method: Method, ws: list[Array], path: Any, x_BK: Array, arrays: list[Any]) -> list[Array]:
+    """In whole tiles, as the model computes a width that is none."""
+    ys = dense(padded(x_BK, -1, TILE), ws, [Adapter(a, method) for a in arrays], path, tile=TILE)
+    return [y[:, : w.shape[1]] for y, w in zip(ys, ws, strict=True)]
+
+
+def _value_and_gradients(
+    method: Method, function: Any, x_BK: Array, arrays: list[Any], dys: list[Array]
+) -> dict[str, Any]:
+    ys, vjp = jax.vjp(function, x_BK, arrays)
+    dx_BK, darrays = vjp([dy.astype(y.dtype) for dy, y in zip(dys, ys, strict=True)])
+    trained = [name for name, leaf in method.leaves().items() if leaf.trainable]
+    gradients = {f"gradient of {name}": [d[name] for d in darrays] for name in trained}
+    return {"output": ys, "input gradient": dx_BK, **gradients}
+
+
+def _distance(ours: Any, true: Any) -> Array:
+    """Over all outputs, or the arrays of all kernels, together."""
+    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(true), strict=True))
+    off = sum(jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))) for a, b in pairs)
+    return jnp.sqrt(off / sum(jnp.sum(jnp.square(b.astype(jnp.float32))) for _, b in pairs))

@@ -1,0 +1,98 @@
+"""How fast text is prepared and rows are read: what `mora bench data` shows."""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.table import Table
+
+from train.console.terminal import console
+from train.data.rows.build import prepare
+from train.data.rows.read import DataInfo, train_batches
+from train.data.text.c4 import documents, shards
+
+READ_SECONDS = 5.0
+VALIDATION_DOCUMENTS = 500
+WARM_UP_BATCHES = 10  # as many as are read ahead, and more
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Tokens a second, and what they were measured on."""
+
+    prepared_tokens_per_second: float
+    read_tokens_per_second: float
+    prepared_tokens: int
+    prepare_seconds: float
+    sequence_length: int
+    batch_size: int
+    cores: int
+
+
+def bench(
+    source: str, tokenizer: str, sequence_length: int, batch_size: int, out: str = "", workers: int = 0
+) -> DataSpeed:
+    """Prepares `source` in a temporary folder, the start of the processes included; reads it; prints a table.
+
+    Args:
+      source: C4-format files: a glob, a folder or a file.
+      tokenizer: a SentencePiece `.model` file.
+      sequence_length: tokens of a row.
+      batch_size: rows of a batch that is read.
+      out: a JSON file for the figures; empty for none.
+      workers: processes that prepare; 0 for one a core.
+
+    Raises:
+      InputError: as `builder.prepare` and `read.train_batches`.
+    """
+    with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
+        validation = _some_text(source, Path(folder))
+        started = time.perf_counter()
+        info = prepare(source, validation, tokenizer, sequence_length, f"{folder}/data", workers=workers)
+        seconds = time.perf_counter() - started
+        tokens = sum(info.tokens.values())
+        speed = DataSpeed(
+            prepared_tokens_per_second=tokens / seconds,
+            read_tokens_per_second=read_speed(info, batch_size),
+            prepared_tokens=tokens,
+            prepare_seconds=seconds,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            cores=os.cpu_count() or 1,
+        )
+    _show(speed)
+    if out:
+        Path(out).write_text(json.dumps(asdict(speed), indent=2) + "\n")
+    return speed
+
+
+def read_speed(info: DataInfo, batch_size: int, seconds: float = READ_SECONDS) -> float:
+    """Tokens a second that `train_batches` gives to a reader that does nothing else."""
+    batches = train_batches(info, batch_size, seed=0, start_step=0)
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    started, rows = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        rows += len(next(batches))
+    return rows * info.sequence_length / (time.perf_counter() - started)
+
+
+def _some_text(source: str, folder: Path) -> str:
+    """A small file of validation text, which a data set must have: the first documents of the source."""
+    texts = islice(documents(shards(source)[0], skip_lines=0), VALIDATION_DOCUMENTS)
+    file = folder / "validation.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(file)
+
+
+def _show(speed: DataSpeed) -> None:
+    table = Table("", "M tokens/s", "", title="Data")
+    prepared = f"{speed.prepared_tokens:,} tokens in {speed.prepare_seconds:.1f} s, {speed.cores} cores"
+    table.add_row("prepared", f"{speed.prepared_tokens_per_second / 1e6:.2f}", prepared)
+    read = f"batches of {speed.batch_size} rows of {speed.sequence_length} tokens"
+    table.add_row("read", f"{speed.read_tokens_per_second / 1e6:.2f}", read)
+    console().print(table)

@@ -1,0 +1,170 @@
+"""What each operation of a compiled program is and where it comes from."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from train.perf.hlo import Instruction, parse
+
+Kind = Literal["matmul", "attention", "scatter", "reduction", "copy", "elementwise", "control"]
+
+TARGET = re.compile(r'custom_call_target="([^"]*)"')
+CALLS = re.compile(r"calls=%?([\w.\-]+)")
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
+QUOTE = '"'
+TRITON = re.compile(r"__triton\w*gemm")
+FRAME = re.compile(r"stack_frame_id=(\d+)")
+
+MATMUL = ("gemm", "matmul", "dot", "convolution", "cublas")
+ATTENTION = ("fmha", "flash", "sdpa", "attention")
+CONTROL = (
+    "while",
+    "conditional",
+    "call",
+    "tuple",
+    "get-tuple-element",
+    "parameter",
+    "async-start",
+    "async-done",
+)
+MOVES = {
+    "parameter", "constant", "copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice",
+    "dynamic-update-slice", "concatenate", "broadcast", "pad", "convert", "tuple", "get-tuple-element",
+    "iota",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+      kind: what sort of work it is.
+      op_name: JAX's name of it: the functions and modules it stands in, and the primitive.
+      source: file:line that asked for it, empty where the program does not say.
+    """
+
+    kind: Kind
+    op_name: str = ""
+    source: str = ""
+
+    @property
+    def direction(self) -> str:
+        """forward, backward, or update for what is outside the model."""
+        if (
+            "transpose(jvp" in self.op_name
+            or "transpose(" in self.op_name.partition("/")[2].partition("/")[0]
+        ):
+            return "backward"
+        return "forward" if "jvp(" in self.op_name else "update"
+
+    @property
+    def part(self) -> str:
+        """The part of the model or of the step that it belongs to."""
+        for part, words in PARTS.items():
+            if any(word in self.op_name for word in words):
+                return part
+        if "jvp(" in self.op_name:
+            return "loss"
+        return "optimizer" if self.op_name else "unnamed"
+
+
+PARTS = {
+    "norm": ("layernorm", "/norm/"),
+    "attention": ("self_attn",),
+    "mlp": ("/mlp",),
+    "embedding": ("embed_tokens",),
+    "layers": ("Llama.hidden",),
+}
+
+
+def kind_by_name(kernel: str) -> Kind:
+    """What a kernel seems to do whose operation is not known."""
+    kernel = kernel.lower()
+    if any(word in kernel for word in ATTENTION):
+        return "attention"
+    if any(word in kernel for word in (*MATMUL, "nvjet", "cutlass")):
+        return "matmul"
+    return "copy" if "memcpy" in kernel or "copy" in kernel else "elementwise"
+
+
+def operations(text: str) -> dict[str, Op]:
+    """Every instruction of a compiled program's text by its name."""
+    frames = _frames(text)
+    computations = parse(text).computations
+    bodies: dict[str, set[str]] = {}
+    for name, computation in computations.items():  # what is called stands before what calls it
+        bodies[name] = set().union(*(_inside(each, bodies) for each in computation.values()))
+    return {
+        name: _operation(instruction, bodies, frames)
+        for computation in computations.values()
+        for name, instruction in computation.items()
+    }
+
+
+def _operation(instruction: Instruction, bodies: dict[str, set[str]], frames: dict[int, str]) -> Op:
+    text = instruction.text
+    name, file, frame = OP_NAME.search(text), SOURCE.search(text), FRAME.search(text)
+    source = f"{file[1]}:{file[2]}" if file else frames.get(int(frame[1]), "") if frame else ""
+    op_name = name[1] if name else ""
+    return Op(_kind(instruction, op_name, bodies), op_name, source)
+
+
+def _kind(instruction: Instruction, op_name: str, bodies: dict[str, set[str]]) -> Kind:
+    inside, target = _inside(instruction, bodies), TARGET.search(instruction.text)
+    label = target[1].lower() if target else ""
+    if instruction.opcode in CONTROL:
+        return "control"
+    if any(word in label for word in ATTENTION):
+        return "attention"
+    if (
+        any(word in label for word in MATMUL)
+        or inside & {"dot", "convolution"}
+        or TRITON.search(instruction.text)
+    ):
+        return "matmul"
+    if "scatter" in inside or "scatter" in label:
+        return "scatter"
+    if inside & {"reduce", "reduce-window", "sort"}:
+        return "reduction"
+    if inside <= MOVES:
+        return "copy"
+    return "matmul" if op_name.endswith("dot_general") else "elementwise"
+
+
+def _inside(instruction: Instruction, bodies: dict[str, set[str]]) -> set[str]:
+    """The opcodes of what an instruction calls, or its own."""
+    called = CALLS.search(instruction.text)
+    return bodies.get(called[1], set()) if called else {instruction.opcode}
+
+
+def _frames(text: str) -> dict[int, str]:
+    """stack frame -> file:line, from the tables at the head of the text, where it has them.
+
+    The place within a library that was called is passed over for the line that called it.
+    """
+    files, locations, frames = (_table(text, name) for name in ("FileNames", "FileLocations", "StackFrames"))
+
+    def place(frame: int) -> str:
+        location = locations.get(_field(frames[frame], "file_location_id"), "")
+        file, parent = (
+            files.get(_field(location, "file_name_id"), ""),
+            _field(frames[frame], "parent_frame_id"),
+        )
+        if "site-packages" in file and parent in frames and parent != frame:
+            return place(parent)
+        return f"{file.strip(QUOTE)}:{_field(location, 'line')}" if file else ""
+
+    return {frame: place(frame) for frame in frames}
+
+
+def _table(text: str, name: str) -> dict[int, str]:
+    _, found, rest = text.partition(f"\n{name}\n")
+    rows = (line.partition(" ") for line in rest.partition("\n\n")[0].splitlines()) if found else ()
+    return {int(number): row for number, _, row in rows if number.isdigit()}
+
+
+def _field(row: str, name: str) -> int:
+    match = re.search(rf"\b{name}=(\d+)", row)
+    return int(match[1]) if match else 0

@@ -1,0 +1,196 @@
+"""Where a training step's time goes, kernel by kernel: what `mora bench profile` shows."""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData
+from rich.table import Table
+
+import mora_jax
+from train.console.terminal import console
+from train.perf.bench.cases import Case, with_method
+from train.perf.bench.hlo import Op, kind_by_name, operations
+from train.perf.bench.program import Program, compile_step
+
+# Graphs of many kernels in one launch hide which operation a kernel belongs to.
+NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+# Where this project's files lie, and others' packages.
+FOLDERS = (str(Path(mora_jax.__file__).parents[1]), str(Path(jax.__file__).parents[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """All runs of kernels of one name for one operation of the program, summed over the layers.
+
+    Attributes:
+      name: the kernel's, without its number.
+      op: the operation it computes.
+      count: runs a step.
+      milliseconds: time a step.
+    """
+
+    name: str
+    op: Op
+    count: float
+    milliseconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What was seen.
+
+    Attributes:
+      device: the accelerator or processor.
+      step_milliseconds: median time of a step, not profiled.
+      steps: profiled steps.
+      kernels: the costliest first.
+    """
+
+    device: str
+    step_milliseconds: float
+    steps: int
+    kernels: list[Kernel]
+
+    @property
+    def busy_milliseconds(self) -> float:
+        """Time a step that some kernel runs, as if none ran at the same time as another."""
+        return sum(kernel.milliseconds for kernel in self.kernels)
+
+    def by(self, what: str) -> dict[str, float]:
+        """Milliseconds a step by an attribute of the operations, the largest first."""
+        sums: dict[str, float] = collections.defaultdict(float)
+        for kernel in self.kernels:
+            sums[getattr(kernel.op, what)] += kernel.milliseconds
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "") -> Profile:
+    """Profiles a few training steps and prints the costliest kernels.
+
+    Args:
+      case: model and batch.
+      method: what is trained, as `cases.with_method` reads it.
+      steps: steps to profile.
+      top: kernels to print.
+      out: a JSON file for all kernels; empty for none.
+
+    Raises:
+      InputError: as `cases.with_method` and `program.compile_step`.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_GRAPHS}".strip()
+    program = compile_step(with_method(case.config, method), case.base_dtype)
+    program.run(3)
+    step_milliseconds = statistics.median(program.run(10)) * 1e3
+    device = jax.devices()[0].device_kind
+    profile = Profile(device, step_milliseconds, steps, kernels(program, steps))
+    show(profile, method, top)
+    if out:
+        Path(out).write_text(json.dumps(to_plain(profile), indent=1) + "\n")
+    return profile
+
+
+def kernels(program: Program, steps: int) -> list[Kernel]:
+    """Runs steps under the profiler and sums up their kernels, the costliest first."""
+    with tempfile.TemporaryDirectory(prefix="mora-profile-") as folder:
+        with jax.profiler.trace(folder):
+            program.run(steps)
+        data = ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    ops = operations(program.compiled.as_text())
+    seconds: dict[tuple[str, Op], float] = collections.defaultdict(float)
+    counts: dict[tuple[str, Op], int] = collections.defaultdict(int)
+    for name, hlo_op, duration in _events(data):
+        op = ops.get(hlo_op) or Op(kind_by_name(name))
+        if op.kind != "control":
+            seconds[_family(name), op] += duration
+            counts[_family(name), op] += 1
+    return [
+        Kernel(name, op, counts[name, op] / steps, total * 1e3 / steps)
+        for (name, op), total in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+
+
+def _events(data: Any) -> Iterator[tuple[str, str, float]]:
+    """(name, operation, seconds) of everything that a device ran; on a CPU of what its threads ran."""
+    planes = {plane.name: plane for plane in data.planes}
+    devices = [plane for name, plane in planes.items() if name.startswith("/device:")]
+    for plane in devices or [planes["/host:CPU"]]:
+        for line in plane.lines:
+            if devices and not str(line.name).startswith(("Stream", "XLA Ops")):
+                continue  # what these lines hold, others sum up
+            for event in line.events:
+                stats = _stats(event)
+                if devices or "hlo_op" in stats:
+                    yield event.name, str(stats.get("hlo_op", event.name)), event.duration_ns / 1e9
+
+
+def _stats(event: Any) -> dict[str, Any]:
+    """What is known of an event. Its type in JAX warns as it is made; as an error that would abort."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return dict(event.stats)
+
+
+def _family(name: str) -> str:
+    """A kernel's name without the number that tells it from others like it."""
+    return re.sub(r"([._]\d+)+$", "", name)
+
+
+def show(profile: Profile, method: str, top: int) -> None:
+    """Prints the costliest kernels, and the sums by kind of work and by part of the model."""
+    title = (
+        f"{method}: a step of {profile.step_milliseconds:.2f} ms on {profile.device}, "
+        f"kernels {profile.busy_milliseconds:.2f} ms"
+    )
+    table = Table("kernel", "runs", "ms", "share", "kind", "part", "", "operation", title=title)
+    for kernel in profile.kernels[:top]:
+        op = kernel.op
+        share = kernel.milliseconds / profile.busy_milliseconds
+        figures = (f"{kernel.count:.0f}", f"{kernel.milliseconds:.2f}", f"{share:.1%}")
+        table.add_row(kernel.name[:60], *figures, op.kind, op.part, op.direction, _place(op))
+    screen = console(width=max(console().width, 160))
+    screen.print(table)
+    for what in ("kind", "part", "direction"):
+        sums = (f"{name} {value:.2f}" for name, value in profile.by(what).items())
+        screen.print(f"ms by {what}: {', '.join(sums)}", highlight=False)
+
+
+def _place(op: Op) -> str:
+    primitive = op.op_name.rpartition("/")[2]
+    source = op.source
+    for folder in FOLDERS:
+        source = source.removeprefix(f"{folder}/")
+    return f"{primitive} {source}".strip()
+
+
+def to_plain(profile: Profile) -> dict[str, Any]:
+    """As JSON holds it."""
+    rows = [
+        {
+            "name": kernel.name,
+            "count": kernel.count,
+            "milliseconds": kernel.milliseconds,
+            **dataclasses.asdict(kernel.op),
+            "part": kernel.op.part,
+            "direction": kernel.op.direction,
+        }
+        for kernel in profile.kernels
+    ]
+    sums = {what: profile.by(what) for what in ("kind", "part", "direction")}
+    return {
+        "device": profile.device,
+        "step_milliseconds": profile.step_milliseconds,
+        "busy_milliseconds": profile.busy_milliseconds,
+        "steps": profile.steps,
+        **sums,
+        "kernels": rows,
+    }

@@ -1,0 +1,121 @@
+"""A compiled training step with a state and batches on the device, ready to be timed or profiled."""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from mora_jax import transform, trees
+from mora_jax.errors import InputError
+from mora_jax.transform import Methods
+from train.config.run import RunConfig
+from train.perf.bench.cases import DType
+from train.runtime import backend
+from train.step.step import TrainState, init_params, init_state, train_step
+
+BATCHES = 4  # different ones, taken in turn
+
+
+@dataclasses.dataclass
+class Program:
+    """`train.step.step.train_step` as compiled for one config.
+
+    Attributes:
+      compiled: the step, which takes a state and a batch.
+      methods: what is done with each parameter.
+      state: donated to every step, and replaced.
+      batches: random tokens on the device.
+      compile_seconds: tracing and compiling.
+      loss: of the last step that was run.
+    """
+
+    compiled: Any
+    methods: Methods
+    state: TrainState
+    batches: list[Array]
+    compile_seconds: float
+    loss: float = float("nan")
+
+    def run(self, steps: int) -> list[float]:
+        """Runs steps as the training loop does: an accelerator is given the next before the last has ended.
+
+        Returns:
+          The seconds from one step's end to the next one's, a value a step.
+        """
+        in_flight = 1 if jax.devices()[0].platform == "cpu" else 2
+        ends, waiting = [time.perf_counter()], collections.deque[Array]()
+        for i in range(steps):
+            self.state, scalars = self.compiled(self.state, self.batches[i % len(self.batches)])
+            waiting.append(scalars["loss"])
+            while len(waiting) == in_flight or (waiting and i == steps - 1):
+                self.loss = float(waiting.popleft())
+                ends.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
+    """Compiles the step on the first device, over random parameters and tokens.
+
+    Raises:
+      InputError: for rules that do not fit the model, an attention that is not here, or a deterministic
+        config where JAX has started without.
+    """
+    backend.set_flags(config)  # before anything starts JAX
+    if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
+        raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
+    methods = transform.assign(config.parameter_rules(), jax.eval_shape(lambda: init_params(config)))
+    state = random_state(config, methods, base_dtype)
+    batches = random_batches(config)
+    started = time.perf_counter()
+    compiled = train_step.lower(config, methods, state, batches[0]).compile()
+    return Program(compiled, methods, state, batches, time.perf_counter() - started)
+
+
+def random_state(config: RunConfig, methods: Methods, base_dtype: DType) -> TrainState:
+    """The state before the first update; parameters of a bfloat16 base are never float32, not for a moment.
+
+    Raises:
+      InputError: if a bfloat16 base were trained itself.
+    """
+    if base_dtype == "float32":
+        return jax.jit(lambda: init_state(config, methods, init_params(config)))()
+    if methods.trained():
+        raise InputError("a bfloat16 base is not trained itself: give --method.train '' and an adapter")
+    params = random_params(config, jnp.dtype(base_dtype))
+    # Parameters that went through the jitted function would come out as copies.
+    rest = jax.jit(lambda p: dataclasses.replace(init_state(config, methods, p), params=None))(params)
+    return dataclasses.replace(rest, params=params)
+
+
+def random_params(config: RunConfig, dtype: jnp.dtype) -> Any:
+    """Parameters drawn layer by layer in their type, so that drawing them takes little memory."""
+    shapes = trees.flatten(jax.eval_shape(lambda: init_params(config)))
+    keys = jax.random.split(jax.random.key(config.seed), len(shapes))
+    std = config.model.initializer_range
+
+    def draw(key: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
+        if path.endswith("scale"):
+            return jnp.ones(shape, dtype)
+        return jax.lax.map(
+            lambda k: jax.random.normal(k, shape[1:], dtype) * std, jax.random.split(key, shape[0])
+        )
+
+    drawn = jax.jit(draw, static_argnums=(1, 2))
+    return trees.unflatten(
+        {path: drawn(key, path, leaf.shape) for key, (path, leaf) in zip(keys, shapes.items(), strict=True)}
+    )
+
+
+def random_batches(config: RunConfig) -> list[Array]:
+    """Token batches on the device."""
+    shape = (config.batch_size, config.data.sequence_length)
+    draw: Callable[[Any], Array] = jax.jit(
+        lambda key: jax.random.randint(key, shape, 0, config.model.vocab_size, jnp.int32)
+    )
+    return [draw(key) for key in jax.random.split(jax.random.key(config.seed), BATCHES)]

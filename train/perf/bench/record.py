@@ -1,0 +1,133 @@
+"""What was measured of a case: a JSON file that several runs of the benchmark may add to."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mora_jax.errors import InputError
+from train.config import run as run_config
+from train.perf.bench.cases import Case, with_method
+from train.perf.bench.jobs import PeerJob
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Record:
+    """All that was measured of one case on one kind of device.
+
+    Attributes:
+      case: its name.
+      setting: what else the figures depend on.
+      device: the accelerator or processor.
+      runs: one entry a run of the benchmark: when, versions, the matmul rate, errors found by the check.
+      rows: one entry a method or peer: `what` it was, its figures or its "error", and the index of its `run`.
+    """
+
+    case: str
+    setting: dict[str, Any]
+    device: str = ""
+    runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def find(self, what: dict[str, Any]) -> Row | None:
+        """The row of one method or peer."""
+        return next((row for row in self.rows if row["what"] == what), None)
+
+    def put(self, what: dict[str, Any], figures: dict[str, Any]) -> Row:
+        """Adds or replaces a row of the newest run."""
+        row = {"what": what, "run": len(self.runs) - 1, **figures}
+        old = self.find(what)
+        if old is None:
+            self.rows.append(row)
+        else:
+            self.rows[self.rows.index(old)] = row
+        return row
+
+    def save(self, path: str) -> None:
+        """Writes the file, whole or not at all; an empty path writes none."""
+        if path:
+            part = Path(f"{path}.part")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+            part.replace(path)
+
+
+def load(path: str) -> Record:
+    """A record from its file. Raises InputError if there is none in it."""
+    try:
+        return Record(**json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read these figures: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} holds no figures of mora bench step") from error
+
+
+def start(case: Case, path: str) -> Record:
+    """The record to add to: the file's, if there is one, or an empty one.
+
+    Raises:
+      InputError: if the file's figures are of another case or setting.
+    """
+    fresh = Record(case.name, setting(case))
+    if not path or not Path(path).exists():
+        return fresh
+    old = load(path)
+    if (old.case, old.setting) != (fresh.case, fresh.setting):
+        other = next((k for k, v in fresh.setting.items() if old.setting.get(k) != v), "case")
+        raise InputError(f"{path} holds figures of another setting ({other}); choose another --out")
+    return old
+
+
+def setting(case: Case) -> dict[str, Any]:
+    """What the figures depend on beside the methods, as plain data."""
+    plain = run_config.to_plain(case.config)
+    names = ("batch_size", "microbatches", "model", "compute", "optimizer", "deterministic")
+    kept = {name: plain[name] for name in names}
+    kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.base_dtype}
+    method = case.config.method
+    kept |= {"rank": method.rank, "align": method.align, "trained": method.train}
+    return json.loads(json.dumps(kept))
+
+
+def method_row(case: Case, text: str) -> dict[str, Any]:
+    """What tells the row of a method from all others."""
+    config = with_method(case.config, text)
+    method, path = config.method, config.compute.adapter_path
+    name = "config" if text.startswith("config") and config.rules else method.name
+    what = {"framework": "jax", "name": name}
+    if name in ("lora", "dora", "mora"):
+        what |= {"rank": method.rank, "path": path}
+    return what | ({"operator": method.operator} if name == "mora" else {})
+
+
+def peer_row(job: PeerJob) -> dict[str, Any]:
+    """What tells the row of a peer from all others."""
+    name, _, operator = job.method.partition("-")
+    what = {"framework": "torch", "name": name, "compiled": job.compiled, "pure": job.pure}
+    what |= {"rank": job.rank} if name != "full" else {}
+    return what | ({"operator": operator or "share"} if name == "mora" else {})
+
+
+def label(what: dict[str, Any]) -> str:
+    """A row's name for people."""
+    names = {
+        "lora": "LoRA",
+        "mora": "MoRA",
+        "dora": "DoRA",
+        "full": "full fine-tuning",
+        "frozen": "frozen base",
+    }
+    name = names.get(what["name"]) or what["name"]
+    words = [f"PyTorch {name}" if what["framework"] == "torch" else name]
+    if what.get("operator", "share") != "share":
+        words.append(what["operator"])
+    if "rank" in what:
+        words.append(f"r {what['rank']}")
+    if what.get("path", "auto") != "auto":
+        words.append(f"({what['path']} path)")
+    how = [
+        word for word, is_so in (("compiled", what.get("compiled")), ("all bf16", what.get("pure"))) if is_so
+    ]
+    return " ".join(words) + (f", {', '.join(how)}" if how else "")

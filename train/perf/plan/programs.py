@@ -1,0 +1,110 @@
+"""A run's programs, compiled for devices that are not here: no parameter is allocated."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mora_jax import sharding
+from mora_jax.models.llama import Llama
+from mora_jax.transform import Methods
+from train.config.run import RunConfig
+from train.perf.plan.flops import product_flops
+from train.perf.plan.hlo import Collective, collectives
+from train.step.step import eval_step, restart_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program, a device.
+
+    Attributes:
+      name: of the jitted function.
+      arguments: bytes of its inputs.
+      temporary: bytes beside inputs and outputs.
+      peak: the most bytes in use at a time, inputs included; where it does not fit, what the compiler says it
+        would need.
+      refused: the compiler's own words where it finds that the program does not fit; else empty.
+      flops: of all matrix products, a device's share.
+      collectives: what is sent.
+      seconds: that the compilation took.
+    """
+
+    name: str
+    arguments: int
+    temporary: int
+    peak: int
+    refused: str
+    flops: float
+    collectives: list[Collective]
+    seconds: float
+
+
+def train_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
+    """The training step."""
+    tokens_BT = _tokens(config.batch_size, config, mesh)
+    return _compiled(train_step, mesh, config, methods, state, tokens_BT)
+
+
+def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
+    """The restart: merge, initialise anew, clear optimizer state."""
+    return _compiled(restart_step, mesh, config, methods, state)
+
+
+def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
+    """The evaluation of a batch."""
+    rows = config.eval.batch_size
+    tokens_BT = _tokens(rows, config, mesh)
+    weights_B = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding.batch(mesh))
+    model = Llama(config.model, config.compute)
+    return _compiled(eval_step, mesh, model, methods, state.params, state.adapters, tokens_BT, weights_B)
+
+
+PROGRAMS = {"train": train_program, "restart": restart_program, "eval": eval_program}
+
+
+def _tokens(rows: int, config: RunConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    shape = (rows, config.data.sequence_length)
+    return jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.batch(mesh))
+
+
+def _compiled(function: Any, mesh: Mesh, *arguments: Any) -> Program:
+    with jax.set_mesh(mesh):
+        traced = function.trace(*arguments)
+        lowered = traced.lower()
+        began = time.perf_counter()
+        try:
+            compiled, refused = lowered.compile(), ""
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            compiled, refused = None, str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    memory: Any = compiled.memory_analysis() if compiled else None
+    return Program(
+        name=traced.fun_name,
+        arguments=memory.argument_size_in_bytes if memory else 0,
+        temporary=memory.temp_size_in_bytes if memory else 0,
+        peak=_peak(memory, mesh) if memory else _needed(refused),
+        refused=refused,
+        flops=product_flops(traced.jaxpr) / mesh.size,
+        collectives=collectives(compiled.as_text(), mesh.shape) if compiled else [],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _peak(memory: Any, mesh: Mesh) -> int:
+    if mesh.devices.flat[0].platform != "cpu":
+        return memory.peak_memory_in_bytes
+    # The CPU compiler's own figure leaves temporaries out.
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+
+
+def _needed(refusal: str) -> int:
+    """The bytes that a program would need, from the compiler's refusal; 0 if it does not say."""
+    said = re.search(r"(?:Used |temporaries \()([\d.]+)([KMG])", refusal)
+    return round(float(said[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[said[2]]) if said else 0

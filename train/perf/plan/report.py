@@ -1,0 +1,142 @@
+"""A plan made as `mora plan` asks for it, and shown."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from rich.table import Table
+from rich.text import Text
+
+from mora_jax.errors import InputError
+from train.config.run import RunConfig
+from train.console.terminal import console
+from train.perf.plan.plan import Plan, make_plan
+from train.perf.plan.programs import Program
+from train.perf.plan.targets import simulated, topology, use_no_accelerator
+
+MIB, GIB = 2**20, 2**30
+
+
+def plan(
+    config: RunConfig, topology_name: str, devices: int, memory: float, programs: Sequence[str] = ("train",)
+) -> Plan:
+    """Plans for a topology of TPUs, or for so many simulated devices of `memory` GiB.
+
+    Raises:
+      InputError: unless just one of the two is asked for, and for what `make_plan` refuses.
+    """
+    if bool(topology_name) == bool(devices):
+        raise InputError("mora plan needs one of --topology, such as v5e:16x16, and --devices, such as 8")
+    use_no_accelerator()
+    config = _with_attention_for(config, topology_name)
+    target = topology(topology_name) if topology_name else simulated(devices, memory)
+    with console(stderr=True).status(Text(f"compiling for {target.name}")):
+        return make_plan(config, target, programs)
+
+
+def _with_attention_for(config: RunConfig, topology_name: str) -> RunConfig:
+    """With a kernel that the compiler has: the CPU's has xla alone, which needs more memory than cudnn."""
+    kernel = config.compute.attention
+    if topology_name and kernel == "cudnn":
+        raise InputError("compute.attention cudnn needs NVIDIA GPUs; TPUs take splash or xla")
+    if not topology_name and kernel == "splash":
+        raise InputError("compute.attention splash needs TPUs; GPUs take cudnn or xla")
+    if kernel != "cudnn":
+        return config
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
+
+
+def show(plan: Plan, title: str, out: str = "") -> None:
+    """Prints a plan, and writes its figures to a JSON file if one is given."""
+    if out:
+        epath.Path(out).write_text(json.dumps(plan.to_plain(), indent=2) + "\n")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    parts: list[Any] = [
+        f"{title} on {plan.target}: {mesh}.",
+        "",
+        "The state on each device, from its shardings:",
+    ]
+    parts.append(_state(plan))
+    for program in plan.programs:
+        parts += ["", f"{program.name} on each device, by the {plan.compiler}:", _program(program, plan)]
+    parts += ["", "Sent by each device in a training step:", _sent(plan), "", *_conclusions(plan)]
+    console(highlight=False).print(*parts, sep="\n")
+
+
+def _state(plan: Plan) -> Table:
+    table = Table("", "", show_header=False)
+    held = plan.held
+    for name, size in {
+        "parameters": held.parameters,
+        "adapters": held.adapters,
+        "optimizer of parameters": held.base_optimizer,
+        "optimizer of adapters": held.adapter_optimizer,
+        "together": held.total(),
+    }.items():
+        table.add_row(name, _size(size))
+    table.add_row("a microbatch", f"{plan.sequences:g} sequences, {plan.microbatches} a step")
+    return table
+
+
+def _program(program: Program, plan: Plan) -> Table:
+    table = Table("", "", show_header=False)
+    if program.refused:
+        table.add_row("does not fit", program.refused)
+    else:
+        table.add_row("inputs", _size(program.arguments))
+        table.add_row("temporary", _size(program.temporary))
+        table.add_row("peak", _size(program.peak) + (f" of {_size(plan.usable)}" if plan.usable else ""))
+    share = f"{program.flops / 1e9:,.6g} GFLOP"
+    table.add_row("products", f"{share}: of the whole step, over {plan.devices} devices")
+    table.add_row("compiled in", f"{program.seconds:,.1f} s")
+    return table
+
+
+def _sent(plan: Plan) -> Table:
+    """What the training step sends, beside what it should."""
+    table = Table("collective", "over", "times", "sent", "expected", "of it adapters")
+    measured = {(c.kind, c.axes): c for c in plan.programs[0].collectives}
+    formula = {(e.kind, e.axes): e for e in plan.expected}
+    for key in dict.fromkeys((*measured, *formula)):
+        found, said = measured.get(key), formula.get(key)
+        table.add_row(
+            *key,
+            f"{found.times:,}" if found else "",
+            _size(found.sent) if found else "",
+            _size(said.base + said.adapters) if said else "",
+            _size(said.adapters) if said else "",
+        )
+    base, adapters = (sum(getattr(e, name) for e in plan.expected) for name in ("base", "adapters"))
+    sent = sum(c.sent for c in measured.values())
+    table.add_section()
+    table.add_row(
+        "together", "", "", _size(sent) if measured else "", _size(base + adapters), _size(adapters)
+    )
+    return table
+
+
+def _conclusions(plan: Plan) -> list[str]:
+    state, held = plan.held.total(), plan.held
+    of_state = (held.adapters + held.adapter_optimizer) / state
+    base, adapters = (sum(getattr(e, name) for e in plan.expected) for name in ("base", "adapters"))
+    of_sent = adapters / (base + adapters) if base + adapters else 0.0
+    lines = [f"Adapters are {of_state:.1%} of the state and {of_sent:.1%} of what is expected to be sent."]
+    if plan.simulated():
+        lines.append(
+            "The state is exact. Peak, temporary and collectives are the CPU compiler's, and attention is "
+            "xla's: a GPU's differ."
+        )
+    open_question = (
+        "The state fits; by the CPU compiler's figures the program would not, which on a GPU is not known."
+        if plan.usable
+        else "Whether it fits is not known: --memory says what a device has."
+    )
+    return [*lines, {True: "It fits.", False: "It does not fit.", None: open_question}[plan.fits()]]
+
+
+def _size(size: float) -> str:
+    if size >= GIB:
+        return f"{size / GIB:,.2f} GiB"
+    return f"{size / MIB:,.2f} MiB" if size >= MIB / 100 else f"{size:,.0f} B"

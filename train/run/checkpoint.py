@@ -1,0 +1,388 @@
+"""Checkpoints that can be trusted: written by orbax in the background, each sealed with a manifest.
+
+A checkpoint is a folder `<directory>/<step>`: orbax's files, and `manifest.json`, which is written last and
+holds the size and hash of every file, what was saved beside the arrays, and a hash of itself. A folder
+without a manifest is a save that did not finish, and is never loaded.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from mora_jax.errors import InputError
+from train.console.progress import progress
+from train.run import manifest
+from train.run.manifest import MANIFEST, Advance, Json
+from train.storage import buckets
+from train.storage.files import make_folder
+
+# In the name of the folder that orbax writes to before it moves it into place.
+_UNFINISHED = "orbax-checkpoint-tmp"
+_LARGEST_STEP = 2**31 - 1
+# Where orbax cannot write: a checkpoint is saved on this machine's disk and sent there, and brought back.
+_SENT = "s3://"
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be saved, by a full disk for instance; those before it are untouched."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; leaving the context waits for the save under way.
+
+    Every process calls every method. Nothing is written or removed before the first `save` or
+    `remove_unfinished`, so that a run's checkpoints can be read while it trains.
+
+    Orbax's own manager of checkpoints is not used: it would count what is not yet sealed as complete, and
+    remove older ones for it.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        keep: int | None = None,
+        keep_every: int = 0,
+        before_sealing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args:
+          directory: the folder of the checkpoints, on a disk or in a bucket; made by the first save.
+          keep: how many of the newest are kept; None for all.
+          keep_every: those of steps that this divides are kept too; 0 for none.
+          before_sealing: called in the background, on process 0, when all of a checkpoint but its manifest
+            is there.
+
+        Raises:
+          InputError: if none is to be kept, what lies there is no folder, or several processes are to write
+            to s3://.
+        """
+        if keep is not None and keep < 1:
+            raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
+        # Orbax asks for absolute paths.
+        bucket = buckets.in_bucket(directory)
+        self._directory = epath.Path(directory if bucket else Path(directory).absolute())
+        if not bucket and os.path.lexists(directory) and not Path(directory).is_dir():
+            raise InputError(f"{directory} is no folder, as it must be; remove it")
+        self._sent = directory.startswith(_SENT)
+        if self._sent and jax.process_count() > 1:
+            raise InputError(
+                f"{directory}: several processes cannot write checkpoints to {_SENT}; give them gs:// or a "
+                "disk that they share"
+            )
+        self._before_sealing = before_sealing
+        self._keep = keep
+        self._keep_every = keep_every
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._damaged: set[int] = set()  # what `latest_good` passed over
+
+    def save(self, step: int, state: Any, meta: Json) -> None:
+        """Saves in the background, after the save before is done; never skips.
+
+        When it returns, the arrays have been copied: they may be donated. A checkpoint that the step already
+        has is replaced.
+
+        Args:
+          step: the number of the checkpoint, at least 0.
+          state: a pytree of jax.Arrays.
+          meta: plain data as JSON holds it, returned by `read_meta`.
+
+        Raises:
+          ValueError: if `meta` holds NaN or infinity.
+          SaveError: if the save before failed.
+        """
+        self.wait()
+        folder = self.folder(step)
+        sealed = {
+            "step": step,
+            "meta": json.loads(json.dumps(meta, allow_nan=False)),
+            "arrays": _layout(state),
+        }
+        if jax.process_index() == 0:
+            make_folder(self._directory)
+            _remove(folder)
+            self.remove_unfinished()
+        response = ocp.save_async(self._place(step), state, overwrite=True)
+        self._pending = self._thread.submit(self._finish, response, sealed)
+
+    def folder(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step lies, or would."""
+        return self._directory / str(step)
+
+    def folders(self) -> list[int]:
+        """The steps of all folders in place, oldest first, whether or not their save was finished."""
+        if not self._directory.exists():
+            return []
+        steps = (_step(path.name) for path in self._directory.iterdir())
+        return sorted(step for step in steps if step is not None)
+
+    def unfinished(self) -> list[tuple[int, epath.Path]]:
+        """Step and folder of saves that are not in place yet, or never will be since they were killed."""
+        found = ((_step(path.name.partition(".")[0]), path) for path in self._unfinished())
+        return sorted((step, path) for step, path in found if step is not None)
+
+    def steps(self) -> list[int]:
+        """The steps whose save was finished, oldest first."""
+        return [step for step in self.folders() if manifest.is_sealed(self.folder(step))]
+
+    def damage(self, step: int, advance: Advance | None = None) -> list[str]:
+        """What of a checkpoint is not as it was saved, a line for each file; empty where it is good.
+
+        Args:
+          step: the checkpoint.
+          advance: told of every so many bytes that were read; None for a progress bar here.
+        """
+        folder = self.folder(step)
+        if advance is not None:
+            return manifest.damage(folder, step, advance)
+        return _damage(folder, step)
+
+    def latest_good(self) -> tuple[int | None, list[str]]:
+        """The newest step that is wholly as it was saved, None if there is none.
+
+        Newer ones, which are damaged, stay where they are until a newer one than they is saved.
+
+        Returns:
+          The step, and a line for each thing that is wrong with newer ones (on process 0, which alone looks).
+        """
+        good, problems = -1, []
+        for step in reversed(self.folders()) if jax.process_index() == 0 else ():
+            found = self.damage(step)
+            problems += found
+            if not found:
+                good = step
+                break
+            self._damaged.add(step)
+        good = _from_first_process(good)
+        return (None if good < 0 else good), problems
+
+    def read_meta(self, step: int) -> Json:
+        """What was saved beside the arrays.
+
+        Raises:
+          InputError: if there is no such checkpoint, its save did not finish, or its manifest is damaged.
+        """
+        return manifest.read(self.folder(step), step)["meta"]
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The saved arrays, bit for bit, with the shardings asked for.
+
+        Args:
+          step: one of `steps()`.
+          abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may be others than when saved.
+
+        Raises:
+          InputError: if any file is not as it was saved, or names, shapes or types of the arrays are others.
+        """
+        with self._brought(step) as folder:
+            problems = _damage(folder, step) if jax.process_index() == 0 else []
+            if _from_first_process(len(problems)):
+                raise InputError(
+                    f"checkpoint {step} cannot be restored: {_some(problems) or 'process 0 says why'}"
+                )
+            _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
+            try:
+                return ocp.load(folder, abstract_state)
+            # Orbax and TensorStore raise what they come upon in files made to harm.
+            except Exception as error:
+                raise InputError(f"{folder} cannot be restored: {_reason(error)[1]}") from error
+
+    def remove_unfinished(self) -> None:
+        """Removes what saves that were killed or failed left behind. No other process may be saving."""
+        if jax.process_index():
+            return
+        self.wait()
+        if self._sent:
+            shutil.rmtree(self._unsent(), ignore_errors=True)
+        if not self._directory.exists():
+            return
+        for path in self._unfinished():
+            _remove(path)
+        for step in set(self.folders()).difference(self.steps()):
+            _remove(self.folder(step))
+
+    def poll(self) -> None:
+        """Raises SaveError if the save under way has failed by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises SaveError if it failed."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:
+            if self._pending.done():  # not so where a signal ended the waiting
+                self._pending = None
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _finish(self, response: ocp.AsyncResponse[None], sealed: Json) -> None:
+        step = sealed["step"]
+        with _told(self.folder(step), "could not be saved"):
+            response.result()
+            if jax.process_index() == 0:
+                self._before_sealing()
+                manifest.seal(self._place(step), sealed)
+                if self._sent:
+                    self._send(step)
+        if jax.process_index() == 0:
+            self._damaged.discard(step)
+            with _told(self.folder(step), "was saved, but older ones could not be removed"):
+                self._remove_old(step)
+
+    def _unfinished(self) -> list[epath.Path]:
+        there = self._directory.iterdir() if self._directory.exists() else ()
+        return [path for path in there if _UNFINISHED in path.name]
+
+    def _unsent(self) -> Path:
+        return buckets.stand_in("checkpoints", str(self._directory))
+
+    def _place(self, step: int) -> epath.Path:
+        """Where orbax writes a checkpoint."""
+        return epath.Path(self._unsent() / str(step)) if self._sent else self.folder(step)
+
+    def _send(self, step: int) -> None:
+        """Takes a sealed checkpoint to where it belongs, its manifest last."""
+        place, folder = Path(self._place(step)), str(self.folder(step))
+        names = set(buckets.files(place)) - {MANIFEST}
+        for these in (names, {MANIFEST}):
+            buckets.upload(place, folder, these, lambda n: None)
+        shutil.rmtree(place)
+
+    @contextlib.contextmanager
+    def _brought(self, step: int) -> Iterator[epath.Path]:
+        """A checkpoint where orbax can read it."""
+        folder = self.folder(step)
+        if not self._sent:
+            yield folder
+            return
+        there = {name: found.size for name, found in buckets.objects(folder).items()}
+        buckets.check_room(sum(there.values()), buckets.cache_folder())
+        with tempfile.TemporaryDirectory(prefix="reading-", dir=buckets.cache_folder()) as here:
+            place = Path(here) / str(step)
+            with progress(f"copying checkpoint {step}", sum(there.values()) / 1e6, "MB") as megabytes:
+                for _ in buckets.download(str(folder), place, there, lambda n: megabytes(n / 1e6)):
+                    pass
+            yield epath.Path(place)
+
+    def _remove_old(self, saved: int) -> None:
+        """Removes what is not to be kept of what is not newer than the saved one."""
+        complete = [step for step in self.steps() if step <= saved and step not in self._damaged]
+        kept = set(complete[0 if self._keep is None else -self._keep :])
+        kept |= {step for step in complete if self._keep_every and step % self._keep_every == 0}
+        for step in self.folders():
+            if step <= saved and step not in kept:
+                _remove(self.folder(step))
+                self._damaged.discard(step)
+
+
+def _step(name: str) -> int | None:
+    """The step that a folder's name is the number of, as it is written here."""
+    number = int(name) if name.isascii() and name.isdigit() and len(name) <= 10 else -1
+    return number if str(number) == name and 0 <= number <= _LARGEST_STEP else None
+
+
+def _damage(folder: epath.Path, step: int) -> list[str]:
+    total = sum(size or 0 for size in manifest.sizes(folder).values()) / 1e6
+    with progress(f"verifying checkpoint {step}", total, "MB") as megabytes:
+        return manifest.damage(folder, step, lambda n: megabytes(n / 1e6))
+
+
+@contextlib.contextmanager
+def _told(folder: epath.Path, what: str) -> Iterator[None]:
+    """Turns whatever orbax and the disk may raise into one clear SaveError."""
+    logger, untold = logging.getLogger("absl"), _without_traceback
+    logger.addFilter(untold)  # orbax logs pages of what is raised here
+    try:
+        yield
+    except Exception as error:
+        number, reason = _reason(error)
+        raise SaveError(number, f"{what}: {reason}", str(folder)) from error
+    finally:
+        logger.removeFilter(untold)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
+
+
+def _reason(error: Exception) -> tuple[int, str]:
+    """The operating system's number and words for what went wrong; TensorStore has the number in its text."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
+    if number:
+        return number, os.strerror(number)
+    told = str(error).partition("[tensorstore_spec")[0]  # pages, of no use
+    return errno.EIO, " ".join(told.split()) or type(error).__name__
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a folder, or what lies in the place of one; a link is removed, not what it leads to."""
+    if manifest.is_link(path) or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        # Without its manifest a half removed checkpoint is an unfinished one.
+        (path / MANIFEST).unlink(missing_ok=True)
+        path.rmtree(missing_ok=True)
+
+
+def _layout(tree: Any) -> dict[str, str]:
+    """Path of each array -> its type and shape, such as `float32[2, 3]`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def _check_layout(folder: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    names = sorted(saved.keys() | wanted.keys())
+    problems = [
+        f"{n} is {saved.get(n, 'not there')} and must be {wanted.get(n, 'absent')}"
+        for n in names
+        if saved.get(n) != wanted.get(n)
+    ]
+    if problems:
+        raise InputError(f"{folder} holds another state than the config's: {_some(problems)}")
+
+
+def _from_first_process(value: int) -> int:
+    """Process 0's value, on every process: all must go the same way."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _some(problems: list[str], limit: int = 3) -> str:
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more

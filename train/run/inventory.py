@@ -1,0 +1,133 @@
+"""The checkpoints that a run has, and whether they are as they were saved: `mora checkpoints`."""
+
+import dataclasses
+import datetime
+from typing import Literal
+
+from etils import epath
+from rich.table import Table
+
+from mora_jax.errors import InputError, spelled_out
+from mora_jax.transform import Methods
+from train.console.progress import progress
+from train.console.terminal import console
+from train.run import folder as runs
+from train.run import manifest
+from train.run.checkpoint import Checkpoints
+from train.storage import buckets
+
+State = Literal["good", "not verified", "unfinished", "damaged"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One checkpoint. `restarts` and `group_type` are empty where its manifest does not tell.
+
+    Attributes:
+      step: updates done.
+      restarts: restarts done.
+      group_type: of MoRA's share.
+      bytes: of all files.
+      saved: when the save was finished, local time; None for an unfinished one.
+      state: what was found.
+      problems: what is damaged, a line for each file.
+    """
+
+    step: int
+    restarts: str
+    group_type: str
+    bytes: int
+    saved: datetime.datetime | None
+    state: State
+    problems: tuple[str, ...] = ()
+
+
+def inventory(run_dir: str, verify: bool = True) -> list[Entry]:
+    """The checkpoints of a run, oldest first, which may be training meanwhile.
+
+    Args:
+      run_dir: the run's folder.
+      verify: whether every file is read and compared with the manifest; else only the manifests are read.
+
+    Raises:
+      InputError: if the folder holds no run.
+    """
+    with runs.checkpoints(runs.read_config(run_dir)) as saved:
+        return look_through(saved, verify)
+
+
+def look_through(saved: Checkpoints, verify: bool = True) -> list[Entry]:
+    """What `inventory` returns, of a run's checkpoints."""
+    unfinished = saved.unfinished()  # looked at first: one that is moved into place now is found there
+    steps = saved.folders()
+    total = sum(_bytes(saved.folder(step)) for step in steps) / 1e6 if verify else 0
+    with progress("verifying", total, "MB") as advance:
+        entries = [_entry(saved, step, verify, lambda n: advance(n / 1e6)) for step in steps]
+    entries += [_unfinished(step, folder) for step, folder in unfinished]
+    return sorted((entry for entry in entries if entry), key=lambda entry: entry.step)
+
+
+def print_inventory(run_dir: str, verify: bool = True) -> bool:
+    """Prints `inventory`; whether no checkpoint is damaged."""
+    entries = inventory(run_dir, verify)
+    screen, title = console(), spelled_out(run_dir)
+    shown = table(entries, title) if entries else f"{title} has no checkpoints yet"
+    screen.print(shown, soft_wrap=not entries)
+    for problem in problems(entries):
+        screen.print(problem, soft_wrap=True, highlight=False)
+    return not any(e.state == "damaged" for e in entries)
+
+
+def table(entries: list[Entry], title: str) -> Table:
+    """A row for each checkpoint."""
+    made = Table("step", "restarts", "group type", "MB", "saved", "state", title=title, title_justify="left")
+    for e in entries:
+        date = e.saved.strftime("%Y-%m-%d %H:%M:%S") if e.saved else ""
+        told = (spelled_out(text) for text in (e.restarts, e.group_type))
+        made.add_row(f"{e.step:,}", *told, f"{e.bytes / 1e6:,.1f}", date, e.state)
+    return made
+
+
+def problems(entries: list[Entry]) -> list[str]:
+    """What is damaged, a line for each file, whatever it is called."""
+    return [spelled_out(problem) for entry in entries for problem in entry.problems]
+
+
+def _unfinished(step: int, folder: epath.Path) -> Entry | None:
+    """None for one that the run has removed, or moved into place, in the meantime."""
+    return Entry(step, "", "", _bytes(folder), None, "unfinished") if folder.exists() else None
+
+
+def _entry(saved: Checkpoints, step: int, verify: bool, advance: manifest.Advance) -> Entry | None:
+    """None for one that the run has removed in the meantime."""
+    folder = saved.folder(step)
+    if not manifest.is_sealed(folder):
+        return _unfinished(step, folder)
+    size, date = _bytes(folder), _date(folder)
+    damage = saved.damage(step, advance) if verify else []
+    restarts = groups = ""
+    try:
+        restarts, groups = _told(saved, step)
+    except InputError as error:  # the manifest's own damage was found above, where all is verified
+        damage = damage or [str(error)]
+    if not manifest.is_sealed(folder):  # once more, at last: a run removes the manifest first
+        return _unfinished(step, folder)
+    state: State = "damaged" if damage else "good" if verify else "not verified"
+    return Entry(step, restarts, groups, size, date, state, tuple(damage))
+
+
+def _told(saved: Checkpoints, step: int) -> tuple[str, str]:
+    """Restarts and group type. Raises InputError where the manifest does not tell them."""
+    meta = runs.saved_meta(saved, step)
+    return str(meta["restarts"]), runs.group_type(Methods.from_json(meta["methods"]))
+
+
+def _bytes(folder: epath.Path) -> int:
+    return sum(size or 0 for size in manifest.sizes(folder).values())
+
+
+def _date(folder: epath.Path) -> datetime.datetime | None:
+    try:
+        return buckets.modified(folder / manifest.MANIFEST).astimezone()
+    except OSError:
+        return None

@@ -1,0 +1,198 @@
+"""A folder sealed with a manifest: the size and hash of every file in it, and a hash of the manifest itself.
+
+The manifest is written last, and in one piece: a folder without one was not finished.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from mora_jax.errors import InputError
+from train.storage import buckets
+from train.storage.files import sync, write_whole
+
+MANIFEST = "manifest.json"
+# A manifest is read whole; a larger file is not one of ours.
+_LIMIT = 1 << 26
+_CHUNK = 1 << 22
+_HASHERS = 4
+
+Json = dict[str, Any]
+Advance = Callable[[float], None]
+
+
+def seal(folder: epath.Path, content: Json) -> None:
+    """Writes the manifest: `content` (step, meta, arrays) and the size and hash of every file.
+
+    On a local disk all files are on the disk before the manifest is, and the manifest when this returns.
+    """
+    files = [folder / name for name in sizes(folder)]
+    with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
+        found = list(pool.map(_fingerprint, files))
+    for inner in (*{path.parent for path in files}, folder.parent):
+        sync(inner)
+    names = {path.relative_to(folder).as_posix(): print_ for path, print_ in zip(files, found, strict=True)}
+    write_whole(folder / MANIFEST, render(content | {"files": names}))
+
+
+def read(folder: epath.Path, step: int) -> Json:
+    """The manifest. Raises InputError unless it is, to the letter, what was written for this step."""
+    path = folder / MANIFEST
+    if is_link(folder):
+        raise InputError(f"{folder} is a link, not a folder")
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist")
+    if not is_sealed(folder):
+        raise InputError(f"{path} is missing: the save did not finish, or the file was removed")
+    size = _size(path)
+    if size is None or size > _LIMIT:
+        raise InputError(f"{path} is damaged: it is no plain file of at most {_LIMIT} bytes")
+    try:
+        manifest = parse(path.read_bytes())
+    except _harm(path) as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if manifest is None:
+        raise InputError(f"{path} is damaged: its content is not what was saved")
+    if manifest["step"] != step:
+        raise InputError(f"{folder} is damaged: it holds the checkpoint of step {manifest['step']}")
+    return manifest
+
+
+def is_sealed(folder: epath.Path) -> bool:
+    """Whether there is a manifest, of whatever content."""
+    if buckets.in_bucket(folder):  # a listing fails where the bucket is out of reach; a question would say no
+        return MANIFEST in buckets.objects(folder)
+    return os.path.lexists(folder / MANIFEST)
+
+
+def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
+    """What is not as it was sealed, a line for each file; empty where all is good.
+
+    A file of another size than it was saved with is not read at all.
+
+    Args:
+      folder: the folder.
+      step: the step that it must hold.
+      advance: told of every so many bytes that were hashed.
+    """
+    try:
+        want = read(folder, step)["files"]
+    except InputError as error:
+        return [str(error)]
+    have = sizes(folder)
+    names = sorted(want.keys() | have.keys())
+
+    def check(name: str) -> str:
+        if name not in want:
+            return "does not belong to the checkpoint; remove it"
+        return _problem(folder / name, want[name], have[name], advance) if name in have else "is missing"
+
+    with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
+        problems = dict(zip(names, pool.map(check, names), strict=True))
+    return [f"{folder / name} {problem}" for name, problem in problems.items() if problem]
+
+
+def sizes(folder: epath.Path) -> dict[str, int | None]:
+    """Relative path of every file but the manifest -> its bytes; None for a link, a pipe or a device.
+
+    A folder that is a link has none.
+    """
+    if buckets.in_bucket(folder):
+        found = {name: there.size for name, there in buckets.objects(folder).items()}
+    else:
+        found = {path.relative_to(folder).as_posix(): _size(path) for path in _walk(folder)}
+    return {name: found[name] for name in sorted(found) if name != MANIFEST}
+
+
+def is_link(path: epath.Path) -> bool:
+    """Whether a path is a symbolic link, which no save makes."""
+    return not buckets.in_bucket(path) and Path(path).is_symlink()
+
+
+def render(manifest: Json) -> str:
+    """The one text that a manifest can have, its own hash included: any change of it is seen."""
+    body = json.dumps(manifest, sort_keys=True, allow_nan=False)
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps(manifest | {"sha256": seal}, sort_keys=True, indent=1) + "\n"
+
+
+def parse(content: bytes) -> Json | None:
+    """None unless it is well formed and its own hash is right."""
+    try:
+        manifest = json.loads(content)
+        del manifest["sha256"]
+        intact = render(manifest).encode() == content
+        files = manifest["files"].values()
+        well_formed = all(type(f["bytes"]) is int and type(f["sha256"]) is str for f in files)
+        well_formed &= manifest.keys() == {"step", "meta", "arrays", "files"}
+        well_formed &= all(type(a) is str for a in manifest["arrays"].values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return manifest if intact and well_formed else None
+
+
+def _harm(path: epath.Path) -> type[OSError]:
+    """The errors that say that a file is not what it was; in a bucket most tell of the way there."""
+    return FileNotFoundError if buckets.in_bucket(path) else OSError
+
+
+def _walk(folder: epath.Path) -> list[epath.Path]:
+    """Every file below a folder and every link, sorted; links are not followed."""
+    found = []
+    for root, folders, names in folder.walk() if not is_link(folder) else ():
+        found += [root / name for name in names] + [root / n for n in folders if is_link(root / n)]
+    return sorted(found)
+
+
+def _size(path: epath.Path) -> int | None:
+    """Bytes of a plain file; None for anything else, and what has gone in the meantime."""
+    if buckets.in_bucket(path):
+        try:
+            return path.stat().length
+        except FileNotFoundError:
+            return None
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _fingerprint(path: epath.Path) -> Json:
+    size = 0
+
+    def count(n: float) -> None:
+        nonlocal size
+        size += int(n)
+
+    digest = _sha256(path, count)
+    sync(path)
+    return {"bytes": size, "sha256": digest}
+
+
+def _problem(path: epath.Path, want: Json, size: int | None, advance: Advance) -> str:
+    if size is None:
+        return "is damaged: it is no plain file"
+    if want["bytes"] != size:
+        return f"is damaged: it has {size} bytes and was saved with {want['bytes']}"
+    try:
+        same = _sha256(path, advance) == want["sha256"]
+    except _harm(path) as error:
+        return f"cannot be read: {error.strerror or error}"
+    return "" if same else "is damaged: its content is not what was saved"
+
+
+def _sha256(path: epath.Path, advance: Advance) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()

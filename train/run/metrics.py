@@ -1,0 +1,290 @@
+"""What a run says of itself: JSON lines, TensorBoard events, Weights & Biases by choice, the progress bar.
+
+`metrics.jsonl` is the source of truth. A line is one JSON object; its `step` is n where it tells of update n
+(from 0), of the restart just before it or of the evaluation just after it. JSON has no NaN: numbers that are
+not finite are the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns these into floats again.
+"""
+
+import contextlib
+import json
+import math
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
+
+from mora_jax.errors import InputError
+from mora_jax.io import is_plain_file, read_text
+from train.console.exits import naming
+from train.console.progress import Bar
+from train.console.terminal import warn
+from train.storage.files import writable, write_whole
+
+LINES = "metrics.jsonl"
+EVENTS = "tensorboard"
+_WANDB_ID = "wandb_id.txt"
+# What is written bit by bit, and so cannot lie in a bucket while it is.
+GROWING = (LINES, EVENTS, _WANDB_ID)
+# Seconds between two times that TensorBoard's events are brought to the disk.
+EVENTS_EVERY = 30.0
+# Gaps in the lines of an earlier program that are named.
+_FEW = 3
+# Bytes of a line; the run's own have some hundred.
+_LONGEST = 1 << 20
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+Values = Mapping[str, float | int | str]
+Sink = Callable[[int, Values], None]
+
+
+class Metrics:
+    """Takes a run's metrics to all places they go to; a context manager.
+
+    A run that goes on from step `start` forgets what was written of later ones: no update is told of twice.
+    What cannot be written, as on a full disk, is an OSError that names the file: a run does not train on
+    without telling what it does.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        total: int,
+        start: int = 0,
+        wandb: str = "",
+        writes: bool | None = None,
+        evaluated: bool = True,
+    ) -> None:
+        """Args:
+          run_dir: the run's folder, on a disk.
+          total: updates of the whole run.
+          start: updates done before.
+          wandb: project in Weights & Biases; empty for none.
+          writes: whether this process writes and shows anything; None for process 0 alone.
+          evaluated: whether the evaluation just before `start` counts; else it is forgotten and told again.
+
+        Raises:
+          InputError: if Weights & Biases is asked for and not installed, metrics.jsonl cannot be read, or one
+            of the places cannot be written to.
+        """
+        self._closing = contextlib.ExitStack()
+        self._sinks: list[Sink] = []
+        if jax.process_index() == 0 if writes is None else writes:
+            folder = Path(run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._closing:
+                self._sinks.append(_json_lines(self._closing, folder / LINES, start, evaluated))
+                self._sinks.append(_tensorboard(self._closing, folder / EVENTS, start))
+                if wandb:
+                    self._sinks.append(_wandb(self._closing, folder, wandb))
+                self._sinks.append(_bar(self._closing, total, start))
+                self._closing = self._closing.pop_all()
+
+    def write(self, step: int, values: Values) -> None:
+        """Writes one line.
+
+        Args:
+          step: the update told of, from 0.
+          values: scalars; only numbers go to TensorBoard and Weights & Biases.
+        """
+        for sink in self._sinks:
+            sink(step, values)
+
+    def close(self) -> None:
+        """Closes every file."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Where the disk is full, files cannot be closed either; what was met first is what is told.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            self.close()
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl; a last line that was cut off is left out.
+
+    Raises:
+      InputError: if there is no such file, it is no plain one (a pipe, a device), or another line is not a
+        JSON object with a step.
+    """
+    file = epath.Path(path)
+    if file.exists() and not is_plain_file(file):
+        raise InputError(f"{path} is no plain file")
+    try:
+        with file.open("rb") as stream:
+            return [_parse(path, number, line) for number, line in enumerate(_whole_lines(stream), 1)]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _whole_lines(stream: Any) -> Iterator[bytes]:
+    """Lines with their ends; what follows the last end was cut off, or is nothing. A long one is cut here."""
+    while (line := stream.readline(_LONGEST)).endswith(b"\n") or len(line) == _LONGEST:
+        yield line
+
+
+def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    step = values.get("step") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or type(step) is not int or not 0 <= step < 2**31:
+        raise InputError(f"{path}, line {number}: not a JSON object with a step; remove the line")
+    return {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in values.items()}
+
+
+def _render(step: int, values: Values) -> str:
+    legal = {name: _legal(value) for name, value in values.items()}
+    return json.dumps({"step": step} | legal, allow_nan=False) + "\n"
+
+
+def _legal(value: float | int | str) -> float | int | str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
+    with writable(path, f"{path} cannot be written to"):
+        told = _forget(path, start, evaluated) if path.exists() else set()
+        file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail once more at the end
+    if missing := _spans(sorted(set(range(start)) - told)):
+        warn([f"{path} does not tell of updates {missing}, which are done and not done again"])
+
+    def write(step: int, values: Values) -> None:
+        line = _render(step, values).encode()
+        with naming(path):
+            while line:
+                line = line[file.write(line) :]
+
+    return write
+
+
+def _forget(path: Path, start: int, evaluated: bool) -> set[int]:
+    """Drops what will be told again, and a last line cut off; a kill leaves the old or the new.
+
+    Returns:
+      The updates that what is left tells of.
+    """
+    kept = [line for line in read_metrics(str(path)) if _stays(line, start, evaluated)]
+    told = {line["step"] for line in kept if "loss" in line}
+    write_whole(path, "".join(_render(line.pop("step"), line) for line in kept))
+    return told
+
+
+def _spans(steps: list[int]) -> str:
+    """Ascending numbers in few words, such as `3, 20 to 41`."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    told = [f"{first} to {last}" if first < last else str(first) for first, last in spans[:_FEW]]
+    return ", ".join(told) + (" and more" if len(spans) > _FEW else "")
+
+
+def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:
+    told_again = not evaluated and line["step"] == start - 1 and "validation_loss" in line
+    return line["step"] < start and not told_again
+
+
+def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
+    # Events are written here and not in tensorboardX's thread, which would die of a full disk unheard, and
+    # then block the run. TensorBoard reads a run's files in the order of their names.
+    with writable(folder, f"{folder} must be a folder that can be written to"):
+        folder.mkdir(exist_ok=True)
+        number = len(list(folder.glob("*")))
+        events = RecordWriter(
+            f"{folder}/events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{number}"
+        )
+    flushed = time.monotonic()
+
+    def close() -> None:
+        with naming(folder):
+            events.close()
+
+    def put(**event: Any) -> None:
+        nonlocal flushed
+        with naming(folder):
+            events.write(Event(wall_time=time.time(), **event).SerializeToString())
+            if time.monotonic() - flushed > EVENTS_EVERY:
+                events.flush()
+                flushed = time.monotonic()
+
+    def write(step: int, values: Values) -> None:
+        finite = {name: value for name, value in _numbers(values).items() if math.isfinite(value)}
+        if finite:  # others cannot be drawn
+            put(step=step, summary=Summary(value=[_scalar(*item) for item in finite.items()]))
+
+    closing.callback(close)
+    put(file_version="brain.Event:2")
+    # Hides, in TensorBoard, the events of an earlier process that are told again.
+    put(step=start, session_log=SessionLog(status=SessionLog.START))
+    return write
+
+
+def _scalar(name: str, value: float | int) -> Any:
+    return Summary.Value(tag=name, simple_value=value)
+
+
+def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
+    named = folder / _WANDB_ID
+    if not named.exists():
+        write_whole(named, uuid.uuid4().hex)
+    same = read_text(named, 1000)
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=same, resume="allow")
+    closing.callback(run.finish)
+    # Its own step can only grow, and would drop what is told again after a resume.
+    run.define_metric("*", step_metric="update")
+
+    def write(step: int, values: Values) -> None:
+        run.log({"update": step} | _numbers(values))
+
+    return write
+
+
+def _bar(closing: contextlib.ExitStack, total: int, start: int) -> Sink:
+    bar = closing.enter_context(Bar("training", total, "steps", start=start))
+    done, seen = start, {}
+
+    def show(step: int, values: Values) -> None:
+        nonlocal done
+        seen.update(values)
+        if "loss" in values:
+            bar.advance(step + 1 - done, _facts(seen))
+            done = step + 1
+
+    return show
+
+
+def _facts(seen: Values) -> str:
+    forms = {
+        "loss": "loss {:.3f}",
+        "learning_rate": "lr {:.1e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "restart": "restarts {}",
+    }
+    return " · ".join(form.format(seen[name]) for name, form in forms.items() if name in seen)
+
+
+def _numbers(values: Values) -> dict[str, float | int]:
+    return {name: value for name, value in values.items() if not isinstance(value, str)}
