@@ -1,16 +1,48 @@
-"""The one exception for input that the user can mend, and how what files say is shown."""
+"""The one exception for input that the user can correct, and the phrases its messages share."""
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def spelled_out(text: str) -> str:
-    """One line for a terminal: line ends and whatever else it would obey, or could not print, as escapes."""
+    """Returns the text as one printable line: line ends and control characters become escapes.
+
+    >>> spelled_out("a\\nb")
+    'a\\\\nb'
+    """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-class InputError(ValueError):
-    """Bad input. The message is one line that names what is wrong and how to mend it.
+def some(items: Sequence[str], limit: int = 3) -> str:
+    """Returns the first items of a list for a message, and how many more there are.
 
-    The command line prints that line and exits with a non-zero status. What files say comes into messages, so
-    they are spelled out.
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Returns a hint at the known word nearest to `word`, or an empty string if none is near.
+
+    >>> nearest("ranq", ["rank", "alpha"])
+    '; did you mean rank?'
+    """
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def reason(error: BaseException) -> str:
+    """Returns what an exception says, as one line: the system's words for an OSError, else its message."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line that names what is wrong and how to correct it.
+
+    The command line prints the line and exits with a non-zero status. Messages may quote files, so control
+    characters are escaped.
     """
 
     def __init__(self, message: str) -> None:

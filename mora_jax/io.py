@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 
 # Far more than any config or index of tensors takes.
 JSON_LIMIT = 1 << 24
@@ -33,7 +33,7 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
     except InputError:
         raise
     except (OSError, ImportError, ValueError) as error:  # an unknown file system, or a name that is none
-        raise InputError(f"{str(path)!r} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{str(path)!r} cannot be read: {reason(error)}") from error
 
 
 def is_plain_file(file: epath.Path) -> bool:
@@ -59,8 +59,4 @@ def parse_json(text: str | bytes, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} is not JSON: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} is not JSON: {reason(error)}") from error

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from flax import traverse_util
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, some
 
 V = TypeVar("V")
 Tree = Mapping[str, Any]
@@ -41,7 +41,9 @@ def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[st
     winners = {name: _first(patterns, name) for name in names}
     uncovered = [name for name, winner in winners.items() if winner is None]
     if uncovered:
-        raise InputError(f"no rule covers {_some(uncovered)}; add a last rule such as ('.*', 'frozen')")
+        raise InputError(
+            f"no rule covers {some([repr(n) for n in uncovered])}; add a last rule such as ('.*', 'frozen')"
+        )
     used = set(winners.values())
     for i, pattern in enumerate(patterns):
         if i not in used and pattern.pattern != CATCH_ALL:
@@ -64,7 +66,7 @@ def combine(*trees: Tree) -> dict[str, Any]:
         leaves = flatten(tree)
         shared = flat.keys() & leaves.keys()
         if shared:
-            raise ValueError(f"combine: more than one tree holds {_some(sorted(shared))}")
+            raise ValueError(f"combine: more than one tree holds {some([repr(n) for n in sorted(shared)])}")
         flat.update(leaves)
     return unflatten(flat)
 
@@ -86,8 +88,3 @@ def _idle_rule(pattern: re.Pattern[str], names: Sequence[str]) -> str:
     near = difflib.get_close_matches(pattern.pattern, names, n=1, cutoff=0.3) or list(names[:1])
     hint = f"; the nearest path is {near[0]!r}" if near else ""
     return f"rule {pattern.pattern!r} matches no parameter (it must match the whole path){hint}"
-
-
-def _some(names: Sequence[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more

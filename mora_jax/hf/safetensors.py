@@ -7,14 +7,14 @@ header, in JSON, gives each tensor's type, shape and place. It is checked before
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, some
 from mora_jax.io import is_plain_file, parse_json, read_json
 
 WEIGHTS = "model.safetensors"
@@ -171,9 +171,3 @@ def read_object(file: epath.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold a JSON object")
     return content
-
-
-def some(names: Sequence[str], limit: int = 3) -> str:
-    """The first names of many, for a message."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

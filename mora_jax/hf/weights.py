@@ -11,17 +11,16 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from mora_jax import sharding
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, some
 from mora_jax.hf import safetensors as safetensors_files
-from mora_jax.hf.safetensors import INDEX, WEIGHTS, Stored, some
-from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.hf.safetensors import INDEX, WEIGHTS, Stored
+from mora_jax.models.llama import LlamaConfig, abstract_params
 from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
 
@@ -145,12 +144,6 @@ def read_config(path: epath.PathLike) -> LlamaConfig:
     """The config of a Hugging Face LLaMA folder. Raises InputError for what is not a plain LLaMA."""
     file = epath.Path(path) / CONFIG
     return _config_from_json(safetensors_files.read_object(file), file)
-
-
-def abstract_params(config: LlamaConfig) -> Any:
-    """The shapes of a model's parameters, layers stacked, without computing them."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Llama(config, Compute(layers="scan")).init, jax.random.key(0), tokens)["params"]
 
 
 @contextlib.contextmanager

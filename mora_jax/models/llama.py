@@ -268,6 +268,13 @@ class Llama(nn.Module):
         return w if adapter is None else adapter.method.weight(adapter.arrays, w)
 
 
+def abstract_params(config: LlamaConfig) -> Any:
+    """Returns the shapes and types of a model's parameters, layers stacked, without computing them."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    init = Llama(config, Compute(layers="scan")).init
+    return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]
+
+
 def _stack(block: type[nn.Module], length: int, how: str) -> Any:
     policies = {
         "scan": _kept_by_a_scan,

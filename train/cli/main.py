@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mora_jax.errors import InputError, spelled_out
+from mora_jax.errors import InputError, nearest, spelled_out
 from train.cli.commands import (
     Demo,
     Evaluate,
@@ -232,9 +232,7 @@ def run(args: list[str]) -> None:
     words = 2 if args[0] == "bench" else 1
     name, rest = " ".join(args[:words]), args[words:]
     if name not in COMMANDS:
-        raise InputError(
-            f"there is no command {name!r}{flags.nearest(name, COMMANDS)} (mora --help lists them)"
-        )
+        raise InputError(f"there is no command {name!r}{nearest(name, COMMANDS)} (mora --help lists them)")
     command, function = COMMANDS[name]
     if command in (Pretrain, Plan) and not {"-h", "--help"} & set(rest[:1]):
         return function(read_with_config(command, name, rest))

@@ -2,13 +2,11 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
 from rich.table import Table
 
 from mora_jax import trees
 from mora_jax.methods import METHODS, OPERATORS, Method, MoRA
-from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.models.llama import LlamaConfig, abstract_params
 from train.config.sections import LINEARS
 from train.console.terminal import console
 
@@ -51,9 +49,7 @@ def variants(rank: int) -> dict[str, Method]:
 
 def linears(model: LlamaConfig) -> dict[str, Shape]:
     """The shapes of the kernels that are adapted by default, layers stacked, by path."""
-    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    params = jax.eval_shape(Llama(model, Compute()).init, jax.random.key(0), tokens_BT)["params"]
-    flat = trees.flatten(params)
+    flat = trees.flatten(abstract_params(model))
     found = trees.first_match([(LINEARS, True), (trees.CATCH_ALL, False)], flat)
     return {path: flat[path].shape for path, is_linear in found.items() if is_linear}
 

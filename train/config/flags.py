@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import re
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, nearest
 from mora_jax.io import read_text
 from train.config import run as run_config
 
@@ -161,12 +160,6 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """A hint at the right name, or nothing if none is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, some
 from train.console.progress import progress
 from train.run import manifest
 from train.run.manifest import MANIFEST, Advance, Json
@@ -192,9 +192,7 @@ class Checkpoints:
         with self._brought(step) as folder:
             problems = _damage(folder, step) if jax.process_index() == 0 else []
             if _from_first_process(len(problems)):
-                raise InputError(
-                    f"checkpoint {step} cannot be restored: {_some(problems) or 'process 0 says why'}"
-                )
+                raise InputError(f"checkpoint {step} cannot be restored: {some(problems) or 'see process 0'}")
             _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
             try:
                 return ocp.load(folder, abstract_state)
@@ -373,7 +371,7 @@ def _check_layout(folder: epath.Path, saved: dict[str, str], wanted: dict[str, s
         if saved.get(n) != wanted.get(n)
     ]
     if problems:
-        raise InputError(f"{folder} holds another state than the config's: {_some(problems)}")
+        raise InputError(f"{folder} holds another state than the config's: {some(problems)}")
 
 
 def _from_first_process(value: int) -> int:
@@ -381,8 +379,3 @@ def _from_first_process(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _some(problems: list[str], limit: int = 3) -> str:
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more

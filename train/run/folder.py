@@ -17,7 +17,7 @@ from mora_jax.errors import InputError
 from mora_jax.hf import weights as hf
 from mora_jax.io import read_json
 from mora_jax.methods import MoRA, Share
-from mora_jax.models.llama import LlamaConfig
+from mora_jax.models.llama import LlamaConfig, abstract_params
 from mora_jax.transform import Methods
 from train.config import flags
 from train.config import run as run_config
@@ -102,7 +102,7 @@ def checkpoints(config: RunConfig, before_sealing: Callable[[], None] = lambda: 
 
 def assign_methods(config: RunConfig) -> Methods:
     """What is done with each parameter before the first restart."""
-    return transform.assign(config.parameter_rules(), jax.eval_shape(lambda: init_params(config)))
+    return transform.assign(config.parameter_rules(), abstract_params(config.model))
 
 
 def methods_at(config: RunConfig, step: int) -> Methods:
@@ -266,7 +266,7 @@ def widest_mesh(path: str, batch_size: int = 0) -> Mesh:
         config = read_config(path)
         shapes = _state_shapes(config, assign_methods(config))
     else:
-        shapes = hf.abstract_params(hf.read_config(path))
+        shapes = abstract_params(hf.read_config(path))
     together = math.gcd(jax.device_count(), batch_size)
     for count in [n for n in range(together, 1, -1) if together % n == 0]:
         mesh = sharding.make_mesh(1, count)

@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 
 from etils import epath
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 from train.storage.buckets import in_bucket
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -50,7 +50,7 @@ def shards(source: str) -> list[epath.Path]:
     try:
         found = sorted(file for file in _matches(epath.Path(source).expanduser()) if not _is_pipe(file))
     except (OSError, ImportError, ValueError) as error:
-        raise InputError(f"{source} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{source} cannot be read: {reason(error)}") from error
     if not found:
         raise InputError(
             f"{source} matches no file ({', '.join(SUFFIXES)} in a folder); check the path or the glob"
@@ -130,9 +130,9 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:
     except EOFError as error:
         raise InputError(f"{path} is a truncated gzip file; fetch it again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a sound gzip file ({_reason(error)}); fetch it again") from error
+        raise InputError(f"{path} is not a sound gzip file ({reason(error)}); fetch it again") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _decompressed(path: epath.Path, file: IO[bytes]) -> IO[bytes]:
@@ -163,8 +163,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _reason(error: BaseException) -> str:
-    """One line of what an exception says."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

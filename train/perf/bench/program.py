@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import transform, trees
 from mora_jax.errors import InputError
+from mora_jax.models.llama import abstract_params
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.bench.cases import DType
@@ -69,7 +70,7 @@ def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
     backend.set_flags(config)  # before anything starts JAX
     if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
-    methods = transform.assign(config.parameter_rules(), jax.eval_shape(lambda: init_params(config)))
+    methods = transform.assign(config.parameter_rules(), abstract_params(config.model))
     state = random_state(config, methods, base_dtype)
     batches = random_batches(config)
     started = time.perf_counter()
@@ -95,7 +96,7 @@ def random_state(config: RunConfig, methods: Methods, base_dtype: DType) -> Trai
 
 def random_params(config: RunConfig, dtype: jnp.dtype) -> Any:
     """Parameters drawn layer by layer in their type, so that drawing them takes little memory."""
-    shapes = trees.flatten(jax.eval_shape(lambda: init_params(config)))
+    shapes = trees.flatten(abstract_params(config.model))
     keys = jax.random.split(jax.random.key(config.seed), len(shapes))
     std = config.model.initializer_range
 
