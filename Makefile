@@ -1,9 +1,12 @@
-# Everything runs in a virtual environment made here. `make help` lists the targets.
-#   PYTHON=/path/to/python3   the Python that makes it (default: the first of 3.12, 3.11, 3.13 found)
-#   VENV=.venv                where it lies
+# Everything runs in a virtual environment that this file makes. `make help` lists the targets.
+#   PYTHON=/path/to/python3   the Python for the environment (default: the first of 3.12, 3.11, 3.13 found)
+#   VENV=.venv                the folder of the environment
 #   EXTRAS=parity,wandb       further extras of pyproject.toml to install
-#   KILLS=100                 how often `make soak` kills
-#   CASES=100000              how many files `make fuzz` changes and reads
+#   PYTEST_ARGS="-n 2"        options of pytest
+#   KILLS=100                 the number of kills of `make soak`
+#   CASES=100000              the number of damaged files that `make fuzz` reads
+#
+# Only `make test` leaves out the tests that are marked `slow`. Plain `pytest` runs every test that it is given.
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -20,7 +23,7 @@ demo_installed := $(VENV)/.installed$(EXTRAS:%=-%)
 test_installed := $(VENV)/.installed-test$(EXTRAS:%=-%)
 bin := $(VENV)/bin
 
-# An environment made with another Python than the one now asked for is made again.
+# PYTHON replaces an environment that was made with another version.
 version = $(shell $(1) -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)
 ifneq ($(PYTHON),)
 ifneq ($(call version,"$(PYTHON)"),$(call version,"$(bin)/python"))
@@ -28,7 +31,7 @@ ifneq ($(call version,"$(PYTHON)"),$(call version,"$(bin)/python"))
 endif
 endif
 
-.PHONY: help demo test test-all soak fuzz lint format constraints clean
+.PHONY: help demo test test-all ci soak fuzz lint format constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,16 +39,19 @@ help:  ## Show this list
 demo: $(demo_installed)  ## Pretrain a small model with ReMoRA on the text of the Python installation
 	@$(bin)/mora demo
 
-test: lint  ## Lint, then run the tests (EXTRAS=parity also against torch and transformers)
+test: lint  ## Lint and run the quick tests: all but those marked slow
+	$(bin)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-all: lint  ## Lint and run every test (EXTRAS=parity,tpu adds torch, transformers and the TPU compiler)
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
-test-all:  ## `make test` on each of Python 3.12 and 3.11 found (with parity on 3.11)
+ci:  ## Run `make test-all` on Python 3.11 and `make test` on Python 3.12, each in its own environment
 	@bash .ci/run
 
-soak: $(test_installed)  ## Kill a small run KILLS=100 times, and compare it with an undisturbed one
+soak: $(test_installed)  ## Kill a small run KILLS=100 times and compare it with an undisturbed one
 	$(bin)/python tests/tools/soak.py --kills $(KILLS)
 
-fuzz: $(test_installed)  ## Read CASES=100000 changed files: configs, text, weights, manifests, ...
+fuzz: $(test_installed)  ## Read CASES=100000 damaged files: configs, text, weights, manifests, ...
 	$(bin)/python tests/tools/fuzz.py --cases $(CASES)
 
 lint: $(test_installed)  ## Check style, formatting and types
@@ -53,15 +59,15 @@ lint: $(test_installed)  ## Check style, formatting and types
 	$(bin)/ruff format --check
 	$(bin)/pyright --pythonpath $(bin)/python
 
-format: $(test_installed)  ## Sort imports, mend what ruff can and format
+format: $(test_installed)  ## Sort imports, fix what ruff can fix, and format
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 
-constraints:  ## Write constraints.txt anew, from the newest versions on the package index
+constraints:  ## Rewrite constraints.txt from the newest versions on the package index
 	@python311=$$(.ci/find-python 3.11) && python312=$$(.ci/find-python 3.12) && \
 	"$$python311" .ci/constraints.py "$$python311" "$$python312"
 
-clean:  ## Remove the environments and what tools have cached; runs/ stays
+clean:  ## Remove the environments and the caches of the tools; keep runs/
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(bin)/python:

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from conftest import TINY, tiny_documents
 from etils import epath
 
 from mora_jax import sharding
@@ -35,6 +34,10 @@ from train.run.metrics import read_metrics
 from train.storage import buckets
 
 ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from tiny import TINY, tiny_documents  # noqa: E402
+
 STEPS = 90
 TIMES = ("data_wait", "tokens_per_second")
 

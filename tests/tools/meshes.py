@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "step")]
 
 from test_meshes import MIXTURES, STEPS, configured, trained  # noqa: E402
 

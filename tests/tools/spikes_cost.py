@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from train.step import spikes
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 
 from train.config import flags
 from train.run import folder as runs
-from train.step import step
+from train.step import spikes, step
 
 CLOCKS = {"wall time": time.perf_counter, "processor time": time.process_time}
 
