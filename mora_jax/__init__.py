@@ -1,7 +1,7 @@
 """MoRA and its relatives as a functional transform over Flax parameter trees."""
 
 from mora_jax.errors import InputError
-from mora_jax.hf.weights import load_hf, save_hf
+from mora_jax.hf import load_hf, save_hf
 from mora_jax.methods import (
     METHODS,
     OPERATORS,

@@ -54,6 +54,14 @@ def read_json(path: epath.PathLike, limit: int = JSON_LIMIT) -> Any:
     return parse_json(read_text(path, limit), str(path))
 
 
+def read_object(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the object of a JSON file. Raises InputError as `read_json` does, and for other values."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
 def parse_json(text: str | bytes, what: str) -> Any:
     """What a JSON text says. Raises InputError, naming `what`, for what is not JSON."""
     try:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mora_jax.errors import InputError, some
-from mora_jax.io import is_plain_file, parse_json, read_json
+from mora_jax.io import is_plain_file, parse_json, read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -163,11 +163,3 @@ def write_tensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             stream.write(np.ascontiguousarray(tensor, dtype).tobytes())
-
-
-def read_object(file: epath.Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError if it is missing or anything else."""
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object")
-    return content

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
 
 from mora_jax.errors import InputError
 from mora_jax.io import read_bytes
@@ -101,6 +99,10 @@ def _content(sentencepiece_model: bytes | epath.PathLike) -> bytes:
 
 
 def _parse(content: bytes) -> Model:
+    # Imported where they are needed: an import of mora_jax should not load protobuf.
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(content)

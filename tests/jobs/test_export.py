@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from mora_jax import trees
+from mora_jax import hf, trees
 from mora_jax.errors import InputError
-from mora_jax.hf import weights as hf
 from train.data.tokenizer import Tokenizer
 from train.jobs.export import export
 from train.run import folder as runs
@@ -87,7 +86,7 @@ def test_a_tokenizer_that_cannot_be_written_leaves_no_folder(other_tokenizer, mo
     def refuse(*_):
         raise InputError("cannot be expressed")
 
-    monkeypatch.setattr("mora_jax.hf.tokenizer.save_tokenizer", refuse)
+    monkeypatch.setattr("mora_jax.hf.save_tokenizer", refuse)
     with pytest.raises(InputError, match="cannot be expressed"):
         export(str(other_tokenizer / "run"), str(other_tokenizer / "out"))
     assert not (other_tokenizer / "out").exists()

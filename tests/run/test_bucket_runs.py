@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mora_jax import sharding
+from mora_jax import hf, sharding
 from mora_jax.errors import InputError
-from mora_jax.hf import weights as hf
 from train.console import exits
 from train.jobs import pretrain as loop
 from train.jobs.evaluate import Evaluation

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mora_jax import sharding, transform, trees
+from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
-from mora_jax.hf import weights as hf
 from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train.config.sections import Checkpoint, MethodFlags

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from mora_jax import sharding
+from mora_jax import hf, sharding
 from mora_jax.errors import InputError
-from mora_jax.hf import weights as hf
 from mora_jax.models.llama import Llama
 from train.config import flags
 from train.config.sections import Distributed

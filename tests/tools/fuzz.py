@@ -29,9 +29,8 @@ import jax
 import numpy as np
 import yaml
 
+from mora_jax import hf
 from mora_jax.errors import InputError
-from mora_jax.hf import tokenizer as hf_tokenizer
-from mora_jax.hf import weights as hf
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config import flags
 from train.console.progress import progress
@@ -385,7 +384,7 @@ def write_tokenizer(rng: random.Random, folder: Path) -> None:
 
 def read_tokenizer(folder: Path) -> None:
     try:
-        hf_tokenizer.save_tokenizer(folder / "out", folder / "t.model")
+        hf.save_tokenizer(folder / "out", folder / "t.model")
     finally:
         Tokenizer.load(folder / "t.model").encode_documents(["abc déf"])
 

@@ -4,8 +4,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from mora_jax.hf import tokenizer as hf_tokenizer
-from mora_jax.hf import weights as hf
+from mora_jax import hf
 from mora_jax.models.llama import LlamaConfig
 from train.data.rows.read import load_info
 from train.run import folder as runs
@@ -34,6 +33,6 @@ def export(
     tokenizer = epath.Path(info.tokenizer).read_bytes()
     with hf.whole_folder(out) as folder:
         params, model = runs.load_model(run_dir, info, runs.widest_mesh(run_dir))
-        hf.save_hf(folder, params, model, dtype, hf_tokenizer.special_ids(tokenizer))
-        hf_tokenizer.save_tokenizer(folder, tokenizer)
+        hf.save_hf(folder, params, model, dtype, hf.special_ids(tokenizer))
+        hf.save_tokenizer(folder, tokenizer)
     return params, model

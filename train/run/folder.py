@@ -12,9 +12,8 @@ import yaml
 from etils import epath
 from jax.sharding import Mesh
 
-from mora_jax import sharding, transform
+from mora_jax import hf, sharding, transform
 from mora_jax.errors import InputError
-from mora_jax.hf import weights as hf
 from mora_jax.io import read_json
 from mora_jax.methods import MoRA, Share
 from mora_jax.models.llama import LlamaConfig, abstract_params

@@ -15,8 +15,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from mora_jax.errors import InputError
-from mora_jax.hf.tokenizer import SPACE, save_tokenizer, special_ids
-from mora_jax.hf.weights import save_hf
+from mora_jax.hf import save_hf, save_tokenizer, special_ids
+from mora_jax.hf.tokenizer import SPACE
 from mora_jax.models.llama import Llama, LlamaConfig
 
 PARITY = "needs the extra `parity`"

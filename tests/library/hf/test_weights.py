@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
+from mora_jax.hf import load_hf, save_hf, whole_folder
 from mora_jax.hf.safetensors import Stored, read_headers
-from mora_jax.hf.weights import load_hf, save_hf, whole_folder
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from mora_jax.trees import flatten, unflatten
 
