@@ -251,8 +251,6 @@ class Rotate(Decouple):
         return jnp.concatenate([m1 * cos_NJ1 + m2 * sin_NJ1, m2 * cos_NJ1 - m1 * sin_NJ1], axis=1)
 
 
-OPERATORS: tuple[type[Operator], ...] = (Truncate, Share, Decouple, Rotate)
-
 _CYCLE_OF_PAIRS: dict[tuple[Group, Group], tuple[Group, Group]] = {
     (0, 0): (1, 1),
     (1, 1): (1, 0),

@@ -43,8 +43,8 @@ def print_survey(model: LlamaConfig, rank: int) -> None:
 
 def variants(rank: int) -> dict[str, Method]:
     """Every method, and MoRA once with every operator."""
-    others = {m.name: m(rank=rank) for m in METHODS if m is not MoRA}  # pyright: ignore[reportCallIssue]
-    return others | {f"mora {operator.name}": MoRA(rank, operator()) for operator in OPERATORS}
+    others = {m.name: m(rank=rank) for m in METHODS.values() if m is not MoRA}  # pyright: ignore[reportCallIssue]
+    return others | {f"mora {operator.name}": MoRA(rank, operator()) for operator in OPERATORS.values()}
 
 
 def linears(model: LlamaConfig) -> dict[str, Shape]:
