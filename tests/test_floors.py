@@ -39,6 +39,8 @@ FLOORS = (
     ("train.run.manifest", "train.run.metrics"),
     ("train.run.checkpoint", "train.run.upload", "train.run.step_log"),
     ("train.run.folder",),
+    ("train.run.meta",),
+    ("train.run.state",),
     ("train.run",),
     ("train.jobs.evaluate", "train.jobs.plot"),
     ("train.jobs",),

@@ -18,9 +18,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from train.cli import main as cli
 from train.config import flags
-from train.run import folder as runs
 from train.run.checkpoint import Checkpoints
+from train.run.folder import CONFIG
 from train.run.metrics import read_metrics
+from train.run.model import load_model
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -88,13 +89,13 @@ def refused(mora):
         (["--data.directory", "nowhere"], "nowhere is not a data set made by prepare-data"),
         (["--method.adapt", "nope/.*"], "rule 'nope/.*' matches no parameter"),
         (["--init-from", "nowhere"], "nowhere/config.json is missing"),
-        (["--run-dir", "/dev/null/run"], "run_dir /dev/null/run cannot be made"),
+        (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_pretrain_refuses(refused, tiny_yaml, tmp_path, args, expected):
     assert expected in refused("pretrain", str(tiny_yaml), "--run-dir", str(tmp_path / "run"), *args)
-    assert not (tmp_path / "run" / runs.CONFIG).exists()
+    assert not (tmp_path / "run" / CONFIG).exists()
 
 
 def test_a_misspelt_key(refused, tiny_yaml, tmp_path):
@@ -131,7 +132,7 @@ def test_other_commands_refuse(refused, tmp_path, monkeypatch, args, expected):
 def test_a_run_directory_that_holds_another_config(refused, tiny_run, tiny_yaml):
     before = contents(tiny_run.folder)
     here = ["pretrain", str(tiny_yaml), "--run-dir", str(tiny_run.folder)]
-    assert "holds a run already; leave out --no-resume" in refused(*here, "--no-resume")
+    assert "already holds a run; remove --no-resume" in refused(*here, "--no-resume")
     line = refused(*here, "--optimizer.learning-rate", "0.5")
     assert "holds a run with optimizer.learning_rate 0.01, not 0.5" in line
     assert contents(tiny_run.folder) == before
@@ -294,7 +295,7 @@ def loss_of_first_batch(tiny_run) -> float:
     from mora_jax.models.llama import Llama
     from train.data.rows.read import load_info, train_batches
 
-    params, model = runs.load_model(str(tiny_run.folder))
+    params, model = load_model(str(tiny_run.folder))
     batch_BT = next(train_batches(load_info(tiny_run.config.data.directory), 4, 0, 0))
     variables = {"params": params}
     total, count = Llama(model, tiny_run.config.compute).apply(
@@ -337,7 +338,7 @@ def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_p
     ours, theirs = (losses(run) for run in (folder, tiny_run.folder))
     assert len(ours) == 22
     assert ours == theirs
-    merged, expected = (runs.load_model(str(run))[0] for run in (folder, tiny_run.folder))
+    merged, expected = (load_model(str(run))[0] for run in (folder, tiny_run.folder))
     np.testing.assert_array_equal(merged["lm_head"]["kernel"], expected["lm_head"]["kernel"])
     assert json.loads((folder / "summary.json").read_text())["restarts"] == 10
 

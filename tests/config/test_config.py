@@ -17,7 +17,7 @@ from train.config import flags
 from train.config import run as c
 from train.config import sections as s
 from train.config.run import RunConfig
-from train.run import folder as runs
+from train.run.state import assign_methods
 from train.step.step import init_params
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -167,7 +167,7 @@ def test_a_config_fits_its_model(path):
     """Raises where a parameter is not covered or a rule decides nothing; the last one may."""
     config = flags.read_config(str(path))
     params = jax.eval_shape(lambda: init_params(config))
-    methods = runs.assign_methods(config)
+    methods = assign_methods(config)
     assert {name for name, _ in methods.choices} == trees.flatten(params).keys()
     decided = {choice for _, choice in methods.choices}
     for _, choice in config.parameter_rules():
@@ -209,7 +209,7 @@ def test_the_papers_values(path):
 def adapter_entries(path: Path) -> int:
     config = flags.read_config(str(path))
     flat = trees.flatten(jax.eval_shape(lambda: init_params(config)))
-    adapted = [(name, m) for name, m in runs.assign_methods(config).adapted() if isinstance(m, Method)]
+    adapted = [(name, m) for name, m in assign_methods(config).adapted() if isinstance(m, Method)]
     assert len(adapted) == 7
     return sum(m.count(*flat[n].shape[-2:]) * flat[n].shape[0] for n, m in adapted)
 

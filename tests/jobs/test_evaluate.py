@@ -14,12 +14,12 @@ from mora_jax.transform import Methods
 from train.config.sections import Evaluation
 from train.data.rows.read import load_info
 from train.jobs.evaluate import Score, check_divides, check_vocabulary, evaluate
-from train.run import folder as runs
+from train.run.model import load_model
 
 
 @pytest.fixture(scope="module")
 def model(tiny_run):
-    params, config = runs.load_model(str(tiny_run.folder))
+    params, config = load_model(str(tiny_run.folder))
     return Llama(config, Compute(dtype="float32", layers="scan")), params
 
 

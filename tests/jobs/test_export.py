@@ -13,7 +13,7 @@ from mora_jax import hf, trees
 from mora_jax.errors import InputError
 from train.data.tokenizer import Tokenizer
 from train.jobs.export import export
-from train.run import folder as runs
+from train.run.model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def exported(tiny_run, tmp_path_factory):
 def test_what_is_read_back_is_the_merged_model_bit_for_bit(tiny_run, exported):
     out, params, model = exported
     read, config = hf.load_hf(out)
-    merged, _ = runs.load_model(str(tiny_run.folder))
+    merged, _ = load_model(str(tiny_run.folder))
     for path, leaf in trees.flatten(read).items():
         np.testing.assert_array_equal(leaf, trees.flatten(merged)[path])
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path])

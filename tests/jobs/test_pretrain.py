@@ -26,9 +26,10 @@ from train.console import exits
 from train.data.rows.build import prepare
 from train.data.rows.read import load_info
 from train.jobs import pretrain as loop
-from train.run import folder as runs
 from train.run.checkpoint import Checkpoints, SaveError
+from train.run.folder import read_config
 from train.run.metrics import read_metrics
+from train.run.state import restore_state
 from train.run.step_log import IN_FLIGHT
 from train.step.step import train_step
 
@@ -58,7 +59,7 @@ def without_times(folder: Path) -> list[dict]:
 def arrays(config, folder: Path, step: int) -> list[np.ndarray]:
     """Every array of a checkpoint: step, parameters, adapters, optimizer state."""
     with Checkpoints(str(folder / "checkpoints")) as saved:
-        state, _ = runs.restore(config, saved, step, sharding.make_mesh(1))
+        state, _ = restore_state(config, saved, step, sharding.make_mesh(1))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -213,7 +214,7 @@ def test_a_run_killed_before_its_folder_tells_of_it_is_begun_anew(free, tiny_run
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "claim", killed)
+        patch.setattr(loop, "claim", killed)
         with pytest.raises(Interrupted):
             loop.pretrain(free)
     assert (Path(free.run_dir) / "metrics.jsonl").exists()
@@ -241,7 +242,7 @@ def test_bad_input_leaves_no_run_behind(tiny_yaml, tmp_path, message, changes):
     with pytest.raises(InputError, match=message):
         loop.pretrain(config)
     with pytest.raises(InputError, match="holds no run"):
-        runs.read_config(config.run_dir)
+        read_config(config.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +468,7 @@ def test_a_run_that_was_killed_before_it_said_that_it_diverged_says_so_first(fre
     config = diverging(free)
     folder = Path(config.run_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "note_diverged", killed)
+        patch.setattr(loop, "note_diverged", killed)
         with pytest.raises(Interrupted):
             loop.pretrain(config)
     told = lines(folder)

@@ -16,8 +16,9 @@ from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config.sections import Mesh
 from train.jobs import pretrain as loop
-from train.run import folder as runs
 from train.run.metrics import read_metrics
+from train.run.model import load_model
+from train.run.state import abstract_state, assign_methods, fresh_state
 from train.step.step import eval_step, init_params, init_state
 
 
@@ -45,7 +46,7 @@ def test_four_devices_equal_one(tiny_run, four, name):
 
 
 def test_four_devices_train_the_same_weights(tiny_run, four):
-    ours, theirs = (trees.flatten(runs.load_model(str(f))[0]) for f in (four.run_dir, tiny_run.folder))
+    ours, theirs = (trees.flatten(load_model(str(f))[0]) for f in (four.run_dir, tiny_run.folder))
     for path, leaf in ours.items():
         np.testing.assert_allclose(leaf, theirs[path], atol=1e-5, err_msg=path)
 
@@ -67,7 +68,7 @@ def test_each_device_computes_its_own_part(tiny_run):
     flops = {}
     for devices in (1, 4):
         mesh = sharding.make_mesh(devices)
-        state = runs.abstract_state(config, runs.assign_methods(config), mesh)
+        state = abstract_state(config, assign_methods(config), mesh)
         tokens = jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=sharding.batch(mesh))
         weights = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=sharding.batch(mesh))
         compiled = eval_step.lower(model, Methods(()), state.params, {}, tokens, weights).compile()
@@ -191,9 +192,9 @@ def test_a_state_is_made_in_parts_and_held_in_parts(tiny_run):
     )
     config = dataclasses.replace(tiny_run.config, model=model)
     mesh = sharding.make_mesh(1, 8, 1)
-    methods = runs.assign_methods(config)
-    shapes = runs.abstract_state(config, methods, mesh)
-    state = runs.fresh_state(config, methods, mesh)
+    methods = assign_methods(config)
+    shapes = abstract_state(config, methods, mesh)
+    state = fresh_state(config, methods, mesh)
     size, held = (sum(leaf.nbytes for leaf in leaves) for leaves in (
         jax.tree.leaves(state), [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)]
     ))  # fmt: skip
@@ -204,7 +205,7 @@ def test_a_state_is_made_in_parts_and_held_in_parts(tiny_run):
         out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
     )
     assert make.lower().compile().memory_analysis().temp_size_in_bytes < size / 4
-    whole = runs.fresh_state(config, methods, sharding.make_mesh(1))
+    whole = fresh_state(config, methods, sharding.make_mesh(1))
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

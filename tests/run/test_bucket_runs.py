@@ -23,12 +23,13 @@ from train.jobs import pretrain as loop
 from train.jobs.evaluate import Evaluation
 from train.jobs.export import export
 from train.jobs.score import score_path
-from train.run import folder as runs
 from train.run import manifest
 from train.run.checkpoint import Checkpoints, SaveError
+from train.run.folder import open_checkpoints
 from train.run.inventory import inventory
 from train.run.manifest import MANIFEST
 from train.run.metrics import read_metrics
+from train.run.state import restore_state
 from train.storage import buckets
 
 TIMES = ("data_wait", "tokens_per_second")
@@ -181,8 +182,8 @@ def told(run_dir: str) -> list[dict]:
 
 
 def final_arrays(config) -> list[np.ndarray]:
-    with runs.checkpoints(config) as saved:
-        state, _ = runs.restore(config, saved, config.steps, sharding.make_mesh(1))
+    with open_checkpoints(config) as saved:
+        state, _ = restore_state(config, saved, config.steps, sharding.make_mesh(1))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -208,13 +209,13 @@ def test_killed_and_gone_on_with_elsewhere(config, tiny_run, tiny_yaml: Path, tm
         stderr=subprocess.PIPE,
     )
     until = time.monotonic() + 120
-    with runs.checkpoints(config) as saved:
+    with open_checkpoints(config) as saved:
         while len(saved.folders()) < 3 and program.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
     program.send_signal(signal.SIGKILL)
     _, said = program.communicate()
     assert program.returncode == -signal.SIGKILL, said[-2000:]
-    with runs.checkpoints(config) as saved:
+    with open_checkpoints(config) as saved:
         newest = saved.steps()[-1]
         assert newest < config.steps
     losses = {line["step"] for line in told(config.run_dir) if "loss" in line}
@@ -274,7 +275,7 @@ def test_what_cannot_go_on_is_refused_as_on_a_disk(config, tiny_run):
     config = dataclasses.replace(config, data=tiny_run.config.data)
     with pytest.raises(InputError, match="tells of 22 updates, saved every 3, and has no checkpoint"):
         loop.pretrain(config)
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already holds a run"):
         loop.pretrain(config, resume=False)
     with pytest.raises(InputError, match="s3://none/run cannot be written to: there is no bucket none"):
         loop.pretrain(dataclasses.replace(config, run_dir="s3://none/run"))

@@ -18,8 +18,9 @@ from train.cli import main as cli
 from train.config.sections import Checkpoint, Compilation
 from train.console import exits
 from train.jobs import pretrain as loop
-from train.run import folder as runs
+from train.run.folder import open_checkpoints
 from train.run.metrics import Metrics, read_metrics
+from train.run.state import restore_state
 from train.storage import lock
 
 TIMES = ("data_wait", "tokens_per_second")
@@ -39,8 +40,8 @@ def told(folder: Path) -> list[dict]:
 
 
 def final_arrays(config) -> list[np.ndarray]:
-    with runs.checkpoints(config) as saved:
-        state, _ = runs.restore(config, saved, config.steps, sharding.make_mesh(1))
+    with open_checkpoints(config) as saved:
+        state, _ = restore_state(config, saved, config.steps, sharding.make_mesh(1))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -79,7 +80,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_it_goes_on(
         with pytest.raises(OSError, match=message) as stopped:
             loop.pretrain(config)
     assert stopped.value.errno == errno.ENOSPC
-    with runs.checkpoints(config) as saved:
+    with open_checkpoints(config) as saved:
         step, damaged = saved.latest_good()
     assert step in ((3, 6) if every else (None,))  # that of 6 may have been under way
     assert damaged == []

@@ -16,9 +16,12 @@ from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train.config.sections import Checkpoint, MethodFlags
 from train.data.rows.read import load_info
-from train.run import folder as runs
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
+from train.run.folder import CONFIG, check_free, claim, open_checkpoints, read_config
+from train.run.meta import build_meta, check_data, read_meta
+from train.run.model import READS, load_initial, load_model, read_newest, widest_mesh
+from train.run.state import assign_methods, fresh_state, methods_at, restore_state
 
 
 @pytest.fixture
@@ -33,24 +36,24 @@ def here(tiny_run, folder: Path):
 
 def test_a_folder_is_claimed_once(tiny_run, tmp_path):
     config = here(tiny_run, tmp_path / "a" / "run")
-    runs.check_free(config, resume=False)
-    runs.check_free(config, resume=False)  # nothing was written yet
-    runs.claim(config)
-    assert runs.read_config(config.run_dir) == config
-    with pytest.raises(InputError, match="holds a run already; leave out --no-resume"):
-        runs.check_free(config, resume=False)
-    runs.check_free(config, resume=True)
+    check_free(config, resume=False)
+    check_free(config, resume=False)  # nothing was written yet
+    claim(config)
+    assert read_config(config.run_dir) == config
+    with pytest.raises(InputError, match="already holds a run; remove --no-resume"):
+        check_free(config, resume=False)
+    check_free(config, resume=True)
 
 
 def test_a_config_that_is_the_same_is_not_written_again(tiny_run, tmp_path):
     config = here(tiny_run, tmp_path / "run")
-    runs.check_free(config, resume=True)
-    runs.claim(config)
-    before = (tmp_path / "run" / runs.CONFIG).stat()
-    runs.claim(config)
-    assert (tmp_path / "run" / runs.CONFIG).stat().st_ino == before.st_ino
-    runs.claim(dataclasses.replace(config, checkpoint=Checkpoint(every=17)))
-    assert runs.read_config(config.run_dir).checkpoint.every == 17
+    check_free(config, resume=True)
+    claim(config)
+    before = (tmp_path / "run" / CONFIG).stat()
+    claim(config)
+    assert (tmp_path / "run" / CONFIG).stat().st_ino == before.st_ino
+    claim(dataclasses.replace(config, checkpoint=Checkpoint(every=17)))
+    assert read_config(config.run_dir).checkpoint.every == 17
 
 
 def test_a_run_of_another_config_is_not_resumed(tiny_run, copy):
@@ -58,7 +61,7 @@ def test_a_run_of_another_config_is_not_resumed(tiny_run, copy):
     before = (copy / "config.yaml").read_bytes()
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
     with pytest.raises(InputError, match=r"holds a run with optimizer\.learning_rate 0\.01, not 0\.5"):
-        runs.check_free(other, resume=True)
+        check_free(other, resume=True)
     assert (copy / "config.yaml").read_bytes() == before
 
 
@@ -66,69 +69,69 @@ def test_what_is_not_computed_with_may_change(tiny_run, copy):
     config = here(tiny_run, copy)
     keep = dataclasses.replace(config.checkpoint, keep=7, every=5)
     often = dataclasses.replace(config.eval, every=1, batch_size=2)
-    runs.check_free(dataclasses.replace(config, checkpoint=keep, eval=often), resume=True)
+    check_free(dataclasses.replace(config, checkpoint=keep, eval=often), resume=True)
 
 
 def test_a_folder_that_cannot_be_made(tiny_run, tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "file/run"):
         with pytest.raises(InputError, match="cannot be made"):
-            runs.check_free(here(tiny_run, tmp_path / name), resume=False)
+            check_free(here(tiny_run, tmp_path / name), resume=False)
 
 
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
-        runs.read_config(str(tmp_path))
+        read_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(("step", "switches"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (22, 10)])
 def test_the_methods_that_a_step_must_have(tiny_run, step, switches):
     path = "layers/mlp/up_proj/kernel"
-    assert runs.methods_at(tiny_run.config, step)[path].operator.group == switches % 2
+    assert methods_at(tiny_run.config, step)[path].operator.group == switches % 2
 
 
 def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
     config = here(tiny_run, tmp_path)
     mesh = sharding.make_mesh(1)
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
-        state, methods = runs.restore(config, original, 6, mesh)
+        state, methods = restore_state(config, original, 6, mesh)
         meta = original.read_meta(6)
     assert Methods.from_json(meta["methods"]) == methods
-    with runs.checkpoints(config) as saved:
+    with open_checkpoints(config) as saved:
         saved.save(6, state, meta)
         saved.wait()
-        runs.restore(config, saved, 6, mesh)
+        restore_state(config, saved, 6, mesh)
         saved.save(6, state, meta | {"methods": methods.after_restart().to_json()})
         saved.wait()
         with pytest.raises(InputError, match="methods saved at step 6 are not those"):
-            runs.restore(config, saved, 6, mesh)
+            restore_state(config, saved, 6, mesh)
 
 
 def test_a_checkpoint_of_another_run_with_the_same_shapes_is_refused(tiny_run, copy):
     config, mesh = here(tiny_run, copy), sharding.make_mesh(1)
     rate = dataclasses.replace(config.optimizer, learning_rate=3e-3)
     told = r"22 was saved by a run with optimizer\.learning_rate 0\.01, not 0\.003; choose another --run-dir"
-    with runs.checkpoints(config) as saved:
+    with open_checkpoints(config) as saved:
         with pytest.raises(InputError, match=told):
-            runs.restore(dataclasses.replace(config, optimizer=rate), saved, 22, mesh)
+            restore_state(dataclasses.replace(config, optimizer=rate), saved, 22, mesh)
         often = dataclasses.replace(config.eval, every=1, batch_size=2)
-        runs.restore(dataclasses.replace(config, eval=often), saved, 22, mesh)
+        restore_state(dataclasses.replace(config, eval=often), saved, 22, mesh)
 
 
 def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
     """In JSON a pair of groups is a list, and fields that a version did not have yet are missing."""
     rules = ((".*_proj/kernel", MoRA(4, Share(group=(0, 1)))), (".*", "frozen"))
     config = dataclasses.replace(here(tiny_run, tmp_path), method=MethodFlags(), rules=rules)
-    methods, mesh = runs.assign_methods(config), sharding.make_mesh(1)
-    meta = runs.meta(config, methods, load_info(config.data.directory), 0)
+    methods, mesh = assign_methods(config), sharding.make_mesh(1)
+    meta = build_meta(config, methods, load_info(config.data.directory), 0)
     del meta["config"]["deterministic"]
-    with runs.checkpoints(config) as saved:
-        saved.save(0, runs.fresh_state(config, methods, mesh), meta)
+    with open_checkpoints(config) as saved:
+        saved.save(0, fresh_state(config, methods, mesh), meta)
         saved.wait()
-        runs.restore(config, saved, 0, mesh)
+        restore_state(config, saved, 0, mesh)
         other = dataclasses.replace(config, deterministic=True)
         with pytest.raises(InputError, match="with deterministic False, not True"):
-            runs.restore(other, saved, 0, mesh)
+            restore_state(other, saved, 0, mesh)
 
 
 @pytest.mark.parametrize(
@@ -145,25 +148,25 @@ def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
 def test_a_checkpoint_that_is_not_what_its_step_implies_is_refused(tiny_run, tmp_path, key, value):
     config, mesh = here(tiny_run, tmp_path), sharding.make_mesh(1)
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
-        state, _ = runs.restore(config, original, 6, mesh)
+        state, _ = restore_state(config, original, 6, mesh)
         meta = original.read_meta(6)
     section, _, name = key.rpartition(".")
     if key == "step":
         state = state.replace(step=state.step - 1)
     else:
         (meta[section] if section else meta)[name] = value
-    with runs.checkpoints(config) as saved:
+    with open_checkpoints(config) as saved:
         saved.save(6, state, meta)
         saved.wait()
         expected = "holds the state of 5 updates" if key == "step" else rf"saved with {key}"
         with pytest.raises(InputError, match=expected):
-            runs.restore(config, saved, 6, mesh)
+            restore_state(config, saved, 6, mesh)
 
 
 def test_the_model_of_a_run_is_merged(tiny_run):
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as saved:
-        state, methods = runs.restore(tiny_run.config, saved, 22, sharding.make_mesh(1))
-    params, model = runs.load_model(str(tiny_run.folder))
+        state, methods = restore_state(tiny_run.config, saved, 22, sharding.make_mesh(1))
+    params, model = load_model(str(tiny_run.folder))
     expected = trees.flatten(transform.merge(state.params, state.adapters, methods))
     unmerged = trees.flatten(state.params)
     for path, leaf in trees.flatten(params).items():
@@ -177,20 +180,20 @@ def test_a_run_may_be_moved(tiny_run, copy, capsys):
     """Its config names the folder that it was written to; what counts is the folder that it is in."""
     for step in (12, 15, 18, 21, 22):
         shutil.rmtree(copy / "checkpoints" / str(step))
-    moved, _ = runs.load_model(str(copy))
-    last, _ = runs.load_model(str(tiny_run.folder))
+    moved, _ = load_model(str(copy))
+    last, _ = load_model(str(tiny_run.folder))
     assert not np.array_equal(moved["norm"]["scale"], last["norm"]["scale"])
     assert "warning" not in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_told_of_where_an_older_one_is_taken(copy, capsys):
     next((copy / "checkpoints" / "22").rglob("_METADATA")).unlink()
-    model, _ = runs.load_model(str(copy))
+    model, _ = load_model(str(copy))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mora: warning: ")
-    assert line.endswith("_METADATA is missing; going back to an older checkpoint")
+    assert line.endswith("_METADATA is missing; using an older checkpoint")
     shutil.rmtree(copy / "checkpoints" / "22")
-    older, _ = runs.load_model(str(copy))
+    older, _ = load_model(str(copy))
     np.testing.assert_array_equal(model["norm"]["scale"], older["norm"]["scale"])
 
 
@@ -215,8 +218,8 @@ def test_a_run_that_removes_what_is_being_read_is_looked_at_again(
         return original(self, step, *args)
 
     monkeypatch.setattr(Checkpoints, at, overtaken)
-    model, _ = runs.load_model(str(copy))
-    last, _ = runs.load_model(str(tiny_run.folder))
+    model, _ = load_model(str(copy))
+    last, _ = load_model(str(tiny_run.folder))
     np.testing.assert_array_equal(model["norm"]["scale"], last["norm"]["scale"])
     assert "warning" not in capsys.readouterr().err
 
@@ -229,23 +232,23 @@ def test_a_reader_that_is_always_overtaken_gives_up(tiny_run, copy):
         shutil.copytree(copy / "checkpoints" / "22", copy / "checkpoints" / str(22 + len(seen)))
         raise InputError("gone")
 
-    with runs.checkpoints(here(tiny_run, copy)) as saved, pytest.raises(InputError, match="gone"):
-        runs.of_newest(saved, str(copy), read)
-    assert len(seen) == runs._LOOKS
+    with open_checkpoints(here(tiny_run, copy)) as saved, pytest.raises(InputError, match="gone"):
+        read_newest(saved, str(copy), read)
+    assert len(seen) == READS
 
 
 def test_a_run_without_a_checkpoint_has_no_model(copy):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(InputError, match="holds no complete checkpoint"):
-        runs.load_model(str(copy))
+        load_model(str(copy))
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["run", "Hugging Face"])
 def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
     mesh = sharding.make_mesh(*sizes)
-    params, model = runs.load_model(str(tiny_run.folder if kind == "run" else hf_folder), mesh=mesh)
-    expected, _ = runs.load_model(str(tiny_run.folder))
+    params, model = load_model(str(tiny_run.folder if kind == "run" else hf_folder), mesh=mesh)
+    expected, _ = load_model(str(tiny_run.folder))
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == sharding.shardings(params, mesh)
@@ -261,12 +264,12 @@ def test_the_widest_mesh_for_a_model(tiny_run, hf_folder, batch_size, mlp, devic
     """The widths of the MLP need not divide, the hidden size does."""
     config = json.loads((hf_folder / hf.CONFIG).read_text())
     (hf_folder / hf.CONFIG).write_text(json.dumps(config | {"intermediate_size": mlp}))
-    assert dict(runs.widest_mesh(str(hf_folder), batch_size).shape) == {
+    assert dict(widest_mesh(str(hf_folder), batch_size).shape) == {
         "data": 1,
         "fsdp": devices,
         "tensor": 1,
     }
-    assert runs.widest_mesh(str(tiny_run.folder), batch_size).size == devices
+    assert widest_mesh(str(tiny_run.folder), batch_size).size == devices
 
 
 def test_a_run_that_few_devices_divide_has_a_mesh_too(tiny_run, tmp_path):
@@ -274,27 +277,28 @@ def test_a_run_that_few_devices_divide_has_a_mesh_too(tiny_run, tmp_path):
     sizes = dataclasses.replace(tiny_run.config.model, intermediate_size=42)
     method = dataclasses.replace(tiny_run.config.method, align=1)
     config = dataclasses.replace(here(tiny_run, tmp_path), model=sizes, method=method)
-    runs.check_free(config, resume=False)
-    runs.claim(config)
-    assert runs.widest_mesh(str(tmp_path)).size == 1
+    check_free(config, resume=False)
+    claim(config)
+    assert widest_mesh(str(tmp_path)).size == 1
 
 
 @pytest.fixture
 def hf_folder(tiny_run, tmp_path) -> Path:
     """The finished tiny run as a Hugging Face folder."""
-    hf.save_hf(tmp_path / "hf", *runs.load_model(str(tiny_run.folder)))
+    hf.save_hf(tmp_path / "hf", *load_model(str(tiny_run.folder)))
     return tmp_path / "hf"
 
 
 @pytest.mark.parametrize("kind", ["run", "Hugging Face"])
 def test_a_warm_start_takes_the_merged_weights(tiny_run, tmp_path, kind):
-    params, model = runs.load_model(str(tiny_run.folder))
+    params, model = load_model(str(tiny_run.folder))
     path = tiny_run.folder
     if kind == "Hugging Face":
         path = tmp_path / "hf"
         hf.save_hf(path, params, model)
     config = dataclasses.replace(tiny_run.config, init_from=str(path))
-    state = runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
+    mesh = sharding.make_mesh(1)
+    state = fresh_state(config, assign_methods(config), mesh, load_initial(config, mesh))
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))  # M starts at zero
@@ -305,35 +309,35 @@ def test_a_warm_start_from_another_model_is_refused(tiny_run):
     model = dataclasses.replace(tiny_run.config.model, intermediate_size=64)
     config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), model=model)
     with pytest.raises(InputError, match=r"of intermediate_size 48, not model\.intermediate_size 64"):
-        runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
+        load_initial(config, sharding.make_mesh(1))
 
 
 def test_the_length_of_positions_may_grow_at_a_warm_start(tiny_run):
     model = dataclasses.replace(tiny_run.config.model, max_position_embeddings=64)
     config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), model=model)
-    runs.fresh_state(config, runs.assign_methods(config), sharding.make_mesh(1))
+    load_initial(config, sharding.make_mesh(1))
 
 
 def test_a_run_does_not_take_another_data_set_for_its_own(tiny_run, copy):
     info = load_info(tiny_run.config.data.directory)
     other_tokenizer = dataclasses.replace(info, tokenizer_sha256="0" * 64)
     more_text = dataclasses.replace(info, rows=info.rows | {"train": info.rows["train"] + 1})
-    with runs.checkpoints(here(tiny_run, copy)) as saved:
-        runs.check_text(saved, 22, info, resume=True)
-        runs.check_text(saved, 22, more_text)
+    with open_checkpoints(here(tiny_run, copy)) as saved:
+        check_data(saved, 22, info, resume=True)
+        check_data(saved, 22, more_text)
         with pytest.raises(InputError, match="another tokenizer"):
-            runs.check_text(saved, 22, other_tokenizer)
+            check_data(saved, 22, other_tokenizer)
         with pytest.raises(InputError, match="training rows, not the run's"):
-            runs.check_text(saved, 22, more_text, resume=True)
+            check_data(saved, 22, more_text, resume=True)
     with pytest.raises(InputError, match="another tokenizer"):
-        runs.load_model(str(copy), other_tokenizer)
+        load_model(str(copy), other_tokenizer)
 
 
 def test_checkpoints_of_no_known_run_are_not_gone_on_from(tiny_run, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path / "run"))
-    with pytest.raises(InputError, match="checkpoints of no known run"):
-        runs.check_free(config, resume=True)
+    with pytest.raises(InputError, match="checkpoints of an unknown run"):
+        check_free(config, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +362,7 @@ def test_what_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):
     with Checkpoints(str(tmp_path)) as saved:
         assert saved.latest_good() == (6, [])
         with pytest.raises(InputError, match="was not saved by a run of this version"):
-            runs.saved_meta(saved, 6)
+            read_meta(saved, 6)
 
 
 def test_a_number_of_restarts_is_not_walked(tiny_run):
@@ -366,4 +370,4 @@ def test_a_number_of_restarts_is_not_walked(tiny_run):
     config = dataclasses.replace(tiny_run.config, steps=2**31 - 1)
     for step in (2**31 - 3, 2**31 - 5):
         expected = config.restarts_before(step) % 2
-        assert runs.methods_at(config, step)[path].operator.group == expected
+        assert methods_at(config, step)[path].operator.group == expected

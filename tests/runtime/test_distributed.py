@@ -23,9 +23,9 @@ from train.config import flags
 from train.config.sections import Distributed
 from train.console import exits
 from train.data.rows.read import load_info, train_batches
-from train.run import folder as runs
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import read_metrics
+from train.run.state import restore_state
 from train.runtime import distributed
 from train.runtime.distributed import joined, several
 from train.step import step
@@ -147,7 +147,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(run_of_two: Path, conf
 def arrays(folder: Path, step: int, sizes: tuple[int, int, int] = (1, 1, 1)) -> list[np.ndarray]:
     config = flags.read_config(str(folder / "config.yaml"))
     with Checkpoints(str(folder / "checkpoints")) as saved:
-        state, _ = runs.restore(config, saved, step, sharding.make_mesh(*sizes))
+        state, _ = restore_state(config, saved, step, sharding.make_mesh(*sizes))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -164,7 +164,7 @@ RESAVE = """
 import sys
 from mora_jax import sharding
 from train.config import flags
-from train.run import folder as runs
+from train.run.state import restore_state
 from train.run.checkpoint import Checkpoints
 from train.runtime.distributed import joined
 from train.config.sections import Distributed
@@ -174,7 +174,7 @@ with joined(distributed, lambda error: print(error, file=sys.stderr) or 1):
     config = flags.read_config(f"{folder}/config.yaml")
     mesh = sharding.make_mesh(*map(int, sizes))
     with Checkpoints(f"{folder}/checkpoints") as saved, Checkpoints(out) as again:
-        state, _ = runs.restore(config, saved, 6, mesh)
+        state, _ = restore_state(config, saved, 6, mesh)
         again.save(6, state, saved.read_meta(6))
 """
 

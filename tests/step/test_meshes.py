@@ -13,7 +13,7 @@ from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
 from mora_jax.models.llama import Compute, LlamaConfig
 from train.config.run import RunConfig
 from train.config.sections import Data, Optimizer, Restart, Schedule
-from train.run import folder as runs
+from train.run.state import abstract_state, assign_methods, fresh_state
 from train.step.step import restart_step, train_step
 
 STEPS, RESTART = 20, 10
@@ -111,11 +111,9 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
     mesh = sharding.make_mesh(*shape)
     told, before, gradients, restarted = [], {}, {}, None
     with jax.set_mesh(mesh):
-        methods = runs.assign_methods(config)
-        abstract = runs.abstract_state(config, methods, mesh)
-        state = (
-            drawn(runs.fresh_state(config, methods, mesh)) if one is None else placed(one.before[0], abstract)
-        )
+        methods = assign_methods(config)
+        abstract = abstract_state(config, methods, mesh)
+        state = drawn(fresh_state(config, methods, mesh)) if one is None else placed(one.before[0], abstract)
         places = jax.tree.map(lambda x: x.sharding, state)
         for step in range(config.steps):
             if config.restarts_at(step):
@@ -227,8 +225,8 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
     config = configured("share, rotate and LoRA", STEPS, "merged")
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        methods = runs.assign_methods(config)
-        state = runs.abstract_state(config, methods, mesh)
+        methods = assign_methods(config)
+        state = abstract_state(config, methods, mesh)
         tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
         compiled = train_step.lower(config, methods, state, tokens).compile()
     found = collectives(compiled.as_text())
@@ -247,8 +245,8 @@ def test_a_restart_gathers_one_layer_at_a_time(shape):
     config = configured("share", STEPS, "merged")
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        methods = runs.assign_methods(config)
-        state = runs.abstract_state(config, methods, mesh)
+        methods = assign_methods(config)
+        state = abstract_state(config, methods, mesh)
         compiled = restart_step.lower(config, methods, state).compile()
     gathered = [elements(shape) for kind, shape in collectives(compiled.as_text()) if kind == "all-gather"]
     assert max(gathered) == 32 * 32  # the MLP's M, of one of the two layers

@@ -12,7 +12,7 @@ from mora_jax import transform, trees
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
 from train.config.sections import BadSteps, Data, MethodFlags, Optimizer, Restart, Schedule
-from train.run import folder as runs
+from train.run.state import assign_methods
 from train.step import optim
 from train.step.step import eval_step, init_params, init_state, random_state, restart_step, train_step
 
@@ -52,7 +52,7 @@ def tokens(seed: int) -> jax.Array:
 
 
 def started(config: RunConfig):
-    methods = runs.assign_methods(config)
+    methods = assign_methods(config)
     return methods, init_state(config, methods, init_params(config))
 
 
@@ -104,8 +104,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
     _, parts, metrics_ = trained(dataclasses.replace(CONFIG, microbatches=microbatches), 3)
     for a, b in zip(jax.tree.leaves(metrics), jax.tree.leaves(metrics_), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4)
-    moved = transform.merge(whole.params, whole.adapters, runs.assign_methods(CONFIG))
-    moved_ = transform.merge(parts.params, parts.adapters, runs.assign_methods(CONFIG))
+    moved = transform.merge(whole.params, whole.adapters, assign_methods(CONFIG))
+    moved_ = transform.merge(parts.params, parts.adapters, assign_methods(CONFIG))
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(moved_), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 

@@ -29,8 +29,9 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
 from train.data.tokenizer import train_tokenizer
-from train.run import folder as runs
+from train.run.folder import open_checkpoints, read_config
 from train.run.metrics import read_metrics
+from train.run.state import restore_state
 from train.storage import buckets
 
 ROOT = Path(__file__).parents[2]
@@ -95,9 +96,9 @@ def outcome(run: str) -> tuple[list[dict], list[np.ndarray]]:
     lines = [
         {k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(f"{run}/metrics.jsonl")
     ]
-    config = runs.read_config(run)
-    with runs.checkpoints(config) as saved:
-        state, _ = runs.restore(config, saved, STEPS, sharding.make_mesh(1))
+    config = read_config(run)
+    with open_checkpoints(config) as saved:
+        state, _ = restore_state(config, saved, STEPS, sharding.make_mesh(1))
     return lines, [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 

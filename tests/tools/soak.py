@@ -37,8 +37,9 @@ import tyro
 from mora_jax import sharding
 from train.console import exits
 from train.data.tokenizer import train_tokenizer
-from train.run import folder as runs
+from train.run.folder import open_checkpoints, read_config
 from train.run.manifest import MANIFEST
+from train.run.state import restore_state
 from train.runtime.backend import CACHE
 
 ROOT = Path(__file__).parents[2]
@@ -344,9 +345,9 @@ def compare(run_dir: Path, resumed: int, expected: dict[str, dict], figures: Fig
 
 def hash_of_arrays(run_dir: Path) -> str:
     """Of all arrays of a finished run's last checkpoint: parameters, adapters, optimizer and guard."""
-    config = runs.read_config(str(run_dir))
-    with runs.checkpoints(config) as saved:
-        state, _ = runs.restore(config, saved, config.steps, sharding.make_mesh(1))
+    config = read_config(str(run_dir))
+    with open_checkpoints(config) as saved:
+        state, _ = restore_state(config, saved, config.steps, sharding.make_mesh(1))
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)

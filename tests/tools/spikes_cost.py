@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from train.config import flags
-from train.run import folder as runs
+from train.run.state import assign_methods
 from train.step import spikes, step
 
 CLOCKS = {"wall time": time.perf_counter, "processor time": time.process_time}
@@ -29,7 +29,7 @@ CLOCKS = {"wall time": time.perf_counter, "processor time": time.process_time}
 def main(config_path: str, rounds: int = 30) -> None:
     """Prints the ratio of the median step with the judgement to that without it."""
     config = flags.read_config(config_path)
-    methods = runs.assign_methods(config)
+    methods = assign_methods(config)
     shape = (config.batch_size, config.data.sequence_length)
     tokens_BT = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
     steps = {"judged": compiled(spikes.judge), "bare": compiled(all_good)}

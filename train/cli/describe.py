@@ -11,7 +11,7 @@ from mora_jax.methods import MoRA
 from mora_jax.transform import Choice, Methods
 from train.config.run import RunConfig
 from train.console.terminal import console
-from train.run import folder as runs
+from train.run.state import assign_methods
 from train.step.step import init_params, init_state
 
 
@@ -21,7 +21,7 @@ def describe(config: RunConfig) -> tuple[Table, Table]:
     Raises:
       InputError: for rules that do not fit the model.
     """
-    methods = runs.assign_methods(config)
+    methods = assign_methods(config)
     state = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
     return _parameters(state.params, methods), _run(config, methods, state)
 

@@ -7,7 +7,8 @@ from etils import epath
 from mora_jax import hf
 from mora_jax.models.llama import LlamaConfig
 from train.data.rows.read import load_info
-from train.run import folder as runs
+from train.run.folder import read_config
+from train.run.model import load_model, widest_mesh
 
 
 def export(
@@ -29,10 +30,10 @@ def export(
       InputError: if the run has no complete checkpoint, its data set is gone, or its tokenizer cannot be
         written as tokenizer.json exactly.
     """
-    info = load_info(runs.read_config(run_dir).data.directory, splits=())
+    info = load_info(read_config(run_dir).data.directory, splits=())
     tokenizer = epath.Path(info.tokenizer).read_bytes()
     with hf.whole_folder(out) as folder:
-        params, model = runs.load_model(run_dir, info, runs.widest_mesh(run_dir))
+        params, model = load_model(run_dir, info, widest_mesh(run_dir))
         hf.save_hf(folder, params, model, dtype, hf.special_ids(tokenizer))
         hf.save_tokenizer(folder, tokenizer)
     return params, model

@@ -27,9 +27,12 @@ from train.console.terminal import tell, warn
 from train.data.rows.read import DataInfo, load_info, train_batches, unigram_perplexity
 from train.jobs.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.jobs.plot import plot_loss
-from train.run import folder as runs
 from train.run.checkpoint import Checkpoints
+from train.run.folder import check_free, claim, diverged_at, note_diverged, open_checkpoints, read_config
+from train.run.meta import build_meta, check_data, group_type, read_meta
 from train.run.metrics import LINES, Metrics, read_metrics
+from train.run.model import load_initial
+from train.run.state import assign_methods, fresh_state, restore_state
 from train.run.step_log import Watch
 from train.run.upload import mirrored
 from train.runtime import backend
@@ -63,7 +66,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     info = load_info(config.data.directory)
     check(config, info, mesh)
-    runs.check_free(config, resume)
+    check_free(config, resume)
     warn(config.warnings())
     with (
         jax.set_mesh(mesh),
@@ -71,7 +74,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
         backend.compiled_programs(config),
         Stop(mesh) as stop,  # outside of the checkpoints: their last save can be cut short, too
         mirrored(config.run_dir) as mirror,
-        runs.checkpoints(config, mirror.take_up) as saved,
+        open_checkpoints(config, mirror.take_up) as saved,
     ):
         return train(config, info, mesh, stop, saved, check_there, mirror.folder)
 
@@ -96,11 +99,11 @@ def train(
     batches = on_devices(batches, mesh, config.batch_size)
     metrics = Metrics(str(growing), config.steps, first, config.log.wandb, evaluated=score is not None)
     with metrics:
-        runs.claim(config)  # only now, so that bad input leaves no half-made run behind
+        claim(config)  # only now, so that bad input leaves no half-made run behind
         saved.remove_unfinished()
         if config.init_from and not saved.steps():
             # Before anything is told: what it was made from may be trained on, and begin it otherwise again.
-            saved.save(first, state, runs.meta(config, methods, info, first))
+            saved.save(first, state, build_meta(config, methods, info, first))
             saved.wait()
         watch = Watch(metrics, config.tokens_per_step())
         for step in itertools.count(first):  # so many updates are done
@@ -118,7 +121,7 @@ def train(
             if saving or (ending and step > first):
                 watch.drain()
                 check_there()
-                saved.save(step, state, runs.meta(config, methods, info, step, to_plain(score)))
+                saved.save(step, state, build_meta(config, methods, info, step, to_plain(score)))
             if ending:
                 leave(config, saved, step, ending)
             if step == config.steps:
@@ -159,17 +162,17 @@ def start(
     step, damaged = saved.latest_good()
     if step is None:
         check_nothing_lost(config, saved, damaged)
-    warn(f"{what}; going back to an older checkpoint" for what in damaged)
+    warn(f"{what}; using an older checkpoint" for what in damaged)
     if step is None:
-        methods = runs.assign_methods(config)
-        return runs.fresh_state(config, methods, mesh), methods, None
-    runs.check_text(saved, step, info, resume=True)
+        methods = assign_methods(config)
+        return fresh_state(config, methods, mesh, load_initial(config, mesh)), methods, None
+    check_data(saved, step, info, resume=True)
     tell(f"{config.run_dir} holds a run: going on after {step} of {config.steps} updates")
-    told = runs.told_diverged(config)  # by every process, before one of them tells
-    state, methods = runs.restore(config, saved, step, mesh)
+    told = diverged_at(config)  # by every process, before one of them tells
+    state, methods = restore_state(config, saved, step, mesh)
     if spikes.at_an_end(config.bad_steps, state.guard) and told != step:  # it was killed before it said so
         leave(config, saved, step, diverged(config, step, "before the last kill"))
-    found = runs.saved_meta(saved, step)["evaluation"]
+    found = read_meta(saved, step)["evaluation"]
     seen = spikes.try_again(config.bad_steps, state.guard)
     return dataclasses.replace(state, guard=seen), methods, Score(**found) if found else None
 
@@ -187,7 +190,7 @@ def check_nothing_lost(config: RunConfig, saved: Checkpoints, damaged: list[str]
         return
     updates = max((line["step"] + 1 for line in read_metrics(str(told)) if "loss" in line), default=0)
     # One that was killed before its first update may have no config either.
-    every = runs.read_config(config.run_dir).checkpoint.every if updates else 0
+    every = read_config(config.run_dir).checkpoint.every if updates else 0
     if 0 < 2 * every < updates:  # the second save waits for the first
         raise InputError(
             f"{config.run_dir} tells of {updates} updates, saved every {every}, and has no checkpoint; {mend}"
@@ -218,7 +221,7 @@ def leave(config: RunConfig, saved: Checkpoints, step: int, why: Stopped) -> NoR
     """Ends the run before its time, once its last checkpoint is there. Raises `why`."""
     saved.wait()
     if isinstance(why, Diverged):
-        runs.note_diverged(config, step)
+        note_diverged(config, step)
     raise why
 
 
@@ -267,7 +270,7 @@ def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float)
     """What is logged of the restart before update `step`; `methods` are those after it."""
     return {
         "restart": config.restarts_before(step + 1),
-        "group_type": runs.group_type(methods),
+        "group_type": group_type(methods),
         "optimizer_cleared": cleared,
     }
 

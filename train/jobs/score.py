@@ -8,7 +8,8 @@ from mora_jax.transform import Methods
 from train.config.sections import Evaluation
 from train.data.rows.read import load_info
 from train.jobs.evaluate import Score, evaluate
-from train.run import folder as runs
+from train.run.folder import read_config
+from train.run.model import load_model, widest_mesh
 
 
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
@@ -21,10 +22,10 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     """
     if not data:
         try:
-            data = runs.read_config(path).data.directory
+            data = read_config(path).data.directory
         except InputError as error:
             raise InputError(f"{error}; for a Hugging Face folder, --data must name a data set") from error
     info = load_info(data, splits=("validation",))
-    mesh = runs.widest_mesh(path, how.batch_size)
-    params, model = runs.load_model(path, info, mesh)
+    mesh = widest_mesh(path, how.batch_size)
+    params, model = load_model(path, info, mesh)
     return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)

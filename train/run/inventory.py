@@ -11,9 +11,10 @@ from mora_jax.errors import InputError, spelled_out
 from mora_jax.transform import Methods
 from train.console.progress import progress
 from train.console.terminal import console
-from train.run import folder as runs
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
+from train.run.folder import open_checkpoints, read_config
+from train.run.meta import group_type, read_meta
 from train.storage import buckets
 
 State = Literal["good", "not verified", "unfinished", "damaged"]
@@ -52,7 +53,7 @@ def inventory(run_dir: str, verify: bool = True) -> list[Entry]:
     Raises:
       InputError: if the folder holds no run.
     """
-    with runs.checkpoints(runs.read_config(run_dir)) as saved:
+    with open_checkpoints(read_config(run_dir)) as saved:
         return look_through(saved, verify)
 
 
@@ -118,8 +119,8 @@ def _entry(saved: Checkpoints, step: int, verify: bool, advance: manifest.Advanc
 
 def _told(saved: Checkpoints, step: int) -> tuple[str, str]:
     """Restarts and group type. Raises InputError where the manifest does not tell them."""
-    meta = runs.saved_meta(saved, step)
-    return str(meta["restarts"]), runs.group_type(Methods.from_json(meta["methods"]))
+    meta = read_meta(saved, step)
+    return str(meta["restarts"]), group_type(Methods.from_json(meta["methods"]))
 
 
 def _bytes(folder: epath.Path) -> int:

@@ -21,7 +21,7 @@ from train.perf.plan import targets
 from train.perf.plan.formula import expected
 from train.perf.plan.plan import held, make_plan
 from train.perf.plan.report import plan
-from train.run import folder as runs
+from train.run.state import abstract_state, assign_methods
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -37,8 +37,8 @@ def abstract(config):
 
     def state(**sizes: int):
         mesh = sharding.make_mesh(**sizes)
-        methods = runs.assign_methods(config)
-        return runs.abstract_state(config, methods, mesh), methods, mesh
+        methods = assign_methods(config)
+        return abstract_state(config, methods, mesh), methods, mesh
 
     return state
 
@@ -62,10 +62,10 @@ def test_the_state_that_one_device_holds(abstract):
 def test_what_a_device_holds_falls_as_devices_are_added(name):
     """To 1 / N of the whole, within a tenth: vectors alone are whole on each."""
     config = flags.read_config(str(CONFIGS / f"{name}.yaml"))
-    methods = runs.assign_methods(config)
-    whole = held(runs.abstract_state(config, methods, divided(1)))
+    methods = assign_methods(config)
+    whole = held(abstract_state(config, methods, divided(1)))
     for count in (8, 64, 256):
-        part = held(runs.abstract_state(config, methods, divided(count)))
+        part = held(abstract_state(config, methods, divided(count)))
         assert whole.total() / count < part.total() < 1.1 * whole.total() / count
         assert part.adapters == whole.adapters / count
 

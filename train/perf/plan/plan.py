@@ -13,7 +13,7 @@ from train.jobs.evaluate import check_mesh
 from train.perf.plan.formula import Expected, expected
 from train.perf.plan.programs import PROGRAMS, Program
 from train.perf.plan.targets import CPU_COMPILER, Target
-from train.run import folder as runs
+from train.run.state import abstract_state, assign_methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,8 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     """
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
     check_mesh(config, mesh)
-    methods = runs.assign_methods(config)
-    state = runs.abstract_state(config, methods, mesh)
+    methods = assign_methods(config)
+    state = abstract_state(config, methods, mesh)
     return Plan(
         target=target.name,
         compiler=target.compiler,

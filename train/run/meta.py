@@ -1,0 +1,106 @@
+"""What a checkpoint holds beside its arrays, and how it is verified."""
+
+from typing import Any
+
+from mora_jax.errors import InputError
+from mora_jax.methods import MoRA, Share
+from mora_jax.transform import Methods
+from train.config import flags
+from train.config import run as run_config
+from train.config.run import RunConfig
+from train.data.rows.read import DataInfo, first_rows
+from train.run.checkpoint import Checkpoints
+from train.step.step import random_state
+
+
+def build_meta(
+    config: RunConfig, methods: Methods, info: DataInfo, step: int, evaluation: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns what is saved beside the arrays of a step: all that gives them meaning, as JSON holds it.
+
+    Args:
+      config: the run's config.
+      methods: what was done with each parameter.
+      info: the data set.
+      step: updates done.
+      evaluation: the score of this very state, if it was evaluated.
+    """
+    text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
+    derived = _derived(config, step, info.rows["train"])
+    return derived | {
+        "config": run_config.to_plain(config),
+        "methods": methods.to_json(),
+        "data": derived["data"] | text,
+        "evaluation": evaluation,
+    }
+
+
+def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
+    """Returns what `build_meta` built for a checkpoint.
+
+    Raises:
+      InputError: if the checkpoint holds anything else, whoever wrote it.
+    """
+    found = saved.read_meta(step)
+    try:
+        Methods.from_json(found["methods"])
+        data, score, restarts = found["data"], found["evaluation"], found["restarts"]
+        valid = isinstance(found["config"], dict)
+        valid &= type(restarts) is int and 0 <= restarts <= step
+        valid &= type(data["rows"]) is int and 0 < data["rows"] < 2**62
+        valid &= isinstance(data["tokenizer_sha256"], str)
+        valid &= score is None or {n: type(v) for n, v in score.items()} == {
+            "loss": float,
+            "predictions": int,
+        }
+    except (InputError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{saved.folder(step)} was not saved by a run of this version: {error!r}") from error
+    if not valid:
+        raise InputError(f"{saved.folder(step)} was not saved by a run of this version")
+    return found
+
+
+def check_data(saved: Checkpoints, step: int, info: DataInfo, resume: bool = False) -> None:
+    """Raises InputError unless a data set has a checkpoint's tokenizer, and as many rows to resume."""
+    seen = read_meta(saved, step)["data"]
+    if seen["tokenizer_sha256"] != info.tokenizer_sha256:
+        raise InputError(f"{info.directory} was made with another tokenizer than the run's data set")
+    if resume and seen["rows"] != info.rows["train"]:
+        raise InputError(
+            f"{info.directory} has {info.rows['train']} training rows, not the run's {seen['rows']}"
+        )
+
+
+def check_derived(config: RunConfig, step: int, found: dict[str, Any]) -> None:
+    """Raises InputError if what was saved at a step differs from what the config derives for that step."""
+    derived = dict(flags.flatten(_derived(config, step, found["data"]["rows"])))
+    saved = dict(flags.flatten(found))
+    for name, value in derived.items():
+        if name not in saved or saved[name] != value:
+            raise InputError(
+                f"{config.run_dir}: checkpoint {step} was saved with {name} {saved.get(name)}, but resuming "
+                f"would use {value}; resume with the versions of jax and grain that the run started with"
+            )
+
+
+def group_type(methods: Methods) -> str:
+    """Returns the group types of MoRA's share, such as "0"; several are joined by commas."""
+    groups = {
+        str(m.operator.group)
+        for _, m in methods.adapted()
+        if isinstance(m, MoRA) and isinstance(m.operator, Share)
+    }
+    return ", ".join(sorted(groups))
+
+
+def _derived(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
+    """What follows from the number of updates alone, as JSON holds it."""
+    return {
+        "restarts": config.restarts_before(step),
+        "data": {
+            "step": step,
+            "seed": config.seed,
+            "next_rows": first_rows(rows, config.batch_size, config.seed, step),
+        },
+        "random": random_state(config, step),
+    }

@@ -1,0 +1,135 @@
+"""The merged model of a run or of a Hugging Face folder."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mora_jax import hf, sharding, transform
+from mora_jax.errors import InputError
+from mora_jax.models.llama import LlamaConfig, abstract_params
+from mora_jax.transform import Methods
+from train.config.run import RunConfig
+from train.console.terminal import warn
+from train.data.rows.read import DataInfo
+from train.run.checkpoint import Checkpoints
+from train.run.folder import CONFIG, open_checkpoints, read_config
+from train.run.meta import check_data
+from train.run.state import assign_methods, restore_state, state_shapes
+from train.step.step import TrainState
+
+# Reads of the newest checkpoint of a run that is training: it may remove the one being read.
+READS = 5
+
+T = TypeVar("T")
+
+
+def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None) -> tuple[Any, LlamaConfig]:
+    """Returns the merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder.
+
+    Each process reads what its devices hold.
+
+    Args:
+      path: the folder.
+      info: the data set that the model is used with, whose tokenizer must be the run's.
+      mesh: the devices that the parameters are sharded over; one device by default.
+
+    Raises:
+      InputError: if the folder holds no model, or the run saw another tokenizer than that of `info`.
+    """
+    mesh = mesh or sharding.make_mesh(1)
+    if not (epath.Path(path) / CONFIG).exists():
+        return hf.load_hf(path, mesh)
+    config = read_config(path)
+    with open_checkpoints(config) as saved:
+
+        def read(step: int) -> tuple[TrainState, Methods]:
+            if info:
+                check_data(saved, step, info)
+            return restore_state(config, saved, step, mesh)
+
+        state, methods = read_newest(saved, path, read)
+    merge = jax.jit(
+        lambda params, adapters: transform.merge(params, adapters, methods),
+        out_shardings=sharding.shardings(state.params, mesh),
+    )
+    with jax.set_mesh(mesh):
+        return merge(state.params, state.adapters), config.model
+
+
+def load_initial(config: RunConfig, mesh: Mesh) -> Any:
+    """Returns the parameters that `init_from` names, None if it is empty.
+
+    Raises:
+      InputError: if the folder holds no model, or one of another architecture.
+    """
+    if not config.init_from:
+        return None
+    params, model = load_model(config.init_from, mesh=mesh)
+    for field in dataclasses.fields(LlamaConfig):
+        there, here = getattr(model, field.name), getattr(config.model, field.name)
+        if field.name not in ("max_position_embeddings", "initializer_range") and there != here:
+            raise InputError(
+                f"--init-from {config.init_from} holds a model of {field.name} {there}, "
+                f"not model.{field.name} {here}"
+            )
+    return params
+
+
+def widest_mesh(path: str, batch_size: int = 0) -> Mesh:
+    """Returns the largest `fsdp` mesh that the model in a folder, and a batch of it, can be sharded over.
+
+    Args:
+      path: folder of a run, or Hugging Face folder.
+      batch_size: sequences; 0 if none are computed.
+
+    Raises:
+      InputError: if the folder holds no model.
+    """
+    if (epath.Path(path) / CONFIG).exists():
+        config = read_config(path)
+        shapes = state_shapes(config, assign_methods(config))
+    else:
+        shapes = abstract_params(hf.read_config(path))
+    most = math.gcd(jax.device_count(), batch_size)
+    for count in [n for n in range(most, 1, -1) if most % n == 0]:
+        mesh = sharding.make_mesh(1, count)
+        with contextlib.suppress(InputError):  # an array may have no axis that `count` divides
+            sharding.shardings(shapes, mesh)
+            return mesh
+    return sharding.make_mesh(1)
+
+
+def read_newest(saved: Checkpoints, path: str, read: Callable[[int], T]) -> T:
+    """Returns what `read` returns for the newest good checkpoint, and warns of damaged newer ones.
+
+    The run may be training and remove the checkpoint that is being read. If a newer one has appeared by
+    then, that one is read instead, up to `READS` times.
+
+    Raises:
+      InputError: if there is no good checkpoint.
+    """
+    reads = READS
+    while True:
+        reads, before = reads - 1, saved.steps()
+        step, damaged = saved.latest_good()
+        if damaged and reads and _newer(saved, before):
+            continue
+        warn(f"{what}; using an older checkpoint" for what in damaged)
+        if step is None:
+            raise InputError(f"{path} holds no complete checkpoint")
+        try:
+            return read(step)
+        except (InputError, FileNotFoundError):
+            if not reads or not _newer(saved, before):
+                raise
+
+
+def _newer(saved: Checkpoints, before: list[int]) -> bool:
+    """Whether a newer checkpoint has appeared. Several processes could disagree and then wait forever."""
+    return jax.process_count() == 1 and saved.steps()[-1:] > before[-1:]

@@ -1,0 +1,85 @@
+"""The state of a run: a fresh one, its shapes and shardings, and the one that a checkpoint holds."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mora_jax import sharding, transform
+from mora_jax.errors import InputError
+from mora_jax.models.llama import abstract_params
+from mora_jax.transform import Methods
+from train.config.run import RunConfig
+from train.run.checkpoint import Checkpoints
+from train.run.folder import check_same_config
+from train.run.meta import check_derived, read_meta
+from train.step.step import TrainState, init_params, init_state
+
+
+def assign_methods(config: RunConfig) -> Methods:
+    """Returns what is done with each parameter before the first restart."""
+    return transform.assign(config.parameter_rules(), abstract_params(config.model))
+
+
+def methods_at(config: RunConfig, step: int) -> Methods:
+    """Returns the methods that a checkpoint of `step` updates must hold.
+
+    A restart at that step comes after the save.
+    """
+    # Restarts cycle through a few methods. Their number may come from a file, so it is not looped over.
+    seen = [assign_methods(config)]
+    while (following := seen[-1].after_restart()) not in seen:
+        seen.append(following)
+    lead, restarts = seen.index(following), config.restarts_before(step)
+    return seen[restarts if restarts < lead else lead + (restarts - lead) % (len(seen) - lead)]
+
+
+def state_shapes(config: RunConfig, methods: Methods) -> Any:
+    """Returns shapes and types of the state, without computing it."""
+    return jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+
+
+def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
+    """Returns shapes, types and shardings of the state, without computing it."""
+    shapes = state_shapes(config, methods)
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        shapes,
+        sharding.shardings(shapes, mesh),
+    )
+
+
+def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh, params: Any = None) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      config: the run's config.
+      methods: what is done with each parameter.
+      mesh: the devices.
+      params: parameters of a warm start; random ones by default.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, methods, mesh))
+    if params is None:
+        return jax.jit(lambda: init_state(config, methods, init_params(config)), out_shardings=places)()
+    return jax.jit(lambda p: init_state(config, methods, p), out_shardings=places)(params)
+
+
+def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:
+    """Returns the state and methods of one checkpoint.
+
+    Raises:
+      InputError: if a run of another config saved it; if its methods, restarts, data position or random
+        state are not those that the config gives for its step; or if it is damaged.
+    """
+    methods, found = methods_at(config, step), read_meta(saved, step)
+    # The data may have moved, with config.yaml edited by hand. `check_data` compares what the data set holds.
+    check_same_config(found["config"], config, f"{saved.folder(step)} was saved by a run", "data.directory")
+    if Methods.from_json(found["methods"]) != methods:
+        raise InputError(
+            f"{config.run_dir}: the methods saved at step {step} are not those that the config gives for it"
+        )
+    check_derived(config, step, found)
+    state = saved.restore(step, abstract_state(config, methods, mesh))
+    if int(state.step) != step:
+        raise InputError(f"{config.run_dir}: checkpoint {step} holds the state of {int(state.step)} updates")
+    return state, methods
