@@ -105,9 +105,10 @@ class Compute:
       dtype: type of products and activations.
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
         "splash" on TPUs (sequences of a multiple of 128 tokens).
-      layers: "unrolled" is fastest; "scan" compiles fastest, and makes what lies between products again in
-        the backward pass; "remat" is a scan that keeps the residual stream alone, two states a layer, which
-        takes least memory.
+      layers: "unrolled" is fastest; "scan" compiles fastest.
+      remat: what the backward pass computes again: "none" nothing; "dots" all but the products, which keeps a
+        scan's memory near that of unrolled layers; "full" all but the residual stream, two states a layer,
+        which takes least memory.
       loss_chunk: tokens whose logits a device holds at a time, at most.
       adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
         "compressed" activations or "folded" from the kernels' if these are named, or by "activation";
@@ -116,7 +117,8 @@ class Compute:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: AttentionKernel = "xla"
-    layers: Literal["unrolled", "scan", "remat"] = "unrolled"
+    layers: Literal["unrolled", "scan"] = "unrolled"
+    remat: Literal["none", "dots", "full"] = "none"
     loss_chunk: int = 8192
     adapter_path: Path = "auto"
 
@@ -226,7 +228,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(c.initializer_range)
         )
-        self.layers = _stack(Block, c.num_hidden_layers, self.compute.layers)(c, self.compute)
+        self.layers = _stack(Block, c.num_hidden_layers, self.compute)(c, self.compute)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Kernel((c.hidden_size, c.vocab_size), c.initializer_range)
@@ -275,27 +277,30 @@ def abstract_params(config: LlamaConfig) -> Any:
     return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]
 
 
-def _stack(block: type[nn.Module], length: int, how: str) -> Any:
+def _stack(block: type[nn.Module], length: int, compute: Compute) -> Any:
     policies = {
-        "scan": _kept_by_a_scan,
-        "remat": jax.checkpoint_policies.save_only_these_names(KEPT_BY_REMAT),
+        "dots": _is_product,
+        "full": jax.checkpoint_policies.save_only_these_names(KEPT_BY_REMAT),
     }
-    if how in policies:
-        block = nn.remat(block, prevent_cse=False, policy=policies[how])
+    unrolled = compute.layers == "unrolled"
+    if compute.remat in policies:
+        # In a loop nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.
+        block = nn.remat(block, prevent_cse=unrolled, policy=policies[compute.remat])
     return nn.scan(
         block,
         variable_axes={"params": 0, "adapter": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=length,
-        unroll=length if how == "unrolled" else 1,
+        unroll=length if unrolled else 1,
     )
 
 
-def _kept_by_a_scan(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What a layer keeps for its backward pass: products, those of `dense` among them.
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Returns whether a primitive is a product, those of `dense` among them.
 
-    Left alone, a scan keeps every float32 step between them as well; unrolled, XLA sees that it need not.
+    Without recomputation a scan keeps every float32 step between products as well; unrolled, XLA sees that it
+    need not.
     """
     return primitive.name in ("dot_general", "custom_vjp_call")
 

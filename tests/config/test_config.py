@@ -188,7 +188,7 @@ def test_a_preset_trains_what_its_run_trains(path):
     )
     differs = {name for name in run if preset[name] != run[name]}
     assert differs
-    how = re.compile(r"microbatches|mesh\..*|compute\.(attention|layers)|eval\.batch_size")
+    how = re.compile(r"microbatches|mesh\..*|compute\.(attention|layers|remat)|eval\.batch_size")
     assert all(how.fullmatch(name) for name in differs), differs
     shards = preset["mesh.data"] * preset["mesh.fsdp"]
     assert preset["batch_size"] % (preset["microbatches"] * shards) == preset["eval.batch_size"] % shards == 0

@@ -51,7 +51,7 @@ def configured(name: str, steps: int, path: str) -> RunConfig:
         steps=steps,
         batch_size=8,
         model=MODEL,
-        compute=Compute(dtype="float32", layers="scan", loss_chunk=8, adapter_path=path),  # pyright: ignore
+        compute=Compute(dtype="float32", layers="scan", remat="dots", loss_chunk=8, adapter_path=path),  # pyright: ignore
         data=Data("nowhere", 16),
         optimizer=Optimizer(learning_rate=3e-3),
         schedule=Schedule("jagged-cosine" if restarts else "cosine", warmup=2),

@@ -23,7 +23,7 @@ CONFIG = RunConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=16,
     ),
-    compute=Compute(dtype="float32", layers="scan", loss_chunk=16),
+    compute=Compute(dtype="float32", layers="scan", remat="dots", loss_chunk=16),
     data=Data("nowhere", 16),
     method=MethodFlags("mora", rank=4, align=8),
     optimizer=Optimizer(learning_rate=1e-2),

@@ -48,7 +48,7 @@ batch_size: 4
 model:
   {vocab_size: 384, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
    num_key_value_heads: 2, max_position_embeddings: 32}
-compute: {dtype: float32, layers: scan, loss_chunk: 64}
+compute: {dtype: float32, layers: scan, remat: dots, loss_chunk: 64}
 method: {name: mora, rank: 4, align: 8}
 optimizer: {learning_rate: 1e-2}
 schedule: {kind: jagged-cosine, warmup: 5}

@@ -46,9 +46,10 @@ def loss(params, compute: Compute, adapter=None, weights_B=None) -> jax.Array:
     return total / count
 
 
-@pytest.mark.parametrize("layers", ["scan", "remat"])
-def test_every_way_through_the_layers_is_the_same(params, layers):
-    other = Compute(dtype="float32", layers=layers, loss_chunk=16)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("layers", ["unrolled", "scan"])
+def test_every_way_through_the_layers_is_the_same(params, layers, remat):
+    other = Compute(dtype="float32", layers=layers, remat=remat, loss_chunk=16)
     np.testing.assert_allclose(logits(params, other), logits(params, F32), atol=1e-5)
     expected = jax.grad(loss)(params, F32)
     for g, e in zip(jax.tree.leaves(jax.grad(loss)(params, other)), jax.tree.leaves(expected), strict=True):
@@ -60,22 +61,24 @@ def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(para
     methods = assign([(LINEARS, MoRA(4)), (".*", "frozen")], params)
     adapters = attach(jax.random.key(1), params, methods)
 
-    def pullback(layers):
-        compute = Compute(layers=layers, loss_chunk=16, adapter_path=path)
+    def pullback(layers, remat):
+        compute = Compute(layers=layers, remat=remat, loss_chunk=16, adapter_path=path)
         return lambda a: jax.vjp(lambda a: loss(params, compute, bind(a, methods)), a)[1]
 
-    def products(layers):
-        return product_flops(jax.make_jaxpr(lambda a: pullback(layers)(a)(1.0))(adapters))
+    def products(layers, remat):
+        return product_flops(jax.make_jaxpr(lambda a: pullback(layers, remat)(a)(1.0))(adapters))
 
-    assert products("scan") == products("unrolled") < products("remat")
-    kept = jax.tree.leaves(pullback("scan")(adapters))
+    plain = products("unrolled", "none")
+    assert products("scan", "dots") == products("scan", "none") == products("unrolled", "dots") == plain
+    assert products("scan", "full") == products("unrolled", "full") > plain
+    kept = jax.tree.leaves(pullback("scan", "dots")(adapters))
     wide = [a for a in kept if a.shape[1:3] == TOKENS.shape]  # over layers, then batch and tokens
     assert {a.dtype for a in wide} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_remat_keeps_the_residual_stream_alone(params):
     """For each layer what enters it and what enters its MLP; the loss is another loop."""
-    pullback = jax.vjp(lambda p: loss(p, Compute(layers="remat", loss_chunk=16)), params)[1]
+    pullback = jax.vjp(lambda p: loss(p, Compute(layers="scan", remat="full", loss_chunk=16)), params)[1]
     kept = [a.shape for a in jax.tree.leaves(pullback) if a.ndim > 2 and a.dtype == jnp.bfloat16]
     assert kept == 2 * [(GROUPED.num_hidden_layers, *TOKENS.shape, GROUPED.hidden_size)]
 
@@ -118,8 +121,9 @@ def head_part(params, table, t):
 
 
 @pytest.mark.parametrize("method", [MoRA(4), MoRA(4, Share(1), align=8), LoRA(4)], ids=str)
-@pytest.mark.parametrize("layers", ["unrolled", "scan", "remat"])
-def test_adapted_forward_is_the_merged_forward(params, method, layers):
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("layers", ["unrolled", "scan"])
+def test_adapted_forward_is_the_merged_forward(params, method, layers, remat):
     methods = assign([(LINEARS, method), (".*", "frozen")], params)
     adapters = jax.tree.map(
         lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape),
@@ -130,7 +134,7 @@ def test_adapted_forward_is_the_merged_forward(params, method, layers):
     merged = logits(merge(params, adapters, methods), F32)
     assert float(jnp.abs(merged - logits(params, F32)).max()) > 0.1
     for path in ("merged", "activation"):
-        compute = Compute(dtype="float32", layers=layers, adapter_path=path)
+        compute = Compute(dtype="float32", layers=layers, remat=remat, adapter_path=path)
         np.testing.assert_allclose(logits(params, compute, bind(adapters, methods)), merged, atol=2e-4)
 
 

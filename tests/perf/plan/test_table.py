@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.models.llama import Compute
 from train.cli import main as cli
 from train.config import flags
 from train.perf.plan import table
@@ -46,7 +47,7 @@ def test_microbatches_hold_so_many_sequences_at_most(devices, sequences, microba
     config = table.spread(flags.read_config(CONFIG), devices, sequences)
     assert (config.microbatches, config.mesh.fsdp) == (microbatches, devices)
     assert 1024 % (devices * microbatches) == 0
-    assert (config.compute.layers, config.compute.attention) == ("remat", "splash")
+    assert config.compute == Compute(layers="scan", remat="full", attention="splash")
 
 
 def test_a_batch_that_does_not_divide():

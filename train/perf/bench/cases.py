@@ -74,7 +74,7 @@ def table_5() -> Case:
     config = RunConfig(
         batch_size=1,
         model=model,
-        compute=Compute(attention="cudnn", layers="remat"),
+        compute=Compute(attention="cudnn", layers="scan", remat="full"),
         data=Data(sequence_length=1024),
         # Not padded, M takes no more memory than LoRA's factors; to a multiple of 128, up to an eighth more.
         method=MethodFlags(rank=8, train="", align=1),

@@ -70,7 +70,7 @@ def build(job: PeerJob, device: torch.device) -> nn.Module:
         parameter.requires_grad_(trained)
         if trained and not job.pure:
             parameter.data = parameter.data.float()
-    if job.case.config.compute.layers == "remat":
+    if job.case.config.compute.remat == "full":
         compute_again = getattr(model, "activation_checkpointing_enable", None)  # the newer name
         (compute_again or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train()

@@ -26,7 +26,7 @@ def make_table(
     """Plans every config for every slice that is not in the file yet, and shows all that are asked for.
 
     Each is divided over all chips of a slice (mesh.fsdp), in microbatches of at most so many sequences a
-    chip, with layers recomputed (compute.layers remat) and splash attention.
+    chip, with layers recomputed (compute.remat full) and splash attention.
 
     Args:
       configs: config files.
@@ -69,7 +69,7 @@ def spread(config: RunConfig, devices: int, sequences: int) -> RunConfig:
         microbatches=microbatches,
         mesh=dataclasses.replace(config.mesh, data=1, fsdp=devices, tensor=1),
         eval=dataclasses.replace(config.eval, batch_size=math.lcm(config.eval.batch_size, devices)),
-        compute=dataclasses.replace(config.compute, layers="remat", attention="splash"),
+        compute=dataclasses.replace(config.compute, layers="scan", remat="full", attention="splash"),
     )
 
 
