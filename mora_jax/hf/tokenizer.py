@@ -1,13 +1,13 @@
-"""A SentencePiece model as a Hugging Face tokenizer that gives the same ids and the same text.
+"""Converts a SentencePiece model to a Hugging Face tokenizer that gives the same ids and the same text.
 
-SentencePiece's own loader is not the one in `transformers`, which differs from it on some texts. Here the
-model is spelled out as a tokenizer.json, and whatever that format cannot express exactly is refused.
+transformers converts such models too, but its result encodes some texts differently. This tokenizer.json
+encodes as SentencePiece does; models that the format cannot express exactly are refused.
 """
 
 import base64
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -18,29 +18,31 @@ from mora_jax.io import read_bytes
 Model = Any  # the parsed ModelProto, whose generated class has no static type
 Json = dict[str, Any]
 
-SPACE = "\u2581"  # SentencePiece's visible stand-in for a space
+SPACE = "\u2581"  # what SentencePiece writes for a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _MODEL_BYTES = 1 << 26
-_PIECE_CHARACTERS = 1024  # merges are looked for at every place of a piece
+_PIECE_CHARACTERS = 1024  # `_merges` tries to cut a piece at every character
 _CHARSMAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
 def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.PathLike) -> None:
     """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model.
 
-    `AutoTokenizer.from_pretrained(path)` then encodes as SentencePiece does: no BOS or EOS is added, and text
-    that looks like a special token is text. The ids are the same, with two rare exceptions. A unigram model
-    may split differently where two splits have the same score: SentencePiece then decides by the rounding
-    of float32. A model that normalises (nmt_nfkc and the like) may differ where a combining mark follows a
-    compatibility character, or where marks stand outside of their canonical order.
+    `AutoTokenizer.from_pretrained(path)` then encodes as SentencePiece does: it adds neither BOS nor EOS, and
+    treats text that looks like a special token as text. The ids are equal, with two rare exceptions:
+
+    * A unigram model may choose another split of the same score, where SentencePiece decides by the rounding
+      of float32.
+    * A model that normalises (nmt_nfkc and the like) may differ where a combining mark follows a
+      compatibility character, and where marks are not in canonical order.
 
     Args:
-      path: the folder; made where it is not there.
+      path: the folder; created if it does not exist.
       sentencepiece_model: a .model file or its content; BPE or unigram.
 
     Raises:
-      InputError: if it is no SentencePiece model, or one that the format cannot express exactly.
+      InputError: if this is not a SentencePiece model, or the format cannot express it exactly.
     """
     content = _content(sentencepiece_model)
     model = _parse(content)
@@ -66,15 +68,15 @@ def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.Path
 
 
 def special_ids(sentencepiece_model: bytes | epath.PathLike) -> dict[str, int]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the model has, for a config.json."""
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`, those that the model has."""
     model = _parse(_content(sentencepiece_model))
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     return {f"{role}_id": ids[name] for role, name in _special_names(model).items() if role != "unk_token"}
 
 
 def tokenizer_json(model: Model) -> Json:
-    """The content of tokenizer.json for a parsed model. Raises InputError where it cannot be exact."""
-    _refuse_what_differs(model)
+    """Returns the content of tokenizer.json. Raises InputError if it cannot express the model exactly."""
+    _check_exact(model)
     is_bpe = model.trainer_spec.model_type == _BPE
     return {
         "version": "1.0",
@@ -99,7 +101,7 @@ def _content(sentencepiece_model: bytes | epath.PathLike) -> bytes:
 
 
 def _parse(content: bytes) -> Model:
-    # Imported where they are needed: an import of mora_jax should not load protobuf.
+    # Imported here, so that `import mora_jax` does not load protobuf.
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -107,9 +109,9 @@ def _parse(content: bytes) -> Model:
     try:
         model.ParseFromString(content)
     except DecodeError as error:
-        raise InputError(f"the tokenizer is no SentencePiece model: {error}") from error
+        raise InputError(f"the tokenizer is not a SentencePiece model: {error}") from error
     if not model.pieces:
-        raise InputError("the tokenizer is no SentencePiece model: it has no pieces")
+        raise InputError("the tokenizer is not a SentencePiece model: it has no pieces")
     spec = model.trainer_spec
     special = (spec.unk_piece, spec.bos_piece, spec.eos_piece, spec.pad_piece, spec.unk_surface)
     texts = [piece.piece for piece in model.pieces] + [*special, model.normalizer_spec.name]
@@ -123,7 +125,7 @@ def _of_type(model: Model, *types: int) -> list[str]:
 
 
 def _special_names(model: Model) -> dict[str, str]:
-    """The names of the special tokens that the model has, by role (`bos_token`, ...)."""
+    """Returns the names of the special tokens that the model has, by role (`bos_token`, ...)."""
     spec, special = model.trainer_spec, set(_of_type(model, _CONTROL, _UNKNOWN))
     names = {
         "bos_token": spec.bos_piece,
@@ -137,57 +139,55 @@ def _special_names(model: Model) -> dict[str, str]:
 # What cannot be expressed
 
 
-def _refuse_what_differs(model: Model) -> None:
+def _check_exact(model: Model) -> None:
+    """Raises InputError, with the first reason, if tokenizer.json cannot express the model exactly."""
     trainer, spec = model.trainer_spec, model.normalizer_spec
-    reasons = {
+    own_rules = bool(spec.precompiled_charsmap) and spec.name not in _CHARSMAPS
+    faults = {
         "its type must be BPE or unigram": trainer.model_type not in (_UNIGRAM, _BPE),
         "it treats whitespace as a suffix": trainer.treat_whitespace_as_suffix,
         f"a piece has more than {_PIECE_CHARACTERS} characters": any(
             len(piece.piece) > _PIECE_CHARACTERS for piece in model.pieces
         ),
         "it has unused pieces": bool(_of_type(model, _UNUSED)),
-        "it has not exactly one unknown piece": len(_of_type(model, _UNKNOWN)) != 1,
+        "it must have exactly one unknown piece": len(_of_type(model, _UNKNOWN)) != 1,
         "it rewrites text when decoding": bool(model.denormalizer_spec.precompiled_charsmap),
-        f"it normalises by rules of its own ({spec.name!r})": bool(spec.precompiled_charsmap)
-        and spec.name not in _CHARSMAPS,
+        f"it normalises by rules of its own ({spec.name!r})": own_rules,
+        **_user_defined_faults(model),
+        **(_bpe_faults(model) if trainer.model_type == _BPE else {}),
     }
-    _refuse(reason for reason, holds in reasons.items() if holds)
-    _refuse(_user_defined_faults(model))
-    if trainer.model_type == _BPE:
-        _refuse(_bpe_faults(model))
+    for fault, holds in faults.items():
+        if holds:
+            raise InputError(f"the tokenizer cannot be exported exactly: {fault}")
 
 
-def _refuse(reasons: Iterable[str]) -> None:
-    for reason in reasons:
-        raise InputError(f"the tokenizer cannot be exported exactly: {reason}")
+def _user_defined_faults(model: Model) -> dict[str, bool]:
+    """Returns what would make user-defined symbols differ, and whether it holds.
 
-
-def _user_defined_faults(model: Model) -> list[str]:
-    """They cut the text before it is normalised, so each part would be normalised as a text of its own."""
+    They split the text before it is normalised, so every part would be normalised as a text of its own.
+    """
     spec, symbols = model.normalizer_spec, _of_type(model, _USER_DEFINED)
     if not symbols:
-        return []
-    faults = {
+        return {}
+    return {
         "user-defined symbols need add_dummy_prefix false": spec.add_dummy_prefix,
         "user-defined symbols need remove_extra_whitespaces false": spec.remove_extra_whitespaces,
         "user-defined symbols need the normaliser 'identity'": bool(spec.precompiled_charsmap),
         "user-defined symbols need a BPE model": model.trainer_spec.model_type != _BPE,
         "a user-defined symbol holds a space": any(SPACE in s or " " in s for s in symbols),
     }
-    return [fault for fault, holds in faults.items() if holds]
 
 
-def _bpe_faults(model: Model) -> list[str]:
+def _bpe_faults(model: Model) -> dict[str, bool]:
     normal = [piece for piece in model.pieces if piece.type == _NORMAL]
     lone = set("".join(piece.piece for piece in normal)) - {piece.piece for piece in normal}
-    # Pieces of equal score merge from the left, while merges have an order. Runs of spaces may be equal (the
-    # order in `_merges` suits them); other pieces may not.
+    # SentencePiece merges pieces of equal score from the left; tokenizer.json needs an order of merges. The
+    # order of `_merges` is right for runs of spaces, but not for other pieces.
     scores = [piece.score for piece in normal if len(piece.piece) > 1 and set(piece.piece) != {SPACE}]
-    faults = {
-        f"the character {min(lone, default='')!r} occurs in pieces but is none": bool(lone),
+    return {
+        f"the character {min(lone, default='')!r} occurs in pieces but is not a piece": bool(lone),
         "several pieces have the same score": len(set(scores)) < len(scores),
     }
-    return [fault for fault, holds in faults.items() if holds]
 
 
 # The parts of tokenizer.json
@@ -210,12 +210,12 @@ def _added_tokens(model: Model) -> list[Json]:
 
 
 def _normalizers(spec: Any) -> list[Json]:
-    """The steps of SentencePiece's normaliser, in its order."""
+    """Returns the steps of SentencePiece's normaliser, in its order."""
     space = SPACE if spec.escape_whitespaces else " "
     prefix = [{"type": "Prepend", "prepend": " "}] if spec.add_dummy_prefix else []
     escape = [_replace(" ", SPACE)] if spec.escape_whitespaces else []
     if not spec.remove_extra_whitespaces:
-        # The prefix comes first, for it is also there when the charsmap leaves nothing of the text.
+        # The prefix comes first: it is also added where the charsmap removes the whole text.
         return prefix + _charsmap(spec) + escape
     collapse = [_replace_regex(r"\A +", ""), _replace_regex(" +", " ")]
     return _charsmap(spec) + collapse + prefix + escape + [_replace_regex(rf"{space}+\z", "")]
@@ -226,14 +226,15 @@ def _charsmap(spec: Any) -> list[Json]:
         return []
     encoded = base64.b64encode(spec.precompiled_charsmap).decode()
     precompiled = {"type": "Precompiled", "precompiled_charsmap": encoded}
-    # Precompiled replaces a whole grapheme by its shortest match. A composed letter has no shorter match, so
-    # letters are composed first; \r takes \n along, and a visible space a mark, so they become spaces first.
+    # Precompiled replaces a whole grapheme by its shortest match. Letters are composed first, since a
+    # composed letter has no shorter match. \r forms a grapheme with \n, and a visible space with a mark, so
+    # both become spaces first.
     spaces = [_replace_regex(f"[\r{SPACE}]", " ")] if spec.name.startswith("nmt") else []
     return [*spaces, {"type": "NFC"}, precompiled]
 
 
 def _pre_tokenizer(model: Model) -> Json | None:
-    """Cuts through text such as `</s>`, which a unigram model would otherwise find in its vocabulary."""
+    """Splits text such as `</s>`, which a unigram model would otherwise find in its vocabulary."""
     normal = _of_type(model, _NORMAL)
     joined = {piece[i : i + 2] for piece in normal for i in range(len(piece) - 1)}
     literals = _of_type(model, _CONTROL, _UNKNOWN)
@@ -245,16 +246,17 @@ def _pre_tokenizer(model: Model) -> Json | None:
 
 
 def _cut(regexes: Sequence[str], chars: Sequence[str], joined: set[str], normal: set[str]) -> str:
-    """A regex for the head of a literal, up to a place that no piece spans.
+    """Returns a regex for the first characters of a literal, up to a boundary that no piece spans.
 
-    One of the two neighbours must be a piece, for unknown characters in a row are one unknown piece.
+    One of the characters at the boundary must be a piece: adjacent unknown characters form one unknown piece.
     """
     for i in range(1, len(chars)):
         left, right = chars[i - 1], chars[i]
         if left + right not in joined and (left in normal or right in normal):
             return f"{''.join(regexes[:i])}(?={''.join(regexes[i:])})"
     raise InputError(
-        f"the tokenizer cannot be exported exactly: text like {''.join(chars)!r} cannot be told from a token"
+        f"the tokenizer cannot be exported exactly: "
+        f"the text {''.join(chars)!r} would be encoded as the special token"
     )
 
 
@@ -287,9 +289,9 @@ def _bpe(model: Model) -> Json:
 
 
 def _merges(model: Model) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best score first, the longer left part first among equals.
+    """Returns every pair of pieces that makes a piece, best score first, then the longer left part.
 
-    SentencePiece takes the leftmost pair among equals, so runs of one character grow from the left.
+    SentencePiece merges the leftmost pair of equal scores, so runs of one character grow from the left.
     """
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
     ranked = [

@@ -148,7 +148,7 @@ def test_flags_go_over_the_file(write):
         (LAUGHS, "it holds more than 10,000 values"),
         (MERGED_LAUGHS, "it holds more than 10,000 values"),
         ("[" * 3000, "it is nested too deeply"),
-        ("#" * 2**18 + "#", "it has 262,145 bytes, and at most 262,144 are read"),
+        ("#" * 2**18 + "#", "it has 262,145 bytes; at most 262,144 are read"),
         ("seed: 2001-13-45", "not YAML: month must be in 1..12"),
         ("seed: !!int x", "not YAML: invalid literal"),
         ("seed: !!timestamp x", "not YAML: "),
@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.yaml is missing"):
         flags.read_config(str(tmp_path / "nowhere.yaml"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InputError, match="it is not UTF-8 text"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         flags.read_config(str(tmp_path / "binary.yaml"))
 
 

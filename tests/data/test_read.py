@@ -220,7 +220,7 @@ def test_a_pipe_is_not_waited_for(copied: Path, name: str):
     edit(copied / "metadata.json", **facts)
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    with pytest.raises(InputError, match=f"{name} is no plain file"):
+    with pytest.raises(InputError, match=f"{name} is not a regular file"):
         load_info(str(copied))
 
 
@@ -230,7 +230,7 @@ def test_rows_may_be_links(copied: Path, tmp_path: Path):
     path.symlink_to(tmp_path / "rows")
     assert load_info(str(copied)).rows["train"] > 0
     (tmp_path / "rows").unlink()
-    with pytest.raises(InputError, match="is no plain file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         load_info(str(copied))
 
 

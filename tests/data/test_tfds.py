@@ -93,7 +93,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path):
     path.unlink()
     os.mkfifo(path)
     for source, where in ((f"tfds:{folder}", ""), ("tfds:c4/en", str(tmp_path))):
-        with pytest.raises(InputError, match="is no plain file"):
+        with pytest.raises(InputError, match="is not a regular file"):
             tfds_shards(source, "train", where)
 
 

@@ -145,7 +145,7 @@ def test_no_line_is_read_without_end(tmp_path: Path):
 def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
     os.mkfifo(tmp_path / name)
-    with pytest.raises(InputError, match=f"{name} is no plain file"):
+    with pytest.raises(InputError, match=f"{name} is not a regular file"):
         Metrics(str(tmp_path), 10, wandb="paper")
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_written_to_is_bad_input(tmp_path: Path, name: str):
         (tmp_path / name).touch()
     else:
         (tmp_path / name).symlink_to(tmp_path)
-    with pytest.raises(InputError, match=f"{name} (must be a folder|is no plain file)"):
+    with pytest.raises(InputError, match=f"{name} (must be a folder|is not a regular file)"):
         Metrics(str(tmp_path), 10)
 
 

@@ -122,7 +122,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     """
     file = epath.Path(path)
     if file.exists() and not is_plain_file(file):
-        raise InputError(f"{path} is no plain file")
+        raise InputError(f"{path} is not a regular file")
     try:
         with file.open("rb") as stream:
             return [_parse(path, number, line) for number, line in enumerate(_whole_lines(stream), 1)]

@@ -225,7 +225,7 @@ def equal_scores(model):
 EDITS = {
     "suffix": lambda m: setattr(m.trainer_spec, "treat_whitespace_as_suffix", True),
     "unused": lambda m: set_type(m, -1, UNUSED),
-    "unknown piece": lambda m: set_type(m, 0, CONTROL),
+    "exactly one unknown piece": lambda m: set_type(m, 0, CONTROL),
     "when decoding": lambda m: setattr(m.denormalizer_spec, "precompiled_charsmap", b"x"),
     "rules of its own": lambda m: setattr(m.normalizer_spec, "name", "user_defined"),
     "add_dummy_prefix": lambda m: set_type(m, -1, USER_DEFINED),
@@ -234,7 +234,7 @@ EDITS = {
     "need a BPE model": lambda m: keep_symbol(m, kind=1),
     "symbol holds a space": lambda m: keep_symbol(m, symbol=f"a{SPACE}"),
     "same score": equal_scores,
-    "occurs in pieces": lambda m: m.pieces.add(piece="a\u6f22", score=-1e4, type=NORMAL),
+    "occurs in pieces but is not a piece": lambda m: m.pieces.add(piece="a\u6f22", score=-1e4, type=NORMAL),
 }
 
 
@@ -263,7 +263,7 @@ def test_unigram_whose_pieces_run_through_a_token_s_text(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"no model at all"])
 def test_what_is_no_model(tmp_path, content):
-    with pytest.raises(InputError, match="no SentencePiece model"):
+    with pytest.raises(InputError, match="not a SentencePiece model"):
         save_tokenizer(tmp_path, content)
     with pytest.raises(InputError, match="is missing"):
         save_tokenizer(tmp_path, tmp_path / "absent.model")

@@ -48,7 +48,7 @@ def _check_plain(folder: epath.PathLike) -> None:
     """Raises InputError for a pipe, a device or a broken link: a description may name any file there."""
     for file in () if in_bucket(folder) else Path(folder).iterdir():
         if not (file.is_file() or file.is_dir()):
-            raise InputError(f"{file} is no plain file; remove it, and copy or prepare the data set again")
+            raise InputError(f"{file} is not a regular file; remove it and copy or prepare the data again")
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
