@@ -1,0 +1,113 @@
+"""A run that diverges stops with a checkpoint from before."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import (
+    Interrupted,
+    arrays,
+    killed,
+    lines,
+    signalled_at,
+)
+
+from train.config.sections import BadSteps, Restart, Schedule
+from train.console import exits
+from train.jobs import pretrain as loop
+from train.run.checkpoint import Checkpoints
+from train.run.step_log import IN_FLIGHT
+
+
+def diverging(config):
+    """A learning rate that is far too high."""
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=300.0),
+        restart=Restart(),
+        schedule=Schedule("cosine", warmup=2),
+        bad_steps=BadSteps(window=2, factor=3.0, patience=4),
+    )
+
+
+def unsaved(config):
+    """Without a save before the end: nothing waits for the steps in flight."""
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=0))
+
+
+def streaks_of(config) -> list[int]:
+    """The bad steps in a row after each update of a run that diverges; its folder is free again."""
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    told = lines(Path(config.run_dir))
+    shutil.rmtree(config.run_dir)
+    return [line["bad_in_a_row"] for line in told if "loss" in line]
+
+
+def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
+    """For real; the next start tries again, and stops again."""
+    config = diverging(free)
+    folder = Path(config.run_dir)
+    for _ in range(2):
+        with pytest.raises(exits.Diverged, match=r"4 bad steps in a row \(update \d+: .* skipped so far"):
+            loop.pretrain(config)
+        streaks = [line["bad_in_a_row"] for line in lines(folder) if "loss" in line]
+        assert 4 <= streaks[-1] <= 4 + IN_FLIGHT  # noticed late by the steps in flight
+        with Checkpoints(str(folder / "checkpoints")) as saved:
+            assert saved.latest_good() == (len(streaks), [])
+    starts = [step for step, streak in enumerate(streaks) if streak == 1]
+    assert len(starts) == 2
+    saves = [step for step in (3, 6, 9, 12, 15, 18, 21) if starts[0] <= step < starts[1]]
+    kept = [arrays(config, folder, step) for step in (*saves, len(streaks))]
+    assert len(kept) >= 2
+    for leaf, last in zip(kept[0], kept[-1], strict=True):
+        assert np.isfinite(leaf).all() or leaf.ndim == 1
+        assert leaf.ndim < 2 or np.array_equal(leaf, last)  # nothing moved
+
+
+def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
+    """Not an update later, and not only after the run has passed for finished."""
+    config, folder = unsaved(diverging(free)), Path(free.run_dir)
+    streaks = streaks_of(config)
+    ends = streaks.index(4) + 1
+    with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
+        loop.pretrain(
+            dataclasses.replace(config, checkpoint=dataclasses.replace(free.checkpoint, every=ends))
+        )
+    assert [line["bad_in_a_row"] for line in lines(folder) if "loss" in line] == streaks[:ends]
+
+
+def test_a_run_that_diverges_and_is_asked_to_stop_has_diverged(free, monkeypatch):
+    """The signal comes when the last bad step is not yet looked at."""
+    config = unsaved(diverging(free))
+    ends = streaks_of(config).index(4) + 1
+    signalled_at(monkeypatch, ends - 1)
+    with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
+        loop.pretrain(config)
+
+
+def test_no_restart_is_made_once_the_patience_is_at_an_end(free):
+    """The last bad step is still in flight where the restart is due."""
+    config = unsaved(diverging(free))
+    ends = streaks_of(config).index(4) + 1
+    with pytest.raises(exits.Diverged, match=f"after {ends} updates"):
+        loop.pretrain(dataclasses.replace(config, restart=Restart(every=ends, warmup=1)))
+    assert not any("restart" in line for line in lines(Path(config.run_dir)))
+
+
+def test_a_run_that_was_killed_before_it_said_that_it_diverged_says_so_first(free, monkeypatch):
+    config = diverging(free)
+    folder = Path(config.run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "note_diverged", killed)
+        with pytest.raises(Interrupted):
+            loop.pretrain(config)
+    told = lines(folder)
+    with pytest.raises(exits.Diverged, match="4 bad steps in a row"):
+        loop.pretrain(config)
+    assert lines(folder) == told
+    with pytest.raises(exits.Diverged):
+        loop.pretrain(config)
+    assert len(lines(folder)) > len(told)  # that one has tried the batches that follow

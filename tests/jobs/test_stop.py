@@ -1,0 +1,122 @@
+"""A run that a signal stops saves its last update, and the same command resumes it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import Interrupted, equal_runs, lines, signalled_at, stop_after
+
+from train.console import exits
+from train.jobs import pretrain as loop
+from train.run.checkpoint import Checkpoints
+
+ENDED_IN_ITS_LAST_SAVE = """
+import os, signal, sys, time
+from train.cli import main as cli
+from train.jobs import pretrain as loop
+from train.run import manifest
+real = loop.next_batch
+def asked(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)  # for the thread that hears it
+    return real(*args)
+def sealing(*args):
+    time.sleep(1)  # the program is on its way out
+    print("sealing", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+loop.next_batch, manifest.seal = asked, sealing
+cli.main(["pretrain", *sys.argv[1:]])
+"""
+
+
+def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
+    words = [str(tiny_yaml), "--run-dir", str(tmp_path / "run"), "--checkpoint.every", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDED_IN_ITS_LAST_SAVE, *words], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"sealing\n"
+        try:
+            assert process.wait(20) == exits.INTERRUPTED
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("update", [0, 7])
+def test_a_signal_saves_the_update_it_comes_in_and_the_same_command_goes_on(
+    free, tiny_run, monkeypatch, update
+):
+    folder = Path(free.run_dir)
+    with monkeypatch.context() as patch:
+        signalled_at(patch, update)
+        with pytest.raises(exits.Preempted, match=f"stopped after {update + 1} of 22 updates"):
+            loop.pretrain(free)
+    assert [line["step"] for line in lines(folder) if "loss" in line] == list(range(update + 1))
+    with Checkpoints(str(folder / "checkpoints")) as saved:
+        assert saved.latest_good() == (update + 1, [])
+    loop.pretrain(free)
+    equal_runs(free, folder, tiny_run.folder)
+
+
+def evaluate_signalled(*args, real=loop.evaluate):
+    """An evaluation that a signal comes into."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+    return real(*args)
+
+
+def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkeypatch):
+    """At the first one and at the last one; twice each, so that a run also goes on without an update."""
+    folder = Path(free.run_dir)
+    for done, evaluations in ((11, 0), (11, 0), (22, 1), (22, 1)):
+        with monkeypatch.context() as patch:
+            evaluated = sum("validation_loss" in line for line in lines(folder)) if folder.exists() else 0
+            later = iter([loop.evaluate] if done == 22 and evaluated == 0 else [])
+            patch.setattr(loop, "evaluate", lambda *args, later=later: next(later, evaluate_signalled)(*args))
+            with pytest.raises(exits.Preempted, match=f"stopped after {done} of 22"):
+                loop.pretrain(free)
+        assert sum("validation_loss" in line for line in lines(folder)) == evaluations
+    loop.pretrain(free)
+    equal_runs(free, folder, tiny_run.folder)
+
+
+def test_an_evaluation_made_up_for_is_told_of_once(free, tiny_run, monkeypatch):
+    """It is made up for, then the program dies before the next checkpoint: the next one makes it again."""
+    folder = Path(free.run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", evaluate_signalled)
+        with pytest.raises(exits.Preempted, match="stopped after 11 of 22"):
+            loop.pretrain(free)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(Interrupted):
+            loop.pretrain(free)
+    assert sum("validation_loss" in line for line in lines(folder)) == 1
+    loop.pretrain(free)
+    equal_runs(free, folder, tiny_run.folder)
+
+
+def test_a_run_whose_log_is_gone_is_stopped_as_any_other(tiny_yaml, tmp_path):
+    """As by Ctrl-C for `mora pretrain ... 2>&1 | tee log`, which ends tee first; within the ten seconds."""
+    folder = tmp_path / "run"
+    words = ["pretrain", str(tiny_yaml), "--run-dir", str(folder), "--steps", "1000000"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, "-m", "train.cli", *words], **pipe) as process:
+        try:
+            assert process.stdout
+            while not (folder / "metrics.jsonl").exists() or len(lines(folder)) < 30:
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.stdout.close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == exits.PREEMPTED
+        finally:
+            process.kill()
+    updates = sum("loss" in line for line in lines(folder))
+    with Checkpoints(str(folder / "checkpoints")) as saved:
+        assert saved.latest_good() == (updates, [])
