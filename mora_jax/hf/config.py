@@ -36,7 +36,7 @@ def read_config(path: epath.PathLike) -> LlamaConfig:
     content = read_object(file)
     for name, allowed in _ALLOWED.items():
         if content.get(name) not in allowed:
-            raise InputError(f"{file}: {name} {content.get(name)!r} is not supported, only {allowed[0]!r}")
+            raise InputError(f"{file}: {name} is {content.get(name)!r}; only {allowed[0]!r} is supported")
     for name in _NEEDED:
         if content.get(name) is None:
             raise InputError(f"{file}: {name} is missing")
@@ -49,8 +49,8 @@ def read_config(path: epath.PathLike) -> LlamaConfig:
         raise InputError(f"{file}: {error}") from error
     if content.get("head_dim") not in (None, config.head_dim):
         raise InputError(
-            f"{file}: head_dim {content['head_dim']} is not supported; "
-            f"it must be hidden_size / num_attention_heads = {config.head_dim}"
+            f"{file}: head_dim is {content['head_dim']}; "
+            f"only hidden_size / num_attention_heads = {config.head_dim} is supported"
         )
     return config
 
@@ -102,8 +102,8 @@ def _rope_theta(content: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
         if not isinstance(given, dict) or any(
             value != _PLAIN_ROPE.get(key) for key, value in given.items() if key != "rope_theta"
         ):
-            raise InputError(f"{file}: {name} {given} is not supported, only rope_type 'default'")
+            raise InputError(f"{file}: {name} is {given}; only rope_type 'default' is supported")
         found += [given["rope_theta"]] if "rope_theta" in given else []
     if any(value != found[0] for value in found[1:]):
-        raise InputError(f"{file}: rope_theta is given twice, with different values")
+        raise InputError(f"{file}: rope_theta is given twice with different values: {found}")
     return {"rope_theta": found[0]} if found else {}

@@ -163,14 +163,17 @@ def _check_stored(
     found = {name: tensor.shape for name, tensor in stored.items()}
     for name in [name for name in found if _DERIVED.fullmatch(name)]:
         if math.prod(found.pop(name)) > config.hidden_size:
-            raise InputError(f"{folder}: {name} is larger than a table of rotary frequencies")
+            raise InputError(f"{folder}: {name} is too large for a table of rotary frequencies")
     expected = {name: place.shape for name, place in tensors.items()}
     head_stored = config.tie_word_embeddings and HEAD in found
     if head_stored:
         expected[HEAD] = expected[EMBEDDING]
     _compare(found, expected, f"the weights in {folder}")
     if head_stored and not _equal(stored[HEAD], stored[EMBEDDING]):
-        raise InputError(f"tie_word_embeddings is true, but {HEAD} differs from the embedding")
+        raise InputError(
+            f"{folder}: {HEAD} differs from {EMBEDDING}, though tie_word_embeddings is true; "
+            f"remove the tensor or set tie_word_embeddings to false in {CONFIG}"
+        )
 
 
 def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:

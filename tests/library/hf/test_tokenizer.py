@@ -1,4 +1,4 @@
-"""The exported tokenizer gives SentencePiece's ids and text; what cannot be so is refused."""
+"""The exported tokenizer gives SentencePiece's ids and text; models for which it cannot are refused."""
 
 import functools
 import gzip
@@ -34,7 +34,7 @@ ADVERSARIAL = [
 
 
 def train(**options):
-    """A small model of English technical prose."""
+    """Returns a small model of English technical prose."""
     text = [line for topic in pydoc_data.topics.topics.values() for line in topic.splitlines()]
     model = io.BytesIO()
     defaults = {"vocab_size": 800, "character_coverage": 0.98, "minloglevel": 2}
@@ -71,7 +71,7 @@ def read_back(folder, content):
 
 
 def differences(folder, content, texts):
-    """The texts of which ids differ, with both ids. The text that comes back must be the same for all."""
+    """Returns the texts whose ids differ, with both ids. Asserts that both decode to the same text."""
     ours = sentencepiece.SentencePieceProcessor(model_proto=content)
     theirs = read_back(folder, content)
     pairs = [(text, ours.encode(text), theirs.encode(text).ids) for text in texts]
@@ -128,13 +128,13 @@ def test_unigram(tmp_path, normaliser, byte_fallback):
     texts = ADVERSARIAL + prose()
     scores = np.array([piece.score for piece in sentencepiece_model_pb2.ModelProto.FromString(model).pieces])
     ties = differences(tmp_path, model, texts)
-    # Nothing differs but splits of equal score, which rounding decides; rows of dashes have many.
+    # Only splits of equal score differ, which rounding decides; rows of dashes have many.
     for text, ids, other in ties:
         np.testing.assert_allclose(scores[ids].sum(), scores[other].sum(), rtol=1e-6, err_msg=text)
     assert len(ties) < len(texts) / 40
 
 
-def test_runs_of_spaces_that_share_one_score(tmp_path):
+def test_runs_of_spaces_of_equal_score(tmp_path):
     def add_runs(model):
         for n in (2, 3, 4, 6, 7, 11):
             model.pieces.add(piece=SPACE * n, score=-1e9, type=NORMAL)
@@ -169,7 +169,7 @@ def test_spaces_that_are_not_escaped(tmp_path):
 # The folder
 
 
-def test_transformers_knows_the_special_tokens(tmp_path):
+def test_transformers_reads_the_special_tokens(tmp_path):
     transformers = pytest.importorskip("transformers", reason=PARITY)
     save_tokenizer(tmp_path, plain_bpe())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -194,7 +194,7 @@ def test_special_ids_are_those_the_model_has(tmp_path):
     assert names == {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
-def test_the_model_goes_along(tmp_path):
+def test_the_sentencepiece_model_is_copied(tmp_path):
     (tmp_path / "x.model").write_bytes(plain_bpe())
     save_tokenizer(tmp_path / "hf", tmp_path / "x.model")
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == plain_bpe()
@@ -208,7 +208,7 @@ def set_type(model, index, kind):
 
 
 def keep_symbol(model, symbol="@@", kind=2, charsmap=b"", strip=False):
-    """A model that differs in one way from those whose user-defined symbols can be exported."""
+    """Changes one thing in a model whose user-defined symbols could be exported."""
     model.trainer_spec.model_type = kind
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = strip
@@ -239,7 +239,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("message", EDITS)
-def test_what_cannot_be_exact_is_refused(tmp_path, message):
+def test_models_that_cannot_be_exact_are_refused(tmp_path, message):
     with pytest.raises(InputError, match=message):
         save_tokenizer(tmp_path / "hf", edited(EDITS[message]))
     assert not (tmp_path / "hf").exists()
@@ -251,7 +251,7 @@ def test_other_kinds_of_model_are_refused(tmp_path, kind):
         save_tokenizer(tmp_path, train(model_type=kind, vocab_size=40))
 
 
-def test_unigram_whose_pieces_run_through_a_token_s_text(tmp_path):
+def test_unigram_whose_pieces_span_a_special_token_is_refused(tmp_path):
     def span(model):
         for left, right in zip("</s", "/s>", strict=True):
             model.pieces.add(piece=left + right, score=-20, type=NORMAL)
@@ -262,7 +262,7 @@ def test_unigram_whose_pieces_run_through_a_token_s_text(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no model at all"])
-def test_what_is_no_model(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     with pytest.raises(InputError, match="not a SentencePiece model"):
         save_tokenizer(tmp_path, content)
     with pytest.raises(InputError, match="is missing"):
