@@ -234,9 +234,11 @@ def test_help_explains_every_field(mora, name):
 def explained(cls: type) -> dict[str, str]:
     """What the docstrings say of every field that has a flag, written without the code under test."""
     found: dict[str, str] = {}
-    sections = re.split(r"\n\s*Attributes:\n", cls.__doc__ or "")
-    entries = re.split(r"\n {6}(?=\w+: )", "\n" + sections[1]) if len(sections) > 1 else []
-    said = {e.partition(":")[0].strip(): " ".join(e.partition(":")[2].split()) for e in entries}
+    said: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, attributes = (base.__doc__ or "").partition("Attributes:\n")
+        entries = re.split(r"\n {6}(?=\w+: )", "\n" + attributes)
+        said |= {e.partition(":")[0].strip(): " ".join(e.partition(":")[2].split()) for e in entries}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):

@@ -1,4 +1,4 @@
-"""The text of compiled programs, taken apart."""
+"""The parser of compiled programs' text."""
 
 import re
 
@@ -31,6 +31,7 @@ def test_instructions_by_name_with_their_types():
     assert (parameter.opcode, parameter.type) == ("parameter", "f32[8]{0:T(8)S(1)}")
     assert (both.opcode, both.type) == ("custom-call", "(f32[8]{0}, /*index=1*/s8[4]{0})")
     assert both.text == " custom-call(%a.1), calls=%inner"
+    assert (both.called("calls"), both.called("body"), parameter.called("calls")) == ("inner", "", "")
 
 
 def test_every_instruction_of_a_real_program_is_found():
@@ -43,6 +44,6 @@ def test_every_instruction_of_a_real_program_is_found():
     assert "while" in {i.opcode for inside in program.computations.values() for i in inside.values()}
 
 
-def test_a_text_that_begins_nowhere():
+def test_a_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("HloModule nothing\n")

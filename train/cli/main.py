@@ -136,7 +136,7 @@ def bench_profile(command: BenchProfile) -> None:
     """Runs `mora bench profile`."""
     from train.perf.bench.profile import bench
 
-    case = options.case_of(command)
+    case = command.to_case()
     bench(case, command.method, command.profiled_steps, command.top, command.out)
 
 
@@ -144,14 +144,14 @@ def bench_step(command: BenchStep) -> None:
     """Runs `mora bench step`."""
     from train.perf.bench.step import bench
 
-    bench(options.case_of(command), command)
+    bench(command.to_case(), command)
 
 
 def bench_sweep(command: BenchSweep) -> None:
     """Runs `mora bench sweep`."""
     from train.perf.bench.sweep import bench
 
-    bench(options.case_of(command), command)
+    bench(command.to_case(), command)
 
 
 def bench_report(command: BenchReport) -> None:

@@ -1,4 +1,4 @@
-"""The text of compiled programs (HLO), taken apart."""
+"""Parses the text of compiled programs (HLO)."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*)$")
-# The result's type may be a tuple with spaces and comments in it; the operation is the first word behind it.
+# The type may be a tuple that contains spaces and comments; the operation is the first word after it.
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 
 
@@ -16,14 +16,19 @@ class Instruction:
     """One instruction.
 
     Attributes:
-      opcode: what is done, such as "fusion".
-      type: of what it gives, as text.
-      text: all after the type: operands, attributes and metadata.
+      opcode: the operation, such as "fusion".
+      type: type of the result, as text.
+      text: everything after the type: operands, attributes and metadata.
     """
 
     opcode: str
     type: str
     text: str
+
+    def called(self, attribute: str) -> str:
+        """Returns the computation that an attribute such as "calls" or "body" names, or "" without it."""
+        match = re.search(rf"\b{attribute}=%?([^\s,)}}]+)", self.text)
+        return match[1] if match else ""
 
 
 Computation: TypeAlias = Mapping[str, Instruction]
@@ -34,8 +39,8 @@ class Program:
     """One program.
 
     Attributes:
-      computations: by name, each its instructions by name; what is called stands before what calls it.
-      entry: the name of the computation that the program begins with.
+      computations: instructions by name, for each computation by name; callees come before their callers.
+      entry: name of the computation where the program begins.
     """
 
     computations: Mapping[str, Computation]
@@ -43,7 +48,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """A program from its text. Raises ValueError where it begins nowhere."""
+    """Returns the program of a text. Raises ValueError if it has no entry computation."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = "", {}
     for line in text.splitlines():
@@ -51,8 +56,8 @@ def parse(text: str) -> Program:
             inside = computations.setdefault(header[1], {})
             entry = header[1] if line.startswith("ENTRY") else entry
         elif (instruction := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(instruction[2])):
-            given, rest = instruction[2][: opcode.start()], instruction[2][opcode.start() :]
-            inside[instruction[1]] = Instruction(opcode[1], given, rest)
+            kind, rest = instruction[2][: opcode.start()], instruction[2][opcode.start() :]
+            inside[instruction[1]] = Instruction(opcode[1], kind, rest)
     if not entry:
         raise ValueError("no ENTRY computation in the HLO")
     return Program(computations, entry)

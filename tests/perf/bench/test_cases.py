@@ -1,4 +1,4 @@
-"""What is measured: sizes with a name and words for methods."""
+"""Named sizes, and the words that choose a method."""
 
 import math
 
@@ -15,7 +15,7 @@ from train.step.step import init_params
 @pytest.mark.parametrize(
     ("size", "millions"), [("250m", 247.5), ("1.3b", 1339.5), ("7b", 6738.4), ("tiny", 0.119)]
 )
-def test_sizes_have_the_parameters_of_the_models_they_are_named_after(size: str, millions: float):
+def test_sizes_have_the_parameters_that_their_names_say(size: str, millions: float):
     params = jax.eval_shape(lambda: init_params(SIZES[size]().config))
     count = sum(math.prod(leaf.shape) for leaf in trees.flatten(params).values())
     assert count / 1e6 == pytest.approx(millions, abs=0.05 if millions > 1 else 0.001)
@@ -33,7 +33,7 @@ def test_words_choose_method_rank_operator_and_path():
     assert with_method(config, "config").method == config.method
 
 
-def test_every_method_of_every_size_is_a_config():
+def test_every_word_of_every_size_gives_a_config():
     for size in SIZES.values():
         case = size()
         for word in case.methods:
@@ -43,16 +43,16 @@ def test_every_method_of_every_size_is_a_config():
 @pytest.mark.parametrize(
     "word", ["", "mora:", "nix", "mora-", "mora-share:8/", "lora:8/merged/activation", "mora:x"]
 )
-def test_words_that_say_nothing_are_refused(word: str):
-    with pytest.raises(InputError, match="no method reads"):
+def test_words_of_another_form_are_refused(word: str):
+    with pytest.raises(InputError, match="is not a method"):
         with_method(SIZES["tiny"]().config, word)
 
 
-def test_what_does_not_exist_is_refused_by_name():
+def test_unknown_operators_and_paths_are_refused():
     config = SIZES["tiny"]().config
-    with pytest.raises(InputError, match="no operator 'turn', there are share"):
+    with pytest.raises(InputError, match="unknown operator 'turn'; known are share"):
         with_method(config, "mora-turn")
-    with pytest.raises(InputError, match="no path 'fast', there are auto"):
+    with pytest.raises(InputError, match="unknown path 'fast'; known are auto"):
         with_method(config, "mora/fast")
     with pytest.raises(InputError, match="rank"):
         with_method(config, "mora:0")

@@ -1,4 +1,4 @@
-"""The check that comes before any timing."""
+"""The check before any timing."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ METHODS = (MoRA(4, align=8), LoRA(4))
 
 @pytest.fixture(scope="module", autouse=True)
 def fewer_layers() -> Iterator[None]:
-    """Two products of the four, one of several kernels: what is not alike in them."""
+    """Checks only two of the four products: one of several kernels, and one of a single kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "layers", lambda model: {n: layers(model)[n] for n in ("q/k/v", "down")})
         yield
@@ -42,11 +42,11 @@ def test_every_layer_path_type_and_gradient_is_compared(found: list[checks.Findi
         "gradient of a_KR",
         "gradient of b_RD",
     }
-    # rounding to bfloat16 must show, or float32 was compared with itself
+    # Without any rounding error, float32 would have been compared with itself.
     assert all(f.error > 1e-4 for f in found if f.dtype == "bfloat16" and f.what == "output")
 
 
-def test_the_products_of_a_layer_are_those_of_the_model():
+def test_the_products_of_a_layer():
     sides = {"q/k/v": (32, (32, 16, 16)), "o": (32, (32,)), "gate/up": (32, (48, 48)), "down": (48, (32,))}
     assert layers(MODEL) == sides
 
@@ -66,13 +66,13 @@ def test_a_wrong_adapter_gradient_is_found(monkeypatch: pytest.MonkeyPatch):
     assert "by the compressed path in float32: gradient of m_RR is off by 2.0e-02" in sentence
 
 
-def test_a_bfloat16_base_is_checked_too():
+def test_a_bfloat16_base_is_checked():
     assert all(f.passes for f in check(MODEL, [MoRA(4), LoRA(4)], tokens=64, base_dtype="bfloat16"))
 
 
 def test_the_largest_error_of_each_path_and_type_is_kept():
-    told = measure.checked(SIZES["tiny"](), ("mora:3", "frozen", "full"))
-    assert set(told["worst"]) == {f"{path} {dtype}" for path in paths() for dtype in checks.LIMITS}
-    assert told["failures"] == []
-    assert told["compared"] == 2 * 2 * len(list(paths())) * 3  # layers, types, paths, quantities
-    assert 0 < told["worst"]["merged float32"] < 1e-5 < told["worst"]["merged bfloat16"] < 1e-2
+    found = measure.checked(SIZES["tiny"](), ("mora:3", "frozen", "full"))
+    assert set(found["worst"]) == {f"{path} {dtype}" for path in paths() for dtype in checks.LIMITS}
+    assert found["failures"] == []
+    assert found["compared"] == 2 * 2 * len(list(paths())) * 3  # layers, types, paths, quantities
+    assert 0 < found["worst"]["merged float32"] < 1e-5 < found["worst"]["merged bfloat16"] < 1e-2

@@ -16,7 +16,7 @@ def work(job):
     if job == "fail":
         raise ValueError("first line\\nsecond line")
     if job == "die":
-        print("the last words", file=sys.stderr, flush=True)
+        print("the last line", file=sys.stderr, flush=True)
         import os; os._exit(3)
     if job == "sleep":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -36,7 +36,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "a_child"
 
 
-def test_the_result_comes_back(child: str):
+def test_the_result_is_returned(child: str):
     assert children.call(child, 21, 60) == {"twice": 42}
 
 
@@ -44,23 +44,23 @@ def test_a_failure_is_one_line(child: str):
     assert children.call(child, "fail", 60) == {"error": "ValueError: first line"}
 
 
-def test_a_death_is_told_with_its_last_words(child: str):
-    assert children.call(child, "die", 60) == {"error": "died with status 3: the last words"}
+def test_a_death_is_reported_with_its_last_line(child: str):
+    assert children.call(child, "die", 60) == {"error": "died with status 3: the last line"}
     gone = children.call("no_such_module", 1, 60)["error"]
     assert gone.startswith("died with status 1: ")
     assert "no_such_module" in gone
 
 
-def test_a_time_limit_ends_it_and_what_it_started(child: str, tmp_path: Path):
+def test_a_timeout_ends_the_process_and_its_children(child: str, tmp_path: Path):
     began = time.monotonic()
-    assert children.call(child, "sleep", 4) == {"error": "took more than 4 s"}
+    assert children.call(child, "sleep", 4) == {"error": "timed out after 4 s"}
     assert time.monotonic() - began < 20
     grandchild = int((tmp_path / "pid").read_text())
-    for _ in range(50):  # until whoever inherits it has let it go
+    for _ in range(50):  # until the process that inherits it has reaped it
         if not alive(grandchild):
             return
         time.sleep(0.1)
-    raise AssertionError("the grandchild lives")
+    raise AssertionError("the grandchild is alive")
 
 
 def alive(pid: int) -> bool:

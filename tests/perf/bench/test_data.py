@@ -1,4 +1,4 @@
-"""The measurement of the data pipeline."""
+"""The benchmark of the data pipeline."""
 
 import json
 import random
@@ -21,7 +21,7 @@ def text(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_figures_are_shown_and_written(
+def test_figures_are_printed_and_written(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(data, "READ_SECONDS", 0.2)
@@ -37,6 +37,6 @@ def test_figures_are_shown_and_written(
     assert f"{speed.read_tokens_per_second / 1e6:.2f}" in shown
 
 
-def test_bad_input_is_told_as_everywhere(text: Path):
+def test_a_missing_source_is_refused(text: Path):
     with pytest.raises(InputError, match="matches no file"):
         data.bench(str(text / "b*.jsonl"), str(text / "t.model"), 32, 16)

@@ -1,4 +1,4 @@
-"""The count of needed operations, against counts by hand."""
+"""The count of needed operations, compared with counts by hand."""
 
 import jax
 import pytest
@@ -31,7 +31,7 @@ def test_a_trained_weight_counts_six_and_a_frozen_one_four():
 def test_adapters_count_by_their_exact_parameters():
     lora = count([(LINEARS, LoRA(2)), (".*", "frozen")])
     assert lora == flops.Flops(4 * (LINEAR_WEIGHTS + HEAD), 6 * 3 * 2 * (4 * (8 + 8) + 3 * (8 + 12)))
-    # r_hat is isqrt(16 * 2) = 5 and isqrt(20 * 2) = 6; m is stored as 8x8, which does not count
+    # r_hat is isqrt(16 * 2) = 5 and isqrt(20 * 2) = 6; the padding of m to 8x8 does not count
     mora = count([(LINEARS, MoRA(2, align=8)), (".*", "frozen")])
     assert mora.adapters == 6 * 3 * (4 * 5**2 + 3 * 6**2)
 
@@ -41,7 +41,7 @@ def test_a_tied_embedding_counts_as_the_head():
     assert count([(".*", "train")], tied).base == 6 * (LINEAR_WEIGHTS + HEAD)
 
 
-def test_the_250m_model_needs_what_the_limit_of_41_ms_was_derived_from():
+def test_the_250m_model_needs_41_ms_at_750_tflops():
     model = LlamaConfig()
     rules = [("layers/.*_proj/kernel", "frozen"), (".*", "train")]
     per_step = count(rules, model).base * 64 * 512

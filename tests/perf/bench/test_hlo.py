@@ -1,4 +1,4 @@
-"""What the text of a compiled program says of its operations."""
+"""Operations of compiled programs: their kinds, parts and source lines."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ ENTRY %main (a.1: f32[8]) -> (f32[8], /*index=1*/f32[8]) {
 """
 
 
-def test_kinds_parts_and_places_are_read():
+def test_kinds_parts_and_source_lines_are_found():
     ops = operations(TEXT)
     kinds = {name: ops[name].kind for name in ("copies", "sums", "gemm.3", "fmha.1", "while.2", "triton.1")}
     assert kinds == {
@@ -69,11 +69,11 @@ def test_kinds_parts_and_places_are_read():
     assert ops["sums"].source == "/home/x/train/step.py:7"
 
 
-def test_a_library_is_passed_over_for_the_line_that_called_it():
+def test_a_frame_in_a_library_is_replaced_by_its_caller():
     assert operations(TEXT)["copies"].source == "/home/x/mora_jax/llama.py:42"
 
 
-def test_the_text_of_a_real_program_is_read():
+def test_the_text_of_a_real_program_is_parsed():
     compiled = jax.jit(lambda x: jnp.tanh(x @ x.T)).lower(jnp.ones((64, 64))).compile()
     ops = operations(compiled.as_text())
     matmuls = [op for op in ops.values() if op.kind == "matmul"]
@@ -82,7 +82,7 @@ def test_the_text_of_a_real_program_is_read():
     assert Op("matmul").part == "unnamed"
 
 
-def test_a_kernel_of_no_known_operation_goes_by_its_name():
+def test_a_kernel_of_an_unknown_operation_is_classified_by_its_name():
     kinds = {
         name: kind_by_name(name) for name in ("nvjet_hsh_128x256", "MemcpyD2D", "fmha_fprop_sm90", "loop_add")
     }

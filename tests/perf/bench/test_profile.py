@@ -18,7 +18,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, dict]:
     return found, json.loads(out.read_text())
 
 
-def test_the_costliest_kernels_come_first_and_their_sums_agree(seen: tuple[Profile, dict]):
+def test_the_most_expensive_kernels_come_first_and_their_sums_agree(seen: tuple[Profile, dict]):
     found, written = seen
     times = [kernel.milliseconds for kernel in found.kernels]
     assert times == sorted(times, reverse=True)
@@ -26,11 +26,11 @@ def test_the_costliest_kernels_come_first_and_their_sums_agree(seen: tuple[Profi
     for what in ("kind", "part", "direction"):
         assert sum(written[what].values()) == pytest.approx(found.busy_milliseconds)
     assert [kernel["milliseconds"] for kernel in written["kernels"]] == times
-    # What a loop or a call lasts is the time of what runs inside.
+    # The time of a loop or a call is that of what runs inside.
     assert not any(kernel.op.kind == "control" for kernel in found.kernels)
 
 
-def test_kernels_are_traced_to_what_asked_for_them(seen: tuple[Profile, dict]):
+def test_kernels_are_traced_to_their_source_lines(seen: tuple[Profile, dict]):
     found, _ = seen
     matmuls = [kernel.op for kernel in found.kernels if kernel.op.kind == "matmul"]
     assert {"attention", "mlp", "loss"} <= {op.part for op in matmuls}
@@ -39,7 +39,7 @@ def test_kernels_are_traced_to_what_asked_for_them(seen: tuple[Profile, dict]):
     assert "optimizer" in {kernel.op.part for kernel in found.kernels}
 
 
-def test_every_layer_is_counted_in_every_step(seen: tuple[Profile, dict]):
+def test_every_layer_counts_in_every_step(seen: tuple[Profile, dict]):
     found, _ = seen
     model = SIZES["tiny"]().config.model
     products = [
@@ -51,7 +51,9 @@ def test_every_layer_is_counted_in_every_step(seen: tuple[Profile, dict]):
     assert sum(products) == 3 * model.num_hidden_layers
 
 
-def test_the_table_names_as_many_as_asked_for(seen: tuple[Profile, dict], capsys: pytest.CaptureFixture[str]):
+def test_the_table_has_the_given_number_of_kernels(
+    seen: tuple[Profile, dict], capsys: pytest.CaptureFixture[str]
+):
     found, _ = seen
     profile.show(found, "mora", top=3)
     shown = capsys.readouterr().out

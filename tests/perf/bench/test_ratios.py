@@ -1,4 +1,4 @@
-"""Comparisons and tables made of figures."""
+"""Comparisons and tables from figures."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def by_name(found: Record) -> dict[str, Ratio]:
     return {ratio.name: ratio for ratio in ratios(found)}
 
 
-def test_mora_is_compared_with_everything_that_was_measured(measured: Record):
+def test_mora_is_compared_with_every_other_row(measured: Record):
     found = by_name(measured)
     values = {name: ratio.value for name, ratio in found.items() if name.startswith("MoRA r 128")}
     assert values == pytest.approx(
@@ -91,18 +91,18 @@ def test_table_5_compares_steps_and_memory_with_peft_of_the_same_rank():
     assert found["MoRA rotate r 8 / LoRA's best path, time"].aim == 1.05
     assert found["MoRA rotate r 8 / PEFT LoRA, steps/s"].value == pytest.approx(416 / 90)
     assert found["MoRA rotate r 8 / PEFT LoRA, peak memory"].met is True
-    assert not any("PyTorch" in name for name in found)  # that would say the same twice
+    assert not any("PyTorch" in name for name in found)  # the same comparison would be there twice
     assert found["LoRA r 256 / PEFT LoRA, steps/s"].met is False
     assert found["LoRA r 256 / PEFT LoRA, peak memory"].met is False
 
 
-def test_rows_that_failed_are_compared_with_nothing(measured: Record):
+def test_rows_that_failed_are_not_compared(measured: Record):
     measured.put(method_row(SIZES["250m"](), "full"), {"error": "out of memory"})
     assert not any("full" in name for name in by_name(measured))
     assert "| full fine-tuning | failed: out of memory |" in report.markdown(measured)
 
 
-def test_each_share_is_of_the_matmul_rate_of_its_own_run(measured: Record):
+def test_a_share_uses_the_matmul_rate_of_its_own_run(measured: Record):
     measured.runs.append({"matmul_tflops": 400.0, "matmul_side": 8192, "versions": {}})
     measured.put(
         method_row(SIZES["250m"](), "mora"), figures(100.0, needed_tflop=36.0, needed_tflop_base=32.0)
@@ -110,7 +110,7 @@ def test_each_share_is_of_the_matmul_rate_of_its_own_run(measured: Record):
     assert by_name(measured)["MoRA r 128, share of the matmul rate"].value == pytest.approx(0.9)
 
 
-def test_a_page_gets_the_tables_of_its_files(measured: Record, tmp_path: Path):
+def test_the_tables_of_a_page_are_rewritten_from_its_files(measured: Record, tmp_path: Path):
     (tmp_path / "figures").mkdir()
     measured.save(str(tmp_path / "figures" / "250m.json"))
     assert load(str(tmp_path / "figures" / "250m.json")) == measured
@@ -129,7 +129,7 @@ def test_a_page_gets_the_tables_of_its_files(measured: Record, tmp_path: Path):
     assert page.read_text() == text
 
 
-def test_pages_and_files_that_are_not_there_are_told(tmp_path: Path):
+def test_missing_pages_and_bad_files_are_refused(tmp_path: Path):
     page = tmp_path / "page.md"
     with pytest.raises(InputError, match="cannot read this page"):
         report.refresh(str(page))
@@ -144,7 +144,7 @@ def test_pages_and_files_that_are_not_there_are_told(tmp_path: Path):
         report.refresh(str(page))
 
 
-def test_the_page_of_the_project_holds_what_its_figures_say():
+def test_the_tables_of_performance_md_are_those_of_its_figures():
     page = Path(__file__).parents[3] / "docs" / "performance.md"
     for match in report.MARKED.finditer(page.read_text()):
         written = report.markdown(load(str(page.parent / match[2])))

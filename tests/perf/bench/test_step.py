@@ -1,4 +1,4 @@
-"""The order of a benchmark's work, what it writes, and once the real processes."""
+"""The order of a benchmark's work and what it writes, and one run with real processes."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def figures(milliseconds: float) -> dict[str, Any]:
 
 
 class World:
-    """Stands in for the processes: answers each job and remembers it."""
+    """Replaces the processes: answers each job and records it."""
 
     def __init__(self) -> None:
         self.jobs: list[Any] = []
@@ -70,7 +70,7 @@ def bench(tmp_path: Path) -> Callable[..., record.Record]:
 def test_all_methods_are_checked_measured_and_written(world: World, bench, tmp_path: Path, capsys):
     bench()
     assert [type(job) for job in world.jobs[:2]] == [MatmulJob, CheckJob]
-    assert world.methods() == [*SIZES["tiny"]().methods, "frozen"]  # once more at the end, to see drift
+    assert world.methods() == [*SIZES["tiny"]().methods, "frozen"]  # again at the end, for the drift
     written = json.loads((tmp_path / "figures.json").read_text())
     assert [row["what"]["name"] for row in written["rows"]] == [
         "full",
@@ -88,7 +88,7 @@ def test_all_methods_are_checked_measured_and_written(world: World, bench, tmp_p
 
 
 @pytest.mark.parametrize(("after", "warned"), [(8.2, False), (8.3, True), (7.7, True)])
-def test_rows_between_which_the_device_changed_are_not_to_be_compared(
+def test_a_device_that_became_faster_or_slower_is_reported(
     world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys, after, warned
 ):
     milliseconds = iter((8.0, after))
@@ -105,12 +105,14 @@ def test_wrong_results_are_not_timed(world: World, bench):
     assert world.methods() == []
 
 
-def test_the_check_can_be_left_out(world: World, bench):
+def test_the_check_can_be_skipped(world: World, bench):
     bench(no_check=True, methods=("mora",))
     assert not any(isinstance(job, CheckJob) for job in world.jobs)
 
 
-def test_a_row_that_fails_says_so_and_the_others_go_on(world: World, bench, tmp_path: Path, capsys):
+def test_a_row_that_fails_is_reported_and_the_others_are_measured(
+    world: World, bench, tmp_path: Path, capsys
+):
     world.failing = {"full"}
     found = bench(methods=("full", "mora"))
     assert found.rows[0]["error"] == "out of memory"
@@ -120,7 +122,7 @@ def test_a_row_that_fails_says_so_and_the_others_go_on(world: World, bench, tmp_
     assert "error" not in bench(methods=("full",)).rows[0]
 
 
-def test_missing_measures_what_the_file_lacks(world: World, bench):
+def test_missing_measures_only_what_the_file_lacks(world: World, bench):
     world.failing = {"lora/merged"}
     bench(methods=("mora", "lora/merged"))
     world.jobs.clear()
@@ -132,34 +134,32 @@ def test_missing_measures_what_the_file_lacks(world: World, bench):
     assert world.jobs == []
 
 
-def test_no_row_is_begun_that_would_end_too_late(
-    world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys
-):
-    clock = iter(range(0, 10_000, 40))  # seconds; each look at the clock is 40 later
+def test_no_row_starts_that_would_end_too_late(world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys):
+    clock = iter(range(0, 10_000, 40))  # each reading of the clock is 40 s later
     monkeypatch.setattr(step.time, "monotonic", lambda: next(clock))
     bench(minutes=4)
     assert world.methods() == ["full", "frozen", "lora/activation"]
     assert "4 minutes are over: LoRA r 8 (merged path)" in capsys.readouterr().out
 
 
-def test_figures_of_another_setting_or_device_are_not_mixed(world: World, bench):
+def test_figures_of_another_setting_or_device_are_refused(world: World, bench):
     bench(methods=("mora",))
     case = SIZES["tiny"]()
     other = dataclasses.replace(case, config=dataclasses.replace(case.config, batch_size=8))
     with pytest.raises(InputError, match=r"another setting \(batch_size\)"):
         bench(other, methods=("mora",))
     world.rate = RATE | {"device": "another toy"}
-    with pytest.raises(InputError, match=r"of another device \(toy\), this is another toy"):
+    with pytest.raises(InputError, match=r"of another device \(toy\), not another toy"):
         bench(methods=("mora",))
 
 
-def test_a_device_that_cannot_be_used_is_told(world: World, bench):
+def test_a_device_that_cannot_be_used_is_reported(world: World, bench):
     world.rate = {"error": "no device"}
     with pytest.raises(InputError, match="the device cannot be used: no device"):
         bench()
 
 
-def test_an_attention_that_is_not_here_is_told_before_anything_is_measured(world: World, bench):
+def test_cudnn_without_a_gpu_is_refused_before_anything_is_measured(world: World, bench):
     case = SIZES["250m"]()
     with pytest.raises(InputError, match="cudnn needs an NVIDIA GPU"):
         bench(case)
@@ -179,7 +179,7 @@ def test_peers_come_after_the_methods(world: World, bench, monkeypatch: pytest.M
     assert "MoRA r 8 / PyTorch MoRA, tokens/s" in capsys.readouterr().out
 
 
-def test_peers_that_are_not_installed_are_left_out_with_a_message(
+def test_peers_that_are_not_installed_are_skipped_with_a_message(
     world: World, bench, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == "peft" else True)
@@ -189,8 +189,8 @@ def test_peers_that_are_not_installed_are_left_out_with_a_message(
 
 
 @pytest.mark.parametrize("word", ["nix", "lora/fast", "lora:", "full/compiled/bf16"])
-def test_words_for_peers_that_say_nothing_are_refused(word: str):
-    with pytest.raises(InputError, match="no peer reads"):
+def test_bad_words_for_peers_are_refused(word: str):
+    with pytest.raises(InputError, match="is not a peer"):
         peer_job(SIZES["tiny"](), word, 1, 2)
 
 
@@ -228,12 +228,12 @@ def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest
     assert "MoRA r 8 (merged path)" in capsys.readouterr().out
 
 
-def test_a_deterministic_case_is_measured_as_such(monkeypatch: pytest.MonkeyPatch):
-    """XLA is told before JAX starts, as in a run, and the figures are of another setting."""
-    told = []
+def test_a_deterministic_case_sets_the_flags_of_xla(monkeypatch: pytest.MonkeyPatch):
+    """They are set before JAX starts, as in a run, and the figures have another setting."""
+    seen = []
 
     def stop(config: RunConfig) -> None:
-        told.append(config.deterministic)
+        seen.append(config.deterministic)
         raise InterruptedError
 
     monkeypatch.setattr(program.backend, "set_flags", stop)
@@ -241,5 +241,5 @@ def test_a_deterministic_case_is_measured_as_such(monkeypatch: pytest.MonkeyPatc
     deterministic = dataclasses.replace(case, config=dataclasses.replace(case.config, deterministic=True))
     with pytest.raises(InterruptedError):
         measure.run(StepJob(deterministic, "mora", 1, 2))
-    assert told == [True]
+    assert seen == [True]
     assert record.setting(case) != record.setting(deterministic)

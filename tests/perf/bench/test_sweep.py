@@ -41,7 +41,7 @@ def test_one_size_at_a_time_and_no_point_twice():
     points = list(sweep.points(CASE, asked(methods=("frozen", "mora"))))
     whats = [what for what, _ in points]
     assert all(whats.count(what) == 1 for what in whats)
-    # The case itself is a point of all four axes, and the frozen base knows no rank.
+    # The case itself is a point of all four axes, and the frozen base has no rank.
     assert len([w for w in whats if w["name"] == "mora"]) == 4 * 4 - 3
     assert len([w for w in whats if w["name"] == "frozen"]) == 3 * 4 - 2
 
@@ -71,11 +71,11 @@ def test_sizes_are_scaled(axis: str, factor: Fraction, changed: dict[str, int]):
 
 
 def test_a_size_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="batch_size 60 times 1/8 is no whole number"):
+    with pytest.raises(InputError, match="--batch-size 60 times 1/8 is not an integer"):
         sweep.scaled(dataclasses.replace(CASE.config, batch_size=60), "batch", Fraction(1, 8))
 
 
-def test_the_file_is_gone_on_with_and_the_picture_drawn(jobs: list[Any], tmp_path: Path, capsys):
+def test_a_sweep_resumes_from_its_file_and_draws_the_picture(jobs: list[Any], tmp_path: Path, capsys):
     out, picture = str(tmp_path / "sweep.json"), tmp_path / "images" / "sweep.png"
     sweep.bench(CASE, asked(methods=("mora",), axes=("batch",), out=out))
     assert len(jobs) == 4
@@ -90,7 +90,7 @@ def test_the_file_is_gone_on_with_and_the_picture_drawn(jobs: list[Any], tmp_pat
     assert [sweep_plot.memory(row) for row in rows] == [0.8, 3.2, 12.8, 25.6]
 
 
-def test_nothing_to_draw_is_told(tmp_path: Path):
+def test_a_picture_needs_two_points(tmp_path: Path):
     record = Record("250m", sweep.start(CASE, "").setting)
     with pytest.raises(InputError, match="nothing to draw"):
         sweep_plot.plot(record, str(tmp_path / "a.png"))

@@ -1,4 +1,4 @@
-"""The PyTorch programs, against this project's own mathematics and against plain transformers."""
+"""The PyTorch programs compared with this project's mathematics and with plain transformers."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from train.perf.bench.jobs import PeerJob, peer_job
 from train.step.step import init_params, init_state
 
 CPU = torch.device("cpu")
-# PEFT asks transformers in a way that transformers will not answer for ever.
+# PEFT uses an attribute that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -36,7 +36,7 @@ def job(word: str, case: Case | None = None) -> PeerJob:
     [(torch_mora.SharingLinear, Share()), (torch_mora.RotatingLinear, Rotate(surplus="drop"))],
 )
 @pytest.mark.parametrize(("k", "d"), [(20, 20), (20, 33), (33, 20)])
-def test_torch_mora_computes_what_this_project_does(kind: Any, operator: Any, k: int, d: int):
+def test_torch_mora_agrees_with_this_project(kind: Any, operator: Any, k: int, d: int):
     layer = kind(torch.nn.Linear(k, d, bias=False), rank=3, dtype=torch.float32)
     method = MoRA(3, operator)
     assert layer.r_hat == method.r_hat(k, d)
@@ -47,7 +47,7 @@ def test_torch_mora_computes_what_this_project_does(kind: Any, operator: Any, k:
 
 
 @pytest.mark.parametrize("word", ["full", "lora", "mora", "mora-rotate:4", "lora/bf16"])
-def test_a_peer_trains_and_gives_a_row(word: str):
+def test_a_peer_trains_and_returns_a_row(word: str):
     row = torch_peers.run(job(word))
     assert row["steps"] == 3
     assert row["p10"] <= row["milliseconds"] <= row["p90"]
@@ -69,7 +69,7 @@ def test_a_peer_trains_as_many_parameters_as_this_project(word: str):
     assert trained == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
 
 
-def test_what_a_peer_trains_moves_and_nothing_else():
+def test_a_peer_changes_only_what_it_trains():
     asked = job("lora")
     model = torch_peers.build(asked, CPU)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -82,14 +82,14 @@ def test_what_a_peer_trains_moves_and_nothing_else():
     assert "lm_head.weight" in moved
 
 
-def test_precision_is_what_was_asked_for():
+def test_the_dtypes_of_parameters():
     mixed, pure = (torch_peers.build(job(word), CPU) for word in ("lora", "lora/bf16"))
     assert {p.dtype for p in mixed.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in mixed.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in pure.parameters()} == {torch.bfloat16}
 
 
-def test_table_5_trains_adapters_alone_and_computes_layers_again():
+def test_table_5_trains_only_adapters_and_recomputes_layers():
     tiny, table_5 = SIZES["tiny"](), SIZES["7b"]()
     config = dataclasses.replace(
         table_5.config, model=tiny.config.model, data=tiny.config.data, method=table_5.config.method

@@ -1,4 +1,4 @@
-"""Products counted in traced programs."""
+"""The count of products in traced programs."""
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,14 @@ def test_a_batched_product_over_two_axes():
     )
 
 
-def test_a_loop_counts_every_round():
+def test_a_loop_counts_every_iteration():
     def repeated(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
     assert flops(repeated, (3, 5), (11, 5, 5)) == 11 * 2 * 3 * 5 * 5
 
 
-def test_a_product_that_nobody_uses_counts_nothing():
+def test_an_unused_product_does_not_count():
     def wasteful(a, b):
         both = jax.jit(lambda a, b: (a @ b, a + a))(a, b)
         return both[1]
@@ -46,7 +46,7 @@ def test_the_larger_branch_counts():
 
 
 def test_a_gradient_with_rematerialisation():
-    """Two products forward, both again, and three backward: x needs no gradient."""
+    """Two products forward, both recomputed, and three backward: x needs no gradient."""
 
     def loss(w, x):
         return jax.checkpoint(lambda w: jnp.tanh(jnp.tanh(x @ w) @ w).sum())(w)
@@ -60,5 +60,5 @@ def test_agrees_with_the_compiler_where_there_is_no_loop():
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 128, 128), (64, 128))]
     traced = jax.jit(jax.grad(lambda w, x: loss(w, x).sum())).trace(*shapes)
-    compiler = traced.lower().compile().cost_analysis()["flops"]  # counts what is no product, too
+    compiler = traced.lower().compile().cost_analysis()["flops"]  # also counts other operations
     assert 0.95 * compiler < product_flops(traced.jaxpr) < compiler

@@ -1,4 +1,4 @@
-"""Collectives read from HLO: of programs compiled here, and of text as the TPU compiler writes it."""
+"""Collectives found in HLO: in programs compiled here, and in text in the TPU compiler's style."""
 
 import re
 
@@ -39,7 +39,7 @@ def test_a_gathered_array(mesh):
     assert found == [Collective("all-gather", "data", 1, 8 * 96 * 4, 8 * 96 * 2)]
 
 
-def test_what_a_loop_does_counts_as_often_as_it_runs(mesh):
+def test_a_collective_in_a_loop_counts_once_for_each_run(mesh):
     def repeated(x, w):
         return jax.lax.scan(lambda x, w: (jax.lax.with_sharding_constraint(x @ w, P()), None), x, w)[0]
 
@@ -55,7 +55,7 @@ def test_a_program_that_sends_nothing(mesh):
     assert compiled(lambda x: x * 2, mesh, ((8, 96), P())) == []
 
 
-# As the TPU compiler writes it
+# In the TPU compiler's style
 
 HEAD = "HloModule jit_f, is_scheduled=true\n\n"
 
@@ -101,7 +101,7 @@ def test_tuples_layouts_and_widths():
     ]
 
 
-def test_started_and_finished_counts_once():
+def test_a_collective_that_is_started_and_finished_counts_once():
     text = entry(
         "%s = (f32[32,256]{1,0}, f32[32,256]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=6, "
         "source_target_pairs={{0,1},{1,0},{2,3},{3,2}}",
@@ -116,7 +116,7 @@ def test_started_and_finished_counts_once():
     ]
 
 
-def test_one_that_is_spread_over_fusions_counts_once():
+def test_a_collective_spread_over_fusions_counts_once():
     gather = "f32[8,4]{1,0} all-gather(%p), channel_id=9, dimensions={0}, replica_groups=[1,4]<=[4]"
     fusions = "".join(
         f"%part.{i} (p: f32[2,4]) -> f32[8,4] {{\n  ROOT %g.{i} = {gather}\n}}\n\n" for i in range(3)
@@ -128,7 +128,7 @@ def test_one_that_is_spread_over_fusions_counts_once():
     assert collectives(text, {"fsdp": 4}) == [Collective("all-gather", "fsdp", 1, 128, 96)]
 
 
-def test_a_fusion_that_scatters_what_it_sums():
+def test_a_fusion_of_all_reduce_and_slice_is_a_reduce_scatter():
     inner = (
         "%all-reduce-scatter.2 (input: f32[512,320]) -> f32[64,320] {\n"
         "  %all-reduce.1 = f32[512,320]{1,0:T(8,128)} all-reduce(%input), channel_id=46, "
@@ -161,20 +161,20 @@ LOOP = """%cond (p: (s32[], f32[4])) -> pred[] {
 """
 
 
-def test_a_loop_whose_length_stands_in_its_condition():
+def test_the_length_of_a_loop_is_found_in_its_condition():
     loop = "%w = (s32[], f32[4]) while(%t), condition=%cond, body=%body, metadata={}"
     text = entry(loop).replace(HEAD, HEAD + LOOP)
     assert collectives(text, {"data": 2}) == [Collective("all-reduce", "data", 24, 24 * 16, 24 * 16)]
-    with pytest.raises(ValueError, match="a loop whose length is not known"):
+    with pytest.raises(ValueError, match="a loop of unknown length"):
         collectives(re.sub("constant.24.", "parameter(1)", text), {"data": 2})
 
 
-def test_devices_by_themselves_send_nothing():
+def test_groups_of_one_device_send_nothing():
     text = entry("%a = f32[4]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add")
     assert collectives(text, {"data": 2}) == []
 
 
-def test_text_that_is_no_program():
+def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("nothing", {"data": 2})
 

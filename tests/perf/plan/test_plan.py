@@ -1,4 +1,4 @@
-"""Plans: the state's bytes, the formula, the command line, and one compilation by the TPU compiler."""
+"""Plans: bytes of the state, the formula, the command line, and the TPU compiler."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ def config(tiny_yaml):
 
 @pytest.fixture
 def abstract(config):
-    """The state of a config, by the sizes of a mesh."""
+    """Returns a function from sizes of a mesh to the abstract state, methods and mesh."""
 
     def state(**sizes: int):
         mesh = sharding.make_mesh(**sizes)
@@ -46,7 +46,7 @@ def abstract(config):
 # Sizes
 
 
-def test_the_state_that_one_device_holds(abstract):
+def test_the_state_on_one_device(abstract):
     state, _, _ = abstract(data=2)
     found = held(state)
     assert found.parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
@@ -59,8 +59,8 @@ def test_the_state_that_one_device_holds(abstract):
 
 
 @pytest.mark.parametrize("name", ["250m_remora", "1_3b_remora", "7b_remora"])
-def test_what_a_device_holds_falls_as_devices_are_added(name):
-    """To 1 / N of the whole, within a tenth: vectors alone are whole on each."""
+def test_the_state_on_a_device_falls_with_the_number_of_devices(name):
+    """To 1 / N within a tenth: only vectors are replicated."""
     config = flags.read_config(str(CONFIGS / f"{name}.yaml"))
     methods = assign_methods(config)
     whole = held(abstract_state(config, methods, divided(1)))
@@ -75,7 +75,7 @@ def divided(count: int) -> AbstractMesh:
 
 
 def test_gradients_are_summed_over_data(abstract, config):
-    """By hand: embedding, head, norms and adapters are trained, and each is whole on both devices."""
+    """By hand: embedding, head, norms and adapters are trained, and replicated on both devices."""
     state, methods, mesh = abstract(data=2)
     (line,) = expected(config, methods, state, mesh)
     d, v, layers = 32, 384, 2
@@ -87,8 +87,8 @@ def test_gradients_are_summed_over_data(abstract, config):
     assert expected(twice, methods, state, mesh)[0].base == 2 * line.base
 
 
-def test_gradients_of_adapters_are_sent_as_they_are_added_up(abstract, config):
-    """In float32 where MoRA does it part by part of the batch, else in the type of the products."""
+def test_gradients_of_adapters_are_sent_in_the_dtype_of_their_sums(abstract, config):
+    """In float32 if MoRA sums part by part of the batch, otherwise in the dtype of the products."""
     state, methods, mesh = abstract(data=2)
     adapters = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
     half = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
@@ -109,8 +109,8 @@ def test_gradients_of_adapters_are_sent_as_they_are_added_up(abstract, config):
     assert sent(32, dropout=0.1) == adapters * 2
 
 
-def test_divided_arrays_are_gathered_and_their_gradients_scattered(abstract, config):
-    """By hand, over two devices that share one copy of the state: half of all is sent each time."""
+def test_sharded_arrays_are_all_gathered_and_their_gradients_reduce_scattered(abstract, config):
+    """By hand, over two devices that share one copy of the state: half of everything is sent."""
     state, methods, mesh = abstract(data=1, fsdp=2)
     lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
     d, v, layers = 32, 384, 2
@@ -121,18 +121,18 @@ def test_divided_arrays_are_gathered_and_their_gradients_scattered(abstract, con
     assert gathers.base == (2 * kernels + 2 * v * d * 4) / 2  # embedding and head once
     scatters = lines["reduce-scatter", "fsdp"]
     assert (scatters.base, scatters.adapters) == (2 * v * d * 4 / 2, adapters / 2)
-    assert lines["all-reduce", "fsdp"].base == (2 * layers + 1) * d * 4  # norms' scales are whole
+    assert lines["all-reduce", "fsdp"].base == (2 * layers + 1) * d * 4  # scales of norms are replicated
     assert len(lines) == 3
 
 
-def test_activations_are_summed_over_tensor(abstract, config):
+def test_activations_are_all_reduced_over_tensor(abstract, config):
     state, methods, mesh = abstract(data=2, tensor=2)
     lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
     tokens, d, layers = 4 * 32 // 2, 32, 2
     assert lines["all-reduce", "tensor"].base == 4 * layers * tokens * d * 4
 
 
-def test_mora_gathers_activations_over_tensor(abstract, config):
+def test_mora_all_gathers_activations_over_tensor(abstract, config):
     """By hand: outputs of q, k, v, gate and up, inputs of o and down; and M for both passes."""
     state, methods, mesh = abstract(data=2, tensor=2)
     lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
@@ -140,7 +140,7 @@ def test_mora_gathers_activations_over_tensor(abstract, config):
     m = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
     widths = 3 * d + 2 * f + d + f
     assert lines["all-gather", "tensor"].adapters == layers * tokens * widths * 4 / 2 + 2 * m / 2
-    assert lines["all-reduce", "data"].adapters == m  # whole
+    assert lines["all-reduce", "data"].adapters == m  # replicated
 
 
 # The command
@@ -149,7 +149,7 @@ def test_mora_gathers_activations_over_tensor(abstract, config):
 def test_simulated_devices(capsys, tiny_yaml, tmp_path):
     out = tmp_path / "plan.json"
     cli.main(["plan", str(tiny_yaml), "--devices", "2", "--mesh.data", "2", "--out", str(out)])
-    shown = " ".join(capsys.readouterr().out.split())  # lines break where the path's length has them break
+    shown = " ".join(capsys.readouterr().out.split())  # where lines break depends on the path
     assert "2 simulated devices" in shown
     assert "the CPU compiler's" in shown
     assert shown.endswith("It fits.")
@@ -167,14 +167,14 @@ def test_every_program(config):
     assert names == ["train_step", "restart_step", "eval_step"]
 
 
-def test_what_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
+def test_a_config_that_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", str(tiny_yaml), "--devices", "1", "--memory", "0.0001"])
     assert stop.value.code == 1
     assert "It does not fit." in capsys.readouterr().out
 
 
-def test_what_is_not_known_is_left_open(config):
+def test_unknown_memory_leaves_it_open_whether_a_program_fits(config):
     made = make_plan(config, targets.simulated(1, 0.0))
     assert made.fits() is None
     peak, state = made.programs[0].peak, made.held.total()
@@ -190,17 +190,17 @@ def test_what_is_not_known_is_left_open(config):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "needs one of --topology, such as v5e:16x16, and --devices"),
-        (["--devices", "2", "--topology", "v5e:2x2"], "needs one of"),
+        ([], "needs either --topology, such as v5e:16x16, or --devices"),
+        (["--devices", "2", "--topology", "v5e:2x2"], "needs either"),
         (["--devices", "-1"], "--devices must be at least 1, not -1"),
-        (["--devices", "400"], "JAX has started with 8 CPU devices; 400 are asked for"),
+        (["--devices", "400"], "--devices 400 is too many: JAX has started with 8 CPU devices"),
         (["--devices", "2", "--mesh.data", "4"], "mesh.data"),
         (
             ["--devices", "3", "--mesh.data", "3"],
             "batch_size / microbatches 4 does not divide among 3 devices",
         ),
-        (["--topology", "v9:2x2"], "--topology v9:2x2 is not known; known are v5e:1x1 2x2"),
-        (["--topology", "v5p:2x2"], "--topology v5p:2x2 is not known"),
+        (["--topology", "v9:2x2"], "unknown --topology v9:2x2; known are v5e:1x1 2x2"),
+        (["--topology", "v5p:2x2"], "unknown --topology v5p:2x2"),
         (["--topology", "v5e:2x2", "--compute.attention", "cudnn"], "cudnn needs"),
         (["--topologie", "v5e:2x2"], "did you mean --topology?"),
     ],
@@ -221,7 +221,7 @@ def test_the_missing_compiler_is_named(monkeypatch):
         targets.topology("v5e:2x2")
 
 
-# By the TPU compiler
+# The TPU compiler
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: the extra `tpu`"
@@ -229,7 +229,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def planned_for_tpus(*words: str, folder: Path) -> dict:
-    """The figures of `mora plan`, in a process of its own: libtpu is not loaded here, and it optimises."""
+    """Returns the figures of `mora plan` from a process of its own, with XLA's optimizations."""
     out = folder / "plan.json"
     environment = {
         k: v for k, v in os.environ.items() if k not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
@@ -244,7 +244,7 @@ def planned_for_tpus(*words: str, folder: Path) -> dict:
 @needs_libtpu
 @pytest.mark.parametrize("rows", [4, 64], ids=["activation path", "merged path"])
 def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
-    """In bfloat16: what is sent in float32 all the same, and what is not."""
+    """The formula agrees with the compiler about what is sent in float32 and what in bfloat16."""
     words = ["--topology", "v5e:2x2", "--mesh.data", "4"]
     words += ["--compute.dtype", "bfloat16", "--batch-size", str(rows)]
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
@@ -257,7 +257,7 @@ def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
 
 
 @needs_libtpu
-def test_what_mora_gathers_over_tensor_by_the_tpu_compiler(tiny_yaml, tmp_path):
+def test_activations_that_mora_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_path):
     words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2"]
     words += ["--compute.dtype", "bfloat16", "--batch-size", "64"]
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
@@ -269,7 +269,7 @@ def test_what_mora_gathers_over_tensor_by_the_tpu_compiler(tiny_yaml, tmp_path):
 
 @needs_libtpu
 def test_splash_attention_by_the_tpu_compiler(tiny_yaml, tmp_path):
-    """Heads of 48, as 250M has them, divided over `tensor`; rows over `data`."""
+    """Heads of 48, as in 250M, are sharded over `tensor`, rows over `data`."""
     words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2", "--compute.dtype", "bfloat16"]
     words += ["--data.sequence-length", "128", "--model.max-position-embeddings", "128"]
     words += ["--model.hidden-size", "96", "--model.intermediate-size", "128"]

@@ -1,4 +1,4 @@
-"""docs/scaling.md: its XLA flags are known to the versions that are installed, its files are there."""
+"""docs/scaling.md: the installed versions know its XLA flags, and its files exist."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ assert len(topology("v5e:2x2").devices) == 4
 
 
 def flags(variable: str) -> list[str]:
-    """All flags that the page's table gives to a variable."""
+    """Returns all flags that the page's table gives for a variable."""
     return re.findall(rf"`{variable}=(--[a-z0-9_]+=[a-z0-9.]+)`", PAGE)
 
 
@@ -45,7 +45,7 @@ def test_libtpu_knows_the_flags():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_configs_that_are_named_are_there():
+def test_the_configs_on_the_page_exist():
     named = set(re.findall(r"configs/\w+\.yaml", PAGE))
     assert len(named) >= 3
     assert all((ROOT / name).exists() for name in named)

@@ -1,4 +1,4 @@
-"""The table of plans: what a config becomes for a slice, and what is in its file is not compiled again."""
+"""The table of plans: the config for a slice, and no compilation of what the file has."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ GIB = 2**30
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[tuple]:
-    """The plans that were asked for, none of which is really made."""
+    """Replaces `plan`, and returns the list of its calls."""
     asked = []
 
     def plan(config, topology, devices, memory, programs):
@@ -43,15 +43,15 @@ def compiled(monkeypatch) -> list[tuple]:
 @pytest.mark.parametrize(
     ("devices", "sequences", "microbatches"), [(8, 4, 32), (256, 4, 1), (8, 100, 2), (1024, 4, 1)]
 )
-def test_microbatches_hold_so_many_sequences_at_most(devices, sequences, microbatches):
+def test_a_microbatch_has_at_most_the_given_number_of_sequences(devices, sequences, microbatches):
     config = table.spread(flags.read_config(CONFIG), devices, sequences)
     assert (config.microbatches, config.mesh.fsdp) == (microbatches, devices)
     assert 1024 % (devices * microbatches) == 0
     assert config.compute == Compute(layers="scan", remat="full", attention="splash")
 
 
-def test_a_batch_that_does_not_divide():
-    with pytest.raises(InputError, match="batch_size 1024 does not divide among 48 devices"):
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="batch_size 1024 is not a multiple of the 48 devices"):
         table.spread(flags.read_config(CONFIG), 48, 4)
 
 
@@ -70,7 +70,7 @@ def test_a_plan_is_compiled_once(compiled, tmp_path, capsys):
 
 
 def test_the_state_alone(compiled, tmp_path, capsys):
-    """Nothing is compiled and nothing kept; what was compiled before is shown whole."""
+    """Nothing is compiled or kept; rows that were compiled before are complete."""
     out = tmp_path / "plans.json"
     words = ["plan-table", "--configs", CONFIG, "--out", str(out), "--topologies", "v5e:2x4"]
     cli.main([*words, "v5e:4x4", "--state-only"])
@@ -95,7 +95,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-def test_an_unknown_slice(compiled, tmp_path):
-    with pytest.raises(InputError, match="v5e:2x2x2 is not known"):
+def test_an_unknown_slice_is_refused(compiled, tmp_path):
+    with pytest.raises(InputError, match="unknown --topology v5e:2x2x2"):
         table.make_table([CONFIG], ["v5e:2x2x2"], 4, str(tmp_path / "plans.json"))
     assert not compiled

@@ -1,4 +1,4 @@
-"""What is measured: the sizes that have a name, and the methods a row of a table is made of."""
+"""Cases to measure: the named sizes, and the words that choose a method."""
 
 import dataclasses
 import re
@@ -21,11 +21,11 @@ class Case:
     """A model, a batch, and what is compared on them.
 
     Attributes:
-      name: of the case.
-      config: model, batch, sequence length, how it is computed, what is trained beside the adapters.
-      base_dtype: type that the frozen parameters are held in.
-      methods: rows of the table where none are asked for, as `with_method` reads them.
-      peers: PyTorch programs beside them, as `jobs.peer_job` reads them.
+      name: name of the case.
+      config: model, batch, sequence length, how it is computed, what is trained besides the adapters.
+      base_dtype: dtype of the frozen parameters.
+      methods: rows of the table by default, as `with_method` parses them.
+      peers: PyTorch programs beside them, as `jobs.peer_job` parses them.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Case:
 
 
 def pretraining(name: str, model: LlamaConfig, batch_size: int, align: int = 128) -> Case:
-    """The paper's pretraining, a batch of it as one GPU takes it: embedding, head and norms are trained."""
+    """Returns the paper's pretraining on one GPU, where embedding, head and norms are trained, too."""
     config = RunConfig(
         batch_size=batch_size,
         model=model,
@@ -69,14 +69,14 @@ def pretraining(name: str, model: LlamaConfig, batch_size: int, align: int = 128
 
 
 def table_5() -> Case:
-    """The paper's Table 5: a LLaMA-7B on one GPU, batch 1, recomputing layers, only the adapters trained."""
+    """Returns the paper's Table 5: LLaMA-7B on one GPU, batch 1, layers recomputed, only adapters trained."""
     model = LlamaConfig(32_000, 4096, 11_008, 32, 32, 32)
     config = RunConfig(
         batch_size=1,
         model=model,
         compute=Compute(attention="cudnn", layers="scan", remat="full"),
         data=Data(sequence_length=1024),
-        # Not padded, M takes no more memory than LoRA's factors; to a multiple of 128, up to an eighth more.
+        # Without padding M takes no more memory than LoRA's factors; padded to 128, up to an eighth more.
         method=MethodFlags(rank=8, train="", align=1),
     )
     methods = ("lora:8", "mora-rotate:8", "lora:256", "mora:256")
@@ -84,7 +84,7 @@ def table_5() -> Case:
 
 
 def tiny() -> Case:
-    """Runs on a CPU in seconds, to see that everything works."""
+    """Returns a case that runs on a CPU in seconds, to see that everything works."""
     config = RunConfig(
         batch_size=4,
         model=LlamaConfig(384, 64, 96, 2, 2, 2, 64),
@@ -97,7 +97,7 @@ def tiny() -> Case:
 
 
 SIZES = {
-    # M's sides are 443 and 652: padded to 448 and 704 they take 1% less of a step than padded to 512 and 768.
+    # M's sides are 443 and 652. Padded to 448 and 704 they take 1% less of a step than padded to 512 and 768.
     "250m": lambda: pretraining("250m", LlamaConfig(), 64, align=64),
     "1.3b": lambda: pretraining("1.3b", LlamaConfig(32_100, 2048, 5461, 24, 32, 32), 32),
     "7b": table_5,
@@ -106,19 +106,19 @@ SIZES = {
 
 
 def with_method(config: RunConfig, text: str) -> RunConfig:
-    """The config with one method for all seven linears, as a word such as `mora-rotate:8` says.
+    """Returns the config with one method for all seven linears, chosen by a word such as `mora-rotate:8`.
 
     Args:
-      config: what else is measured; its rank and options are kept where the word says nothing of them.
+      config: model, batch and the rest; its rank and options are kept unless the word gives others.
       text: NAME[-OPERATOR][:RANK][/PATH]; "config" is the config's own method or rules.
 
     Raises:
-      InputError: for a word that says nothing, or a config that contradicts it.
+      InputError: for a word of another form, or a value that the config refuses.
     """
     match = METHOD.fullmatch(text)
     if not match or match["name"] not in NAMES:
         raise InputError(
-            f"no method reads {text!r}: NAME[-OPERATOR][:RANK][/PATH], NAME one of {', '.join(NAMES)}"
+            f"{text!r} is not a method: give NAME[-OPERATOR][:RANK][/PATH], NAME one of {', '.join(NAMES)}"
         )
     _check("operator", match["operator"], OPERATORS)
     _check("path", match["path"], get_args(Path))
@@ -136,4 +136,4 @@ def with_method(config: RunConfig, text: str) -> RunConfig:
 
 def _check(kind: str, word: str | None, known: tuple[str, ...]) -> None:
     if word and word not in known:
-        raise InputError(f"there is no {kind} {word!r}, there are {', '.join(known)}")
+        raise InputError(f"unknown {kind} {word!r}; known are {', '.join(known)}")

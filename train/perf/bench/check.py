@@ -1,4 +1,4 @@
-"""Every way to compute an adapted layer against its formula, before any of them is timed.
+"""Compares every way to compute an adapted layer with its formula, before any of them is timed.
 
 Legend of shapes in names: B tokens, K inputs, D outputs.
 """
@@ -18,9 +18,9 @@ from mora_jax.methods.linear import TILE
 from mora_jax.models.llama import LlamaConfig
 from train.perf.bench.cases import DType
 
-# Largest relative error, by the type of products: |ours - formula| / |formula|, root of the sum of squares.
+# Largest relative error by dtype of the products: |ours - formula| / |formula|, in the Euclidean norm.
 LIMITS = {"bfloat16": 1e-2, "float32": 1e-5}
-STD = 0.02  # of kernels and adapters' arrays: at their start some are zero, which would prove nothing
+STD = 0.02  # of kernels and of adapters' arrays, which are not left as initialised: zeros would prove nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Finding:
 
     Attributes:
       method: the method.
-      layer: the kernels that one input is multiplied with.
-      path: the way of computing that was forced.
-      dtype: the type of the products.
+      layer: the kernels that share an input.
+      path: the forced path.
+      dtype: dtype of the products.
       what: output, input gradient or the gradient of an array.
       error: relative error.
     """
@@ -45,11 +45,11 @@ class Finding:
 
     @property
     def passes(self) -> bool:
-        """Whether the error is within its limit (one that is no number is not)."""
+        """Whether the error is within its limit. NaN is not."""
         return self.error < LIMITS[self.dtype]
 
     def sentence(self) -> str:
-        """What is wrong, for who must mend it."""
+        """Returns a message about an error that is too large."""
         return (
             f"{self.method} on {self.layer} by the {self.path} path in {self.dtype}: {self.what} is off by "
             f"{self.error:.1e} of the formula's (limit {LIMITS[self.dtype]:.0e})"
@@ -64,10 +64,10 @@ def check(
     The formula is `x @ method.weight(arrays, w)`.
 
     Args:
-      model: whose layers are checked, q/k/v and gate/up in one product as in the model.
+      model: the model whose layers are checked, with q/k/v and gate/up in one product, as it computes them.
       methods: the methods to check.
-      tokens: length of the input.
-      base_dtype: type of the kernels.
+      tokens: tokens of the input.
+      base_dtype: dtype of the kernels.
     """
     found = []
     for method in dict.fromkeys(methods):
@@ -82,7 +82,7 @@ def check(
 
 
 def layers(model: LlamaConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """The inputs and the outputs of every product of a layer, by the names of its kernels."""
+    """Returns the input width and the output widths of every product of a layer, by its kernels."""
     hidden, wide = model.hidden_size, model.intermediate_size
     narrow = model.num_key_value_heads * model.head_dim
     return {
@@ -94,15 +94,16 @@ def layers(model: LlamaConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def paths() -> Iterator[Any]:
-    """All ways of computing that can be forced."""
+    """Yields all paths that can be forced."""
     return (path for path in get_args(Path) if path != "auto")
 
 
 def _errors(
     method: Method, k: int, widths: tuple[int, ...], tokens: int, base_dtype: DType
 ) -> dict[Any, Any]:
+    """Returns relative errors by (path, dtype) and quantity for one layer."""
     keys = jax.random.split(jax.random.key(0), 4)
-    # Exactly representable in bfloat16, so that one formula serves products of both types.
+    # Exact in bfloat16, so that one formula serves products of both dtypes.
     x_BK = jax.random.normal(keys[0], (tokens, k), jnp.bfloat16)
     dys = [jax.random.normal(key, (tokens, d), jnp.bfloat16) for key, d in _each(keys[1], widths)]
     ws = [jax.random.normal(key, (k, d), base_dtype) * STD for key, d in _each(keys[2], widths)]
@@ -115,7 +116,7 @@ def _each(key: PRNGKeyArray, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _random_arrays(key: PRNGKeyArray, method: Method, w: Array) -> dict[str, Array]:
-    """Of the adapter's own shapes; what it stores as padding is left as it is, zero."""
+    """Returns random arrays of an adapter. Padding stays zero."""
     moved = {n: a + STD * jax.random.normal(key, a.shape) for n, a in method.init(key, w).items()}
     if not isinstance(method, MoRA):
         return moved
@@ -125,7 +126,7 @@ def _random_arrays(key: PRNGKeyArray, method: Method, w: Array) -> dict[str, Arr
 
 @functools.cache
 def _compiled() -> Any:
-    """`_compare`, on a GPU without the search for the fastest kernels: each is used once."""
+    """Returns `_compare` compiled, on a GPU without autotuning, since each kernel runs once."""
     on_gpu = jax.devices()[0].platform == "gpu"
     return jax.jit(
         _compare, static_argnums=0, compiler_options={"xla_gpu_autotune_level": 0} if on_gpu else None
@@ -135,14 +136,14 @@ def _compiled() -> Any:
 def _compare(
     method: Method, x_BK: Array, dys: list[Array], ws: list[Array], arrays: list[Any]
 ) -> dict[Any, Any]:
-    """Relative errors by (path, dtype) and quantity."""
+    """Returns relative errors by (path, dtype) and quantity."""
     formula = functools.partial(_formula, method, ws)
     true = _value_and_gradients(method, formula, x_BK.astype(jnp.float32), arrays, dys)
     errors = {}
     for path in paths():
         for dtype in LIMITS:
             ours = functools.partial(_dense, method, ws, path)
-            # float32 products are made of three bfloat16 ones or TensorFloat32 by default.
+            # By default float32 products are TensorFloat32 or made of bfloat16 ones.
             with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
                 found = _value_and_gradients(method, ours, x_BK.astype(dtype), arrays, dys)
             errors[path, dtype] = {what: _distance(found[what], true[what]) for what in true}
@@ -155,7 +156,7 @@ def _formula(method: Method, ws: list[Array], x_BK: Array, arrays: list[Any]) ->
 
 
 def _dense(method: Method, ws: list[Array], path: Any, x_BK: Array, arrays: list[Any]) -> list[Array]:
-    """In whole tiles, as the model computes a width that is none."""
+    """Returns the outputs of `dense`, padded to complete tiles as the model pads its widths."""
     ys = dense(padded(x_BK, -1, TILE), ws, [Adapter(a, method) for a in arrays], path, tile=TILE)
     return [y[:, : w.shape[1]] for y, w in zip(ys, ws, strict=True)]
 
@@ -171,7 +172,7 @@ def _value_and_gradients(
 
 
 def _distance(ours: Any, true: Any) -> Array:
-    """Over all outputs, or the arrays of all kernels, together."""
+    """Returns the relative error over all outputs, or over the arrays of all kernels, together."""
     pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(true), strict=True))
     off = sum(jnp.sum(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32))) for a, b in pairs)
     return jnp.sqrt(off / sum(jnp.sum(jnp.square(b.astype(jnp.float32))) for _, b in pairs))

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: each has the device to itself, and leaves nothing on it."""
+"""Runs measurements in processes of their own. Each has the device to itself, and leaves nothing on it."""
 
 import contextlib
 import json
@@ -9,26 +9,31 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 # Each process is alone on its device.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TOKENIZERS_PARALLELISM": "false"}
+LONGEST_LINE = 300
 
 
-def call(module: str, job: Any, seconds: float, environment: dict[str, str] = ENVIRONMENT) -> dict[str, Any]:
-    """Has `python -m module` do a job, as its `serve` says.
+def call(
+    module: str, job: Any, seconds: float, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Runs a job in a process, `python -m module`.
 
     Args:
-      module: a module that calls `serve` when it is run.
-      job: what it is to do; can be pickled.
-      seconds: its time limit.
-      environment: variables it gets beside those of this process, which go over them.
+      module: a module that calls `serve` if it is run.
+      job: what to do; it must be picklable.
+      seconds: time limit.
+      environment: variables for the process besides ENVIRONMENT. Those of this process override both.
 
     Returns:
-      What it measured, or {"error": one line} where it failed, died or took too long.
+      What the process measured, or {"error": one line} if it failed, died or timed out.
     """
+    # A job may hold objects of classes that the caller found on its own path, such as a user's method.
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), *sys.path)))
     with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
         out, log = Path(folder) / "result.json", Path(folder) / "log"
         with log.open("wb") as stream:
@@ -37,45 +42,40 @@ def call(module: str, job: Any, seconds: float, environment: dict[str, str] = EN
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env={**environment, **os.environ},
+                env={**ENVIRONMENT, **(environment or {}), **os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
             try:
                 child.communicate(pickle.dumps(job), timeout=seconds)
             except subprocess.TimeoutExpired:
-                return {"error": f"took more than {seconds:.0f} s"}
+                return {"error": f"timed out after {seconds:.0f} s"}
             finally:
-                _end(child)  # and the processes that it started, such as PyTorch's compilers
+                # Ends the processes that the child started, too, such as PyTorch's compilers.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
         if out.exists():
             return json.loads(out.read_text())
-        return {"error": f"died with status {child.returncode}: {_last_line(log)}"}
+        lines = _lines(log.read_text(errors="replace"))
+        return {
+            "error": f"died with status {child.returncode}: {lines[-1] if lines else 'it printed nothing'}"
+        }
 
 
 def serve(function: Callable[[Any], dict[str, Any]]) -> None:
-    """The other side of `call`: does the job that stands on the standard input, and writes what came out."""
+    """Does the job on the standard input, and writes what `function` returns for `call`."""
     job = pickle.load(sys.stdin.buffer)
     try:
         result = function(job)
     except Exception as error:
         traceback.print_exc()
-        result = {"error": _one_line(error)}
+        result = {"error": ": ".join([type(error).__name__, *_lines(str(error))[:1]])}
     out = Path(sys.argv[1])
     part = out.with_suffix(".part")
     part.write_text(json.dumps(result))
     part.replace(out)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it printed nothing"
+def _lines(text: str) -> list[str]:
+    """Returns the lines of a text that are not blank, shortened."""
+    return [line.strip()[:LONGEST_LINE] for line in text.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""How fast text is prepared and rows are read: what `mora bench data` shows."""
+"""`mora bench data`: how fast text is prepared and rows are read."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from train.data.text.c4 import documents, shards
 
 READ_SECONDS = 5.0
 VALIDATION_DOCUMENTS = 500
-WARM_UP_BATCHES = 10  # as many as are read ahead, and more
+WARM_UP_BATCHES = 10  # more than are read ahead
 
 
 @dataclass(frozen=True)
 class DataSpeed:
-    """Tokens a second, and what they were measured on."""
+    """Tokens a second, and the setting of the measurement."""
 
     prepared_tokens_per_second: float
     read_tokens_per_second: float
@@ -36,21 +36,23 @@ class DataSpeed:
 def bench(
     source: str, tokenizer: str, sequence_length: int, batch_size: int, out: str = "", workers: int = 0
 ) -> DataSpeed:
-    """Prepares `source` in a temporary folder, the start of the processes included; reads it; prints a table.
+    """Prepares `source` in a temporary folder, reads it, and prints both rates.
+
+    The time of preparing includes the start of its processes.
 
     Args:
       source: C4-format files: a glob, a folder or a file.
-      tokenizer: a SentencePiece `.model` file.
+      tokenizer: SentencePiece `.model` file.
       sequence_length: tokens of a row.
       batch_size: rows of a batch that is read.
-      out: a JSON file for the figures; empty for none.
+      out: JSON file for the figures; empty for none.
       workers: processes that prepare; 0 for one a core.
 
     Raises:
-      InputError: as `builder.prepare` and `read.train_batches`.
+      InputError: as `build.prepare` and `read.train_batches`.
     """
     with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
-        validation = _some_text(source, Path(folder))
+        validation = _validation_text(source, Path(folder))
         started = time.perf_counter()
         info = prepare(source, validation, tokenizer, sequence_length, f"{folder}/data", workers=workers)
         seconds = time.perf_counter() - started
@@ -71,7 +73,7 @@ def bench(
 
 
 def read_speed(info: DataInfo, batch_size: int, seconds: float = READ_SECONDS) -> float:
-    """Tokens a second that `train_batches` gives to a reader that does nothing else."""
+    """Returns the tokens a second of `train_batches` for a reader that does nothing else."""
     batches = train_batches(info, batch_size, seed=0, start_step=0)
     for _ in range(WARM_UP_BATCHES):
         next(batches)
@@ -81,8 +83,8 @@ def read_speed(info: DataInfo, batch_size: int, seconds: float = READ_SECONDS) -
     return rows * info.sequence_length / (time.perf_counter() - started)
 
 
-def _some_text(source: str, folder: Path) -> str:
-    """A small file of validation text, which a data set must have: the first documents of the source."""
+def _validation_text(source: str, folder: Path) -> str:
+    """Writes the validation text that a data set must have: the first documents of the source."""
     texts = islice(documents(shards(source)[0], skip_lines=0), VALIDATION_DOCUMENTS)
     file = folder / "validation.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,4 +1,4 @@
-"""The floating-point operations that a training step cannot do without."""
+"""Counts the floating-point operations that a training step needs at least."""
 
 import dataclasses
 import math
@@ -8,16 +8,16 @@ from mora_jax import trees
 from mora_jax.transform import Methods
 
 FROZEN = 4  # two for the output, two for the gradient of the input
-TRAINED = 6  # and two for the gradient of the weight
+TRAINED = 6  # two more for the gradient of the weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations a token, a product and a sum counting two.
+    """Operations a token. A multiplication and an addition count as two.
 
     Attributes:
-      base: of the model's own kernels.
-      adapters: of the adapters, as if their parameters were one kernel each, without any padding.
+      base: operations of the model's own kernels.
+      adapters: operations of the adapters, as if the parameters of each were one kernel, without padding.
     """
 
     base: float
@@ -25,14 +25,14 @@ class Flops:
 
 
 def needed(params: Any, methods: Methods) -> Flops:
-    """4 a token for each frozen weight and 6 for each trained one, the adapters' among them.
+    """Returns 4 operations a token for each frozen weight and 6 for each trained one.
 
-    Counted are kernels. Looking up an embedding is no product, scales of norms are too few to count, and the
-    products of attention between tokens and whatever is computed again to save memory are left out.
+    Only kernels and adapters count. An embedding is looked up without a product, and the scales of norms are
+    few. Products between tokens in attention, and recomputation, are left out.
 
     Args:
       params: the model's parameters, or their shapes.
-      methods: what is done with each.
+      methods: the method of each parameter.
     """
     base = adapters = 0.0
     flat = trees.flatten(params)

@@ -1,4 +1,4 @@
-"""What each operation of a compiled program is and where it comes from."""
+"""Classifies the operations of a compiled program and finds the source lines they come from."""
 
 import dataclasses
 import re
@@ -9,10 +9,8 @@ from train.perf.hlo import Instruction, parse
 Kind = Literal["matmul", "attention", "scatter", "reduction", "copy", "elementwise", "control"]
 
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
-CALLS = re.compile(r"calls=%?([\w.\-]+)")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
-QUOTE = '"'
 TRITON = re.compile(r"__triton\w*gemm")
 FRAME = re.compile(r"stack_frame_id=(\d+)")
 
@@ -34,42 +32,7 @@ MOVES = {
     "iota",
 }  # fmt: skip
 
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """One operation.
-
-    Attributes:
-      kind: what sort of work it is.
-      op_name: JAX's name of it: the functions and modules it stands in, and the primitive.
-      source: file:line that asked for it, empty where the program does not say.
-    """
-
-    kind: Kind
-    op_name: str = ""
-    source: str = ""
-
-    @property
-    def direction(self) -> str:
-        """forward, backward, or update for what is outside the model."""
-        if (
-            "transpose(jvp" in self.op_name
-            or "transpose(" in self.op_name.partition("/")[2].partition("/")[0]
-        ):
-            return "backward"
-        return "forward" if "jvp(" in self.op_name else "update"
-
-    @property
-    def part(self) -> str:
-        """The part of the model or of the step that it belongs to."""
-        for part, words in PARTS.items():
-            if any(word in self.op_name for word in words):
-                return part
-        if "jvp(" in self.op_name:
-            return "loss"
-        return "optimizer" if self.op_name else "unnamed"
-
-
+# Words in the names of a model's modules; the first part that matches counts.
 PARTS = {
     "norm": ("layernorm", "/norm/"),
     "attention": ("self_attn",),
@@ -79,8 +42,41 @@ PARTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+      kind: kind of work.
+      op_name: JAX's name: the enclosing functions and modules, then the primitive.
+      source: file:line of the caller; empty if the program does not record it.
+    """
+
+    kind: Kind
+    op_name: str = ""
+    source: str = ""
+
+    @property
+    def direction(self) -> str:
+        """forward, backward, or update for operations outside the model."""
+        outermost = self.op_name.partition("/")[2].partition("/")[0]
+        if "transpose(jvp" in self.op_name or "transpose(" in outermost:
+            return "backward"
+        return "forward" if "jvp(" in self.op_name else "update"
+
+    @property
+    def part(self) -> str:
+        """The part of the model or of the step."""
+        for part, words in PARTS.items():
+            if any(word in self.op_name for word in words):
+                return part
+        if "jvp(" in self.op_name:
+            return "loss"
+        return "optimizer" if self.op_name else "unnamed"
+
+
 def kind_by_name(kernel: str) -> Kind:
-    """What a kernel seems to do whose operation is not known."""
+    """Returns the likely kind of a kernel whose operation is unknown."""
     kernel = kernel.lower()
     if any(word in kernel for word in ATTENTION):
         return "attention"
@@ -90,11 +86,11 @@ def kind_by_name(kernel: str) -> Kind:
 
 
 def operations(text: str) -> dict[str, Op]:
-    """Every instruction of a compiled program's text by its name."""
+    """Returns every instruction of a compiled program's text by its name."""
     frames = _frames(text)
     computations = parse(text).computations
     bodies: dict[str, set[str]] = {}
-    for name, computation in computations.items():  # what is called stands before what calls it
+    for name, computation in computations.items():  # callees come before their callers
         bodies[name] = set().union(*(_inside(each, bodies) for each in computation.values()))
     return {
         name: _operation(instruction, bodies, frames)
@@ -112,17 +108,15 @@ def _operation(instruction: Instruction, bodies: dict[str, set[str]], frames: di
 
 
 def _kind(instruction: Instruction, op_name: str, bodies: dict[str, set[str]]) -> Kind:
-    inside, target = _inside(instruction, bodies), TARGET.search(instruction.text)
-    label = target[1].lower() if target else ""
     if instruction.opcode in CONTROL:
         return "control"
+    inside, target = _inside(instruction, bodies), TARGET.search(instruction.text)
+    label = target[1].lower() if target else ""
     if any(word in label for word in ATTENTION):
         return "attention"
-    if (
-        any(word in label for word in MATMUL)
-        or inside & {"dot", "convolution"}
-        or TRITON.search(instruction.text)
-    ):
+    if any(word in label for word in MATMUL) or inside & {"dot", "convolution"}:
+        return "matmul"
+    if TRITON.search(instruction.text):
         return "matmul"
     if "scatter" in inside or "scatter" in label:
         return "scatter"
@@ -134,32 +128,31 @@ def _kind(instruction: Instruction, op_name: str, bodies: dict[str, set[str]]) -
 
 
 def _inside(instruction: Instruction, bodies: dict[str, set[str]]) -> set[str]:
-    """The opcodes of what an instruction calls, or its own."""
-    called = CALLS.search(instruction.text)
-    return bodies.get(called[1], set()) if called else {instruction.opcode}
+    """Returns the opcodes of the computation that an instruction calls, or its own opcode."""
+    called = instruction.called("calls")
+    return bodies.get(called, set()) if called else {instruction.opcode}
 
 
 def _frames(text: str) -> dict[int, str]:
-    """stack frame -> file:line, from the tables at the head of the text, where it has them.
+    """Returns file:line by stack frame, from the tables at the head of the text if there are any.
 
-    The place within a library that was called is passed over for the line that called it.
+    A frame inside a library is replaced by the line that called the library.
     """
     files, locations, frames = (_table(text, name) for name in ("FileNames", "FileLocations", "StackFrames"))
 
     def place(frame: int) -> str:
         location = locations.get(_field(frames[frame], "file_location_id"), "")
-        file, parent = (
-            files.get(_field(location, "file_name_id"), ""),
-            _field(frames[frame], "parent_frame_id"),
-        )
+        file = files.get(_field(location, "file_name_id"), "").strip('"')
+        parent = _field(frames[frame], "parent_frame_id")
         if "site-packages" in file and parent in frames and parent != frame:
             return place(parent)
-        return f"{file.strip(QUOTE)}:{_field(location, 'line')}" if file else ""
+        return f"{file}:{_field(location, 'line')}" if file else ""
 
     return {frame: place(frame) for frame in frames}
 
 
 def _table(text: str, name: str) -> dict[int, str]:
+    """Returns the rows of one of the tables at the head of the text by their numbers."""
     _, found, rest = text.partition(f"\n{name}\n")
     rows = (line.partition(" ") for line in rest.partition("\n\n")[0].splitlines()) if found else ()
     return {int(number): row for number, _, row in rows if number.isdigit()}

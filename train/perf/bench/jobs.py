@@ -1,4 +1,4 @@
-"""What a process of its own is asked to measure. Plain data: both sides read it, and it starts no device."""
+"""The jobs of measuring processes: plain data for both sides, which starts no device."""
 
 import dataclasses
 import re
@@ -12,14 +12,14 @@ PEER = re.compile(r"(?P<method>[a-z\-]+)(:(?P<rank>\d+))?(/(?P<options>[a-z0-9\-
 
 @dataclasses.dataclass(frozen=True)
 class MatmulJob:
-    """Measures the rate of matmuls in a type, and says what device and versions there are."""
+    """Measures the rate of matmuls in a dtype, and reports the device and the versions."""
 
     dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckJob:
-    """Checks every path of the methods' layers."""
+    """Checks every path of computing the methods' layers."""
 
     case: Case
     methods: tuple[str, ...]
@@ -31,8 +31,8 @@ class StepJob:
 
     Attributes:
       case: model and batch.
-      method: as `cases.with_method` reads it.
-      warmup: steps before those that are timed.
+      method: as `cases.with_method` parses it.
+      warmup: steps before the timed ones.
       steps: timed steps.
     """
 
@@ -47,12 +47,13 @@ class PeerJob:
     """Times the training step of one PyTorch program.
 
     Attributes:
-      case: model and batch; with a bfloat16 base layers are computed again and adapters alone are trained.
+      case: model and batch.
       method: one of PEERS.
-      rank: LoRA's, or the one that MoRA matches.
-      compiled: by torch.compile.
-      pure: everything is bfloat16; else trained parameters are float32 under autocast, as this project's are.
-      warmup: steps before those that are timed.
+      rank: LoRA's rank, or the one whose parameter count MoRA matches.
+      compiled: whether torch.compile compiles it.
+      pure: whether everything is bfloat16. Otherwise trained parameters are float32 under autocast, as in
+        this project.
+      warmup: steps before the timed ones.
       steps: timed steps.
     """
 
@@ -66,16 +67,16 @@ class PeerJob:
 
 
 def peer_job(case: Case, text: str, warmup: int, steps: int) -> PeerJob:
-    """Reads METHOD[:RANK][/compiled][-bf16], such as lora:128/compiled-bf16.
+    """Parses METHOD[:RANK][/compiled][-bf16], such as lora:128/compiled-bf16.
 
     Raises:
-      InputError: for a word that says nothing.
+      InputError: for a word of another form.
     """
     match = PEER.fullmatch(text)
     options = set((match["options"] or "").split("-")) - {""} if match else set()
     if not match or match["method"] not in PEERS or options - {"compiled", "bf16"}:
         raise InputError(
-            f"no peer reads {text!r}: METHOD[:RANK][/compiled|/bf16|/compiled-bf16], "
+            f"{text!r} is not a peer: give METHOD[:RANK][/compiled|/bf16|/compiled-bf16], "
             f"METHOD one of {', '.join(PEERS)}"
         )
     rank = int(match["rank"] or case.config.method.rank)

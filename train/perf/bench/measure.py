@@ -1,4 +1,4 @@
-"""What one process of its own measures with JAX: the rate of matmuls, the check of paths, or one method."""
+"""The measuring process for JAX: the rate of matmuls, the check of all paths, or the step of one method."""
 
 import importlib.metadata
 import platform
@@ -18,15 +18,16 @@ from train.perf.bench.program import Program, compile_step
 from train.perf.bench.spread import GIB, spread
 from train.runtime import backend
 
-MATMULS = 10  # one after another, between two looks at the clock
-MATMUL_SECONDS = 2.0  # a device that has rested is faster than one at work
+MATMULS = 10  # one after another, between two readings of the clock
+MATMUL_SECONDS = 2.0  # a device is faster after a rest than at work
 SIDE = {"gpu": 8192, "tpu": 8192}
 SIDE_ELSEWHERE = 1024
 CHECKED_TOKENS = 4096
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 def run(job: MatmulJob | CheckJob | StepJob) -> dict[str, Any]:
-    """Does one job."""
+    """Does one job and returns what it measured."""
     if isinstance(job, MatmulJob):
         return matmul_rate(job.dtype)
     if isinstance(job, CheckJob):
@@ -35,7 +36,7 @@ def run(job: MatmulJob | CheckJob | StepJob) -> dict[str, Any]:
 
 
 def matmul_rate(dtype: str) -> dict[str, Any]:
-    """The sustained rate of a square product of random numbers, and where it was measured."""
+    """Returns the sustained rate of a square product of random numbers, the device and the versions."""
     device = jax.devices()[0]
     side = SIDE.get(device.platform, SIDE_ELSEWHERE)
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.dtype(dtype)) for i in range(2))
@@ -58,16 +59,13 @@ def matmul_rate(dtype: str) -> dict[str, Any]:
         "platform": device.platform,
         "matmul_side": side,
         "matmul_tflops": 2 * side**3 / float(np.median(times)) / 1e12,
-        "versions": {"python": platform.python_version(), **_versions("jax", "jaxlib", "flax", "optax")},
+        "versions": {"python": platform.python_version()}
+        | {p: importlib.metadata.version(p) for p in PACKAGES},
     }
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in packages}
-
-
 def checked(case: Case, words: tuple[str, ...]) -> dict[str, Any]:
-    """The largest error of each path and type, and a sentence for each that is too large."""
+    """Returns the largest error of each path and dtype, and a sentence for each that is too large."""
     backend.set_flags(case.config)
     methods = [with_method(case.config, word).method.method() for word in words]
     adapters = [method for method in methods if isinstance(method, Method)]
@@ -81,7 +79,7 @@ def checked(case: Case, words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def step(job: StepJob) -> dict[str, Any]:
-    """Times one method's step: a row of the table."""
+    """Times one method's step, and returns a row of the table."""
     config = with_method(job.case.config, job.method)
     program = compile_step(config, job.case.base_dtype)
     program.run(job.warmup)
@@ -102,16 +100,12 @@ def step(job: StepJob) -> dict[str, Any]:
 
 
 def _memory(program: Program) -> dict[str, float | None]:
-    """Peak of the device's memory as its allocator saw it, where it says, and as the compiler planned it."""
+    """Returns peak memory as the device's allocator measured it, or None, and as the compiler planned it."""
     plan = program.compiled.memory_analysis()
-    planned = (
-        plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        - plan.alias_size_in_bytes
-        + plan.temp_size_in_bytes
-    )
-    seen = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {"peak_gib": seen / GIB if seen else None, "planned_gib": planned / GIB}
+    outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    planned = plan.argument_size_in_bytes + outputs + plan.temp_size_in_bytes
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {"peak_gib": peak / GIB if peak else None, "planned_gib": planned / GIB}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The flags of the benchmarks. Those that take a model have every flag of a run's config beside their own."""
+"""The flags of the benchmarks. Those that take a model also have every flag of a run's config."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -12,9 +12,108 @@ from train.config.run import RunConfig
 from train.config.sections import above, at_least
 from train.perf.bench.cases import SIZES, Case
 
-CaseName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CASE")]
-Run = Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-C = TypeVar("C")
+
+@dataclasses.dataclass(frozen=True)
+class OfCase:
+    """What every benchmark of a model takes.
+
+    Attributes:
+      case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
+      run: the case's config.
+      base_dtype: dtype of the frozen parameters.
+      out: JSON file for the figures; empty for none.
+    """
+
+    case: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CASE")]
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    out: str = ""
+
+    def to_case(self) -> Case:
+        """Returns the case that the flags describe."""
+        known = SIZES[self.case]() if self.case in SIZES else Case(self.case, self.run)
+        return dataclasses.replace(known, config=self.run, base_dtype=self.base_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedSteps(OfCase):
+    """What every benchmark that times steps takes.
+
+    Attributes:
+      methods: what is trained: NAME[-OPERATOR][:RANK][/PATH], such as full, frozen, mora, mora-rotate:8,
+        lora:128/merged; config for the config file's own; all for the case's list, none for none.
+      warmup_steps: steps before the timed ones.
+      timed_steps: steps that are timed.
+      minutes: start no measurement that is likely to end after this many minutes; 0 for no limit.
+    """
+
+    methods: tuple[str, ...] = ("all",)
+    warmup_steps: int = 5
+    timed_steps: int = 40
+    minutes: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("--warmup-steps", self.warmup_steps, 1)
+        at_least("--timed-steps", self.timed_steps, 2)
+        at_least("--minutes", self.minutes, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchStep(TimedSteps):
+    """Training steps side by side: methods, and PyTorch programs as peers.
+
+    With --out, the rows of one case can be measured one by one; the file keeps them all.
+
+    Attributes:
+      peers: PyTorch programs, METHOD[:RANK][/compiled][-bf16], such as lora, lora:128/compiled,
+        mora/compiled-bf16; all for the case's list, none for none.
+      no_check: do not compare the paths with the formula before timing.
+      missing: measure only the rows that the file of figures lacks.
+      peer_timeout: seconds that one peer may take.
+    """
+
+    peers: tuple[str, ...] = ("none",)
+    no_check: tyro.conf.FlagCreatePairsOff[bool] = False
+    missing: tyro.conf.FlagCreatePairsOff[bool] = False
+    peer_timeout: float = 420.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above("--peer-timeout", self.peer_timeout, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSweep(TimedSteps):
+    """Time and memory of a step by batch, sequence length, rank and width.
+
+    The same command with the same --out resumes: it measures only the points that the file lacks.
+
+    Attributes:
+      axes: sizes of the case to vary, one at a time.
+      picture: PNG file; empty for none.
+    """
+
+    methods: tuple[str, ...] = ("mora", "frozen", "lora/activation", "lora/merged")
+    warmup_steps: int = 3
+    timed_steps: int = 10
+    axes: tuple[Literal["batch", "sequence", "rank", "width"], ...] = ("batch", "sequence", "rank", "width")
+    picture: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchProfile(OfCase):
+    """The most expensive kernels of a training step. --out gets all kernels.
+
+    Attributes:
+      method: what is trained: NAME[-OPERATOR][:RANK][/PATH], such as mora, mora-rotate:8, lora:128/merged,
+        full, frozen; config for the config file's own.
+      profiled_steps: steps to profile.
+      top: number of kernels to print.
+    """
+
+    method: str = "mora"
+    profiled_steps: int = 3
+    top: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,124 +136,24 @@ class BenchData:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchProfile:
-    """The costliest kernels of a training step.
-
-    Attributes:
-      case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
-      base_dtype: type that the frozen parameters are held in.
-      method: what is trained: NAME[-OPERATOR][:RANK][/PATH], such as mora, mora-rotate:8, lora:128/merged,
-        full, frozen; config for what a config file says.
-      profiled_steps: steps to profile.
-      top: kernels to print.
-      out: JSON file for all kernels; empty for none.
-    """
-
-    case: CaseName
-    run: Run
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    method: str = "mora"
-    profiled_steps: int = 3
-    top: int = 10
-    out: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchStep:
-    """Training steps side by side: methods, and PyTorch programs as peers.
-
-    Attributes:
-      case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
-      base_dtype: type that the frozen parameters are held in.
-      methods: what is trained: NAME[-OPERATOR][:RANK][/PATH], such as full, frozen, mora, mora-rotate:8,
-        lora:128/merged; config for what a config file says; all for the case's list, none for none.
-      peers: PyTorch programs, METHOD[:RANK][/compiled][-bf16], such as lora, lora:128/compiled,
-        mora/compiled-bf16; all for the case's list, none for none.
-      warmup_steps: steps before those that are timed.
-      timed_steps: steps that are timed.
-      no_check: do not compare the paths with the formula first.
-      missing: measure only what the file of figures lacks.
-      minutes: begin no row that is likely to end later than this, in minutes; 0 for no limit.
-      peer_timeout: seconds that one peer may take.
-      out: JSON file for the figures; those of one case may be measured one by one; empty for none.
-    """
-
-    case: CaseName
-    run: Run
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    methods: tuple[str, ...] = ("all",)
-    peers: tuple[str, ...] = ("none",)
-    warmup_steps: int = 5
-    timed_steps: int = 40
-    no_check: tyro.conf.FlagCreatePairsOff[bool] = False
-    missing: tyro.conf.FlagCreatePairsOff[bool] = False
-    minutes: float = 0.0
-    peer_timeout: float = 420.0
-    out: str = ""
-
-    def __post_init__(self) -> None:
-        at_least("warmup_steps", self.warmup_steps, 1)
-        at_least("timed_steps", self.timed_steps, 2)
-        at_least("minutes", self.minutes, 0)
-        above("peer_timeout", self.peer_timeout, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchSweep:
-    """How time and memory of a step grow with batch, sequence, rank and width.
-
-    Attributes:
-      case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
-      base_dtype: type that the frozen parameters are held in.
-      methods: what is trained, as in mora bench step.
-      axes: what is varied around the case, one at a time.
-      warmup_steps: steps before those that are timed.
-      timed_steps: steps that are timed.
-      minutes: begin no point that is likely to end later than this, in minutes; 0 for no limit. The same
-        command goes on with the points that the file lacks.
-      out: JSON file for the figures; empty for none.
-      picture: PNG file; empty for none.
-    """
-
-    case: CaseName
-    run: Run
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
-    methods: tuple[str, ...] = ("frozen", "lora/activation", "lora/merged", "mora")
-    axes: tuple[Literal["batch", "sequence", "rank", "width"], ...] = ("batch", "sequence", "rank", "width")
-    warmup_steps: int = 3
-    timed_steps: int = 10
-    minutes: float = 0.0
-    out: str = ""
-    picture: str = ""
-
-    def __post_init__(self) -> None:
-        at_least("warmup_steps", self.warmup_steps, 1)
-        at_least("timed_steps", self.timed_steps, 2)
-        at_least("minutes", self.minutes, 0)
-
-
-@dataclasses.dataclass(frozen=True)
 class BenchReport:
-    """Writes the tables of a Markdown page anew from the figures of mora bench step.
+    """Rewrites the tables of a Markdown page from the figures of mora bench step.
 
     Attributes:
-      page: Markdown file with <!-- figures: FILE.json --> ... <!-- end -->, FILE named from its folder.
+      page: Markdown file with <!-- figures: FILE.json --> ... <!-- end -->; FILE is relative to its folder.
     """
 
     page: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PAGE")] = "docs/performance.md"
 
 
-def case_of(command: "BenchProfile | BenchStep | BenchSweep") -> Case:
-    """What the flags say is measured."""
-    known = SIZES[command.case]() if command.case in SIZES else Case(command.case, command.run)
-    return dataclasses.replace(known, config=command.run, base_dtype=command.base_dtype)
+C = TypeVar("C", bound=OfCase)
 
 
 def read(command: type[C], args: Sequence[str], name: str) -> C:
-    """`mora bench ... CASE [flags]`: the case's values, and the user's flags over them.
+    """Parses `mora bench ... CASE [flags]`: the case's values, overridden by the user's flags.
 
     Raises:
-      InputError: naming what is wrong, also where no case comes first.
+      InputError: for what is wrong, also if no case comes first.
     """
     if set(args) & {"-h", "--help"}:
         known = SIZES[args[0]]() if args[0] in SIZES else Case("CASE", RunConfig())
@@ -168,5 +167,5 @@ def read(command: type[C], args: Sequence[str], name: str) -> C:
     return flags.parse(command, [args[0], *words, *args[1:]], name, default)
 
 
-def _default(command: type[C], name: str, case: Case) -> Any:
-    return command(case=name, run=case.config, base_dtype=case.base_dtype)  # pyright: ignore[reportCallIssue]
+def _default(command: type[C], name: str, case: Case) -> C:
+    return command(case=name, run=case.config, base_dtype=case.base_dtype)

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, kernel by kernel: what `mora bench profile` shows."""
+"""`mora bench profile`: the time of a training step, kernel by kernel."""
 
 import collections
 import dataclasses
@@ -22,21 +22,21 @@ from train.perf.bench.cases import Case, with_method
 from train.perf.bench.hlo import Op, kind_by_name, operations
 from train.perf.bench.program import Program, compile_step
 
-# Graphs of many kernels in one launch hide which operation a kernel belongs to.
+# A graph launches many kernels at once and hides which operation each belongs to.
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
-# Where this project's files lie, and others' packages.
+# Folders of this project and of installed packages, left out of printed paths.
 FOLDERS = (str(Path(mora_jax.__file__).parents[1]), str(Path(jax.__file__).parents[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """All runs of kernels of one name for one operation of the program, summed over the layers.
+    """All runs of the kernels with one name for one operation, summed over the layers.
 
     Attributes:
-      name: the kernel's, without its number.
+      name: name without its number.
       op: the operation it computes.
-      count: runs a step.
-      milliseconds: time a step.
+      count: runs in a step.
+      milliseconds: time in a step.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What was seen.
+    """The kernels of a step.
 
     Attributes:
       device: the accelerator or processor.
-      step_milliseconds: median time of a step, not profiled.
+      step_milliseconds: median time of a step without the profiler.
       steps: profiled steps.
-      kernels: the costliest first.
+      kernels: the most expensive first.
     """
 
     device: str
@@ -63,11 +63,11 @@ class Profile:
 
     @property
     def busy_milliseconds(self) -> float:
-        """Time a step that some kernel runs, as if none ran at the same time as another."""
+        """The sum of the kernels' times in a step, as if no two ran at the same time."""
         return sum(kernel.milliseconds for kernel in self.kernels)
 
     def by(self, what: str) -> dict[str, float]:
-        """Milliseconds a step by an attribute of the operations, the largest first."""
+        """Returns milliseconds in a step by an attribute of the operations, the largest first."""
         sums: dict[str, float] = collections.defaultdict(float)
         for kernel in self.kernels:
             sums[getattr(kernel.op, what)] += kernel.milliseconds
@@ -75,14 +75,14 @@ class Profile:
 
 
 def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "") -> Profile:
-    """Profiles a few training steps and prints the costliest kernels.
+    """Profiles a few training steps and prints the most expensive kernels.
 
     Args:
       case: model and batch.
-      method: what is trained, as `cases.with_method` reads it.
+      method: what is trained, as `cases.with_method` parses it.
       steps: steps to profile.
-      top: kernels to print.
-      out: a JSON file for all kernels; empty for none.
+      top: number of kernels to print.
+      out: JSON file for all kernels; empty for none.
 
     Raises:
       InputError: as `cases.with_method` and `program.compile_step`.
@@ -100,7 +100,7 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
 
 
 def kernels(program: Program, steps: int) -> list[Kernel]:
-    """Runs steps under the profiler and sums up their kernels, the costliest first."""
+    """Runs steps under the profiler and returns their kernels summed up, the most expensive first."""
     with tempfile.TemporaryDirectory(prefix="mora-profile-") as folder:
         with jax.profiler.trace(folder):
             program.run(steps)
@@ -120,13 +120,13 @@ def kernels(program: Program, steps: int) -> list[Kernel]:
 
 
 def _events(data: Any) -> Iterator[tuple[str, str, float]]:
-    """(name, operation, seconds) of everything that a device ran; on a CPU of what its threads ran."""
+    """Yields (name, operation, seconds) of everything that devices ran, or on a CPU its threads."""
     planes = {plane.name: plane for plane in data.planes}
     devices = [plane for name, plane in planes.items() if name.startswith("/device:")]
     for plane in devices or [planes["/host:CPU"]]:
         for line in plane.lines:
             if devices and not str(line.name).startswith(("Stream", "XLA Ops")):
-                continue  # what these lines hold, others sum up
+                continue  # other lines repeat the same events, or sum them up
             for event in line.events:
                 stats = _stats(event)
                 if devices or "hlo_op" in stats:
@@ -134,19 +134,19 @@ def _events(data: Any) -> Iterator[tuple[str, str, float]]:
 
 
 def _stats(event: Any) -> dict[str, Any]:
-    """What is known of an event. Its type in JAX warns as it is made; as an error that would abort."""
+    """Returns an event's statistics. JAX warns while it makes them; raised as an error, that would abort."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return dict(event.stats)
 
 
 def _family(name: str) -> str:
-    """A kernel's name without the number that tells it from others like it."""
+    """Returns a kernel's name without the number at its end."""
     return re.sub(r"([._]\d+)+$", "", name)
 
 
 def show(profile: Profile, method: str, top: int) -> None:
-    """Prints the costliest kernels, and the sums by kind of work and by part of the model."""
+    """Prints the most expensive kernels, and the sums by kind of work, part of the model and direction."""
     title = (
         f"{method}: a step of {profile.step_milliseconds:.2f} ms on {profile.device}, "
         f"kernels {profile.busy_milliseconds:.2f} ms"
@@ -173,7 +173,7 @@ def _place(op: Op) -> str:
 
 
 def to_plain(profile: Profile) -> dict[str, Any]:
-    """As JSON holds it."""
+    """Returns a profile as JSON holds it."""
     rows = [
         {
             "name": kernel.name,

@@ -1,4 +1,4 @@
-"""A compiled training step with a state and batches on the device, ready to be timed or profiled."""
+"""A compiled training step with its state and batches on the device, to be timed or profiled."""
 
 import collections
 import dataclasses
@@ -20,20 +20,21 @@ from train.perf.bench.cases import DType
 from train.runtime import backend
 from train.step.step import TrainState, init_params, init_state, train_step
 
-BATCHES = 4  # different ones, taken in turn
+NO_CUDNN = "--compute.attention cudnn needs an NVIDIA GPU, and this machine has none; use xla"
+BATCHES = 4  # different batches, used in turn
 
 
 @dataclasses.dataclass
 class Program:
-    """`train.step.step.train_step` as compiled for one config.
+    """`train.step.step.train_step`, compiled for one config.
 
     Attributes:
-      compiled: the step, which takes a state and a batch.
-      methods: what is done with each parameter.
-      state: donated to every step, and replaced.
+      compiled: the step, a function of a state and a batch.
+      methods: the method of each parameter.
+      state: the current state, which every step donates and replaces.
       batches: random tokens on the device.
-      compile_seconds: tracing and compiling.
-      loss: of the last step that was run.
+      compile_seconds: time of tracing and compiling.
+      loss: loss of the last step.
     """
 
     compiled: Any
@@ -44,10 +45,10 @@ class Program:
     loss: float = float("nan")
 
     def run(self, steps: int) -> list[float]:
-        """Runs steps as the training loop does: an accelerator is given the next before the last has ended.
+        """Runs steps as the training loop does: on an accelerator, the next starts before the last has ended.
 
         Returns:
-          The seconds from one step's end to the next one's, a value a step.
+          For each step the seconds from the end of the previous one to its own.
         """
         in_flight = 1 if jax.devices()[0].platform == "cpu" else 2
         ends, waiting = [time.perf_counter()], collections.deque[Array]()
@@ -61,15 +62,15 @@ class Program:
 
 
 def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
-    """Compiles the step on the first device, over random parameters and tokens.
+    """Compiles the step for the first device, with random parameters and tokens.
 
     Raises:
-      InputError: for rules that do not fit the model, an attention that is not here, or a deterministic
-        config where JAX has started without.
+      InputError: for rules that do not fit the model, an attention that needs another device, or a
+        deterministic config if JAX has started without its flags.
     """
-    backend.set_flags(config)  # before anything starts JAX
+    backend.set_flags(config)  # before JAX starts
     if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
-        raise InputError("compute.attention cudnn needs an NVIDIA GPU, and there is none here; use xla")
+        raise InputError(NO_CUDNN)
     methods = transform.assign(config.parameter_rules(), abstract_params(config.model))
     state = random_state(config, methods, base_dtype)
     batches = random_batches(config)
@@ -79,23 +80,25 @@ def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
 
 
 def random_state(config: RunConfig, methods: Methods, base_dtype: DType) -> TrainState:
-    """The state before the first update; parameters of a bfloat16 base are never float32, not for a moment.
+    """Returns the state before the first update. A bfloat16 base is never held in float32.
 
     Raises:
-      InputError: if a bfloat16 base were trained itself.
+      InputError: if parameters of a bfloat16 base are trained.
     """
     if base_dtype == "float32":
         return jax.jit(lambda: init_state(config, methods, init_params(config)))()
     if methods.trained():
-        raise InputError("a bfloat16 base is not trained itself: give --method.train '' and an adapter")
+        raise InputError(
+            "parameters of a bfloat16 base cannot be trained; give --method.train '' and an adapter"
+        )
     params = random_params(config, jnp.dtype(base_dtype))
-    # Parameters that went through the jitted function would come out as copies.
+    # Parameters that pass through the jitted function are copied.
     rest = jax.jit(lambda p: dataclasses.replace(init_state(config, methods, p), params=None))(params)
     return dataclasses.replace(rest, params=params)
 
 
 def random_params(config: RunConfig, dtype: jnp.dtype) -> Any:
-    """Parameters drawn layer by layer in their type, so that drawing them takes little memory."""
+    """Returns random parameters. They are drawn layer by layer in their dtype, which takes little memory."""
     shapes = trees.flatten(abstract_params(config.model))
     keys = jax.random.split(jax.random.key(config.seed), len(shapes))
     std = config.model.initializer_range
@@ -114,7 +117,7 @@ def random_params(config: RunConfig, dtype: jnp.dtype) -> Any:
 
 
 def random_batches(config: RunConfig) -> list[Array]:
-    """Token batches on the device."""
+    """Returns random token batches on the device."""
     shape = (config.batch_size, config.data.sequence_length)
     draw: Callable[[Any], Array] = jax.jit(
         lambda key: jax.random.randint(key, shape, 0, config.model.vocab_size, jnp.int32)

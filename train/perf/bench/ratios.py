@@ -1,4 +1,4 @@
-"""What the figures of a record come to: each against what it is to be compared with, and the aim."""
+"""Compares the figures of a record with each other and with the aims."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 from train.perf.bench.record import Record, Row, label
 
-# By case, for MoRA of rank 128: the largest or least value that is aimed at.
+# The aims of docs/performance.md by case, for MoRA of rank 128: upper or lower bounds.
 AIMS = {
     "250m": {
         "minus frozen": 13.0,
@@ -19,7 +19,7 @@ AIMS = {
     "1.3b": {"minus frozen": 17.0, "full": 0.80, "peer lora": 1.5, "peer mora": 5.0, "share": 0.58},
 }
 AIMED_RANK = 128
-# MoRA's time over LoRA's, where they are of one rank.
+# Upper bounds of MoRA's time over LoRA's of the same rank, by operator and rank.
 LORA_AIMS = {("share", 128): 1.0, ("share", 256): 1.0, ("rotate", 8): 1.05}
 TABLE_5 = "7b"
 TABLE_5_SPEED, TABLE_5_MEMORY = 4.0, 1.05
@@ -32,9 +32,9 @@ class Ratio:
     Attributes:
       name: what is compared with what.
       value: the ratio, or the difference in `unit`.
-      aim: the bound that is aimed at, if there is one.
+      aim: the bound to reach, or None.
       at_least: whether the aim is a lower bound.
-      unit: empty for a ratio.
+      unit: unit of a difference; empty for a ratio.
     """
 
     name: str
@@ -45,24 +45,24 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the aim is met, or None without one."""
+        """Whether the aim is met; None without an aim."""
         if self.aim is None:
             return None
         return self.value >= self.aim if self.at_least else self.value <= self.aim
 
     def figure(self) -> str:
-        """The value as it is read."""
+        """Returns the value as text."""
         return f"{self.value:.3f}" if not self.unit else f"{self.value:.2f} {self.unit}"
 
     def goal(self) -> str:
-        """The aim as it is read."""
-        return (
-            "" if self.aim is None else f"{'>=' if self.at_least else '<='} {self.aim:g} {self.unit}".strip()
-        )
+        """Returns the aim as text."""
+        if self.aim is None:
+            return ""
+        return f"{'>=' if self.at_least else '<='} {self.aim:g} {self.unit}".strip()
 
 
 def ratios(record: Record) -> list[Ratio]:
-    """All comparisons that the rows allow; those whose rows are missing or failed are left out."""
+    """Returns all comparisons between rows that are there and did not fail."""
     found: list[Ratio] = []
     for row in (r for r in record.rows if "error" not in r and r["what"]["framework"] == "jax"):
         if row["what"]["name"] == "mora":
@@ -73,10 +73,10 @@ def ratios(record: Record) -> list[Ratio]:
 
 
 def _mora(record: Record, row: Row) -> Iterator[Ratio]:
-    """MoRA of one operator and rank against everything else."""
+    """Yields the comparisons of MoRA, with one operator and rank, with everything else."""
     what = row["what"]
-    rank, name = what["rank"], _name(what)
-    chosen = what["path"] == "auto"  # aims are for what the rule chooses, not for a forced path
+    rank, name = what["rank"], label(what)
+    chosen = what["path"] == "auto"  # aims are for the path that is chosen by default
     aimed = chosen and (what["operator"], rank) == ("share", AIMED_RANK)
     aims = AIMS.get(record.case, {}) if aimed else {}
     named = record.case in (*AIMS, TABLE_5)
@@ -91,7 +91,7 @@ def _mora(record: Record, row: Row) -> Iterator[Ratio]:
             yield Ratio(f"{name} / LoRA, peak memory", row["peak_gib"] / lora["peak_gib"], aim)
     if full := best(record, framework="jax", name="full"):
         yield Ratio(f"{name} / full fine-tuning, time", _times(row, full), aims.get("full"))
-    if record.case != TABLE_5:  # there `_table_5` does, for LoRA as well
+    if record.case != TABLE_5:  # `_table_5` compares with peers there, for LoRA as well
         yield from _peers(record, row, aims)
     share = matmul_share(record, row)
     yield Ratio(f"{name}, share of the matmul rate", share, aims.get("share"), at_least=True)
@@ -100,27 +100,25 @@ def _mora(record: Record, row: Row) -> Iterator[Ratio]:
 
 
 def _peers(record: Record, row: Row, aims: dict[str, float]) -> Iterator[Ratio]:
-    """Tokens a second over those of each sort of PyTorch program, the faster precision of it."""
+    """Yields tokens a second over those of each PyTorch program, in its faster precision."""
     what = row["what"]
-    sorts = {
+    rank, operator = {"rank": what["rank"]}, {"operator": what["operator"]}
+    peers = {
         "peer full": ("full fine-tuning, compiled", {"name": "full", "compiled": True}),
-        "peer lora eager": ("LoRA", {"name": "lora", "compiled": False}),
-        "peer lora": ("LoRA, compiled", {"name": "lora", "compiled": True}),
-        "peer mora": ("MoRA", {"name": "mora", "compiled": False, "operator": what["operator"]}),
-        "peer mora compiled": (
-            "MoRA, compiled",
-            {"name": "mora", "compiled": True, "operator": what["operator"]},
-        ),
+        "peer lora eager": ("LoRA", {"name": "lora", "compiled": False} | rank),
+        "peer lora": ("LoRA, compiled", {"name": "lora", "compiled": True} | rank),
+        "peer mora": ("MoRA", {"name": "mora", "compiled": False} | rank | operator),
+        "peer mora compiled": ("MoRA, compiled", {"name": "mora", "compiled": True} | rank | operator),
     }
-    for sort, (words, key) in sorts.items():
-        same_rank = {} if key["name"] == "full" else {"rank": what["rank"]}
-        if peer := best(record, framework="torch", **key, **same_rank):
+    for aim, (words, key) in peers.items():
+        if peer := best(record, framework="torch", **key):
             faster = 1 / _times(row, peer)
-            yield Ratio(f"{_name(what)} / PyTorch {words}, tokens/s", faster, aims.get(sort), at_least=True)
+            yield Ratio(f"{label(what)} / PyTorch {words}, tokens/s", faster, aims.get(aim), at_least=True)
 
 
 def _table_5(record: Record, row: Row) -> Iterator[Ratio]:
-    rank, name = row["what"].get("rank"), _name(row["what"])
+    """Yields the comparisons with PEFT's LoRA of the same rank."""
+    rank, name = row["what"].get("rank"), label(row["what"])
     if peer := best(record, framework="torch", name="lora", rank=rank):
         yield Ratio(f"{name} / PEFT LoRA, steps/s", 1 / _times(row, peer), TABLE_5_SPEED, at_least=True)
         if row["peak_gib"] and peer["peak_gib"]:
@@ -130,23 +128,15 @@ def _table_5(record: Record, row: Row) -> Iterator[Ratio]:
 
 
 def best(record: Record, **what: Any) -> Row | None:
-    """The fastest row of those whose description agrees."""
-    rows = [
-        row
-        for row in record.rows
-        if "error" not in row and all(row["what"].get(key) == value for key, value in what.items())
-    ]
+    """Returns the fastest row whose key has these values, or None."""
+    rows = [row for row in record.rows if "error" not in row and what.items() <= row["what"].items()]
     return min(rows, key=lambda row: row["milliseconds"], default=None)
 
 
 def matmul_share(record: Record, row: Row, count: str = "needed_tflop") -> float:
-    """The needed operations a second, as a share of the matmul rate measured in the same run."""
+    """Returns the needed operations a second as a share of the same run's matmul rate."""
     return row[count] / row["milliseconds"] * 1e3 / record.runs[row["run"]]["matmul_tflops"]
 
 
 def _times(row: Row, other: Row) -> float:
     return row["milliseconds"] / other["milliseconds"]
-
-
-def _name(what: dict[str, Any]) -> str:
-    return label(what)

@@ -1,11 +1,11 @@
-"""What was measured of a case: a JSON file that several runs of the benchmark may add to."""
+"""The figures of a case: a JSON file to which several runs of the benchmark may add."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 from train.config import run as run_config
 from train.perf.bench.cases import Case, with_method
 from train.perf.bench.jobs import PeerJob
@@ -15,14 +15,14 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass
 class Record:
-    """All that was measured of one case on one kind of device.
+    """All figures of one case on one kind of device.
 
     Attributes:
-      case: its name.
+      case: name of the case.
       setting: what else the figures depend on.
       device: the accelerator or processor.
-      runs: one entry a run of the benchmark: when, versions, the matmul rate, errors found by the check.
-      rows: one entry a method or peer: `what` it was, its figures or its "error", and the index of its `run`.
+      runs: one entry for each run of the benchmark: start, versions, matmul rate, errors of the check.
+      rows: one entry for each method or peer: its key `what`, figures or "error", and the index of its `run`.
     """
 
     case: str
@@ -32,11 +32,11 @@ class Record:
     rows: list[Row] = dataclasses.field(default_factory=list)
 
     def find(self, what: dict[str, Any]) -> Row | None:
-        """The row of one method or peer."""
+        """Returns the row of a method or peer, or None."""
         return next((row for row in self.rows if row["what"] == what), None)
 
     def put(self, what: dict[str, Any], figures: dict[str, Any]) -> Row:
-        """Adds or replaces a row of the newest run."""
+        """Adds a row of the newest run, or replaces an old one."""
         row = {"what": what, "run": len(self.runs) - 1, **figures}
         old = self.find(what)
         if old is None:
@@ -46,7 +46,7 @@ class Record:
         return row
 
     def save(self, path: str) -> None:
-        """Writes the file, whole or not at all; an empty path writes none."""
+        """Writes the file atomically. An empty path writes none."""
         if path:
             part = Path(f"{path}.part")
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -55,20 +55,20 @@ class Record:
 
 
 def load(path: str) -> Record:
-    """A record from its file. Raises InputError if there is none in it."""
+    """Reads a record from its file. Raises InputError if the file holds none."""
     try:
         return Record(**json.loads(Path(path).read_text()))
     except OSError as error:
-        raise InputError(f"{path}: cannot read these figures: {error.strerror}") from error
+        raise InputError(f"{path}: cannot read these figures: {reason(error)}") from error
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} holds no figures of mora bench step") from error
+        raise InputError(f"{path} holds no figures of mora bench step or sweep") from error
 
 
 def start(case: Case, path: str) -> Record:
-    """The record to add to: the file's, if there is one, or an empty one.
+    """Returns the record to add to: that of the file if it exists, or an empty one.
 
     Raises:
-      InputError: if the file's figures are of another case or setting.
+      InputError: if the file holds figures of another case or setting.
     """
     fresh = Record(case.name, setting(case))
     if not path or not Path(path).exists():
@@ -92,7 +92,7 @@ def setting(case: Case) -> dict[str, Any]:
 
 
 def method_row(case: Case, text: str) -> dict[str, Any]:
-    """What tells the row of a method from all others."""
+    """Returns the key of a method's row."""
     config = with_method(case.config, text)
     method, path = config.method, config.compute.adapter_path
     name = "config" if text.startswith("config") and config.rules else method.name
@@ -103,7 +103,7 @@ def method_row(case: Case, text: str) -> dict[str, Any]:
 
 
 def peer_row(job: PeerJob) -> dict[str, Any]:
-    """What tells the row of a peer from all others."""
+    """Returns the key of a peer's row."""
     name, _, operator = job.method.partition("-")
     what = {"framework": "torch", "name": name, "compiled": job.compiled, "pure": job.pure}
     what |= {"rank": job.rank} if name != "full" else {}
@@ -111,7 +111,7 @@ def peer_row(job: PeerJob) -> dict[str, Any]:
 
 
 def label(what: dict[str, Any]) -> str:
-    """A row's name for people."""
+    """Returns the readable name of a row."""
     names = {
         "lora": "LoRA",
         "mora": "MoRA",
@@ -127,7 +127,5 @@ def label(what: dict[str, Any]) -> str:
         words.append(f"r {what['rank']}")
     if what.get("path", "auto") != "auto":
         words.append(f"({what['path']} path)")
-    how = [
-        word for word, is_so in (("compiled", what.get("compiled")), ("all bf16", what.get("pure"))) if is_so
-    ]
-    return " ".join(words) + (f", {', '.join(how)}" if how else "")
+    options = [word for key, word in (("compiled", "compiled"), ("pure", "all bf16")) if what.get(key)]
+    return ", ".join([" ".join(words), *options])

@@ -1,4 +1,4 @@
-"""Figures as tables: on the terminal, and in Markdown between marks in a page."""
+"""Writes figures as tables: on the terminal, and in Markdown between marks in a page."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 from train.console.terminal import console
 from train.perf.bench.ratios import Ratio, matmul_share, ratios
 from train.perf.bench.record import Record, Row, label, load
@@ -23,12 +23,12 @@ COLUMNS = (
     "peak GiB",
     "compile s",
 )
-# Everything between the two marks is written anew from the file that the first names.
+# Everything between the two marks is rewritten from the file that the first names.
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def show(record: Record) -> None:
-    """Prints the figures and what they come to."""
+    """Prints the figures and the comparisons."""
     table = Table(*COLUMNS[:1], title=_title(record))
     for column in COLUMNS[1:]:
         table.add_column(column, justify="right")
@@ -44,19 +44,19 @@ def show(record: Record) -> None:
 
 
 def refresh(page: str) -> int:
-    """Writes every marked table of a Markdown page anew from its file, named from the page's folder.
+    """Rewrites every marked table of a Markdown page from its file, whose name is relative to the page.
 
     Returns:
-      How many there were.
+      The number of tables.
 
     Raises:
-      InputError: if the page or a file is not there, or nothing is marked.
+      InputError: if the page or a file cannot be read, or the page has no marks.
     """
     path = Path(page)
     try:
         old = path.read_text()
     except OSError as error:
-        raise InputError(f"{page}: cannot read this page: {error.strerror}") from error
+        raise InputError(f"{page}: cannot read this page: {reason(error)}") from error
     new, count = MARKED.subn(lambda m: f"{m[1]}{markdown(load(str(path.parent / m[2])))}{m[3]}", old)
     if not count:
         raise InputError(f"{page} holds no <!-- figures: FILE --> ... <!-- end -->")
@@ -65,7 +65,7 @@ def refresh(page: str) -> int:
 
 
 def markdown(record: Record) -> str:
-    """A record's tables: where it was measured, the figures, and what they come to."""
+    """Returns a record's tables as Markdown: the setting, the figures and the comparisons."""
     lines = [_title(record) + ".", "", *_rows(COLUMNS, (_cells(record, row) for row in record.rows))]
     compared = ratios(record)
     if compared:
@@ -74,14 +74,9 @@ def markdown(record: Record) -> str:
     return "\n".join([*lines, ""])
 
 
-def cells_of_failure(row: Row) -> tuple[str, ...]:
-    """A row that has no figures says why."""
-    return (label(row["what"]), f"failed: {row['error']}", *("",) * (len(COLUMNS) - 2))
-
-
 def _cells(record: Record, row: Row) -> tuple[str, ...]:
     if "error" in row:
-        return cells_of_failure(row)
+        return (label(row["what"]), f"failed: {row['error']}", *("",) * (len(COLUMNS) - 2))
     shares = ("", "")
     if "needed_tflop" in row:
         counts = ("needed_tflop", "needed_tflop_base")
@@ -99,19 +94,19 @@ def _cells(record: Record, row: Row) -> tuple[str, ...]:
 
 
 def _memory(row: Row) -> str:
-    """The peak that was seen, else what the compiler planned, in brackets."""
+    """Returns the measured peak, or what the compiler planned in brackets."""
     if row["peak_gib"]:
         return f"{row['peak_gib']:.2f}"
     return f"({row['planned_gib']:.3f})" if row.get("planned_gib") else ""
 
 
 def _title(record: Record) -> str:
-    s = record.setting
+    setting = record.setting
     rates = sorted({f"{run['matmul_tflops']:.3g}" for run in record.runs})
     side = record.runs[-1]["matmul_side"] if record.runs else 0
-    size = f"batch {s['batch_size']} x {s['sequence_length']}, {s['compute']['dtype']}"
+    batch = f"batch {setting['batch_size']} x {setting['sequence_length']}"
     return (
-        f"{record.case}: {size}, on {record.device} "
+        f"{record.case}: {batch}, {setting['compute']['dtype']}, on {record.device} "
         f"({side}-cube matmul: {' and '.join(rates)} TFLOP/s; {', '.join(_versions(record))})"
     )
 

@@ -1,4 +1,4 @@
-"""How time and memory of a step grow with batch, sequence, rank and width: `mora bench sweep`."""
+"""`mora bench sweep`: time and memory of a step by batch, sequence length, rank and width."""
 
 import dataclasses
 import time
@@ -13,10 +13,10 @@ from train.perf.bench.cases import Case
 from train.perf.bench.jobs import StepJob
 from train.perf.bench.options import BenchSweep
 from train.perf.bench.record import Record, label, method_row, start
-from train.perf.bench.step import JAX, SECONDS, begin_run, done, expanded, tell
+from train.perf.bench.step import JAX, SECONDS, begin_run, done, expanded, progress
 from train.perf.bench.sweep_plot import memory, plot
 
-# What each axis multiplies the case's own value with.
+# Multiples of the case's own value on each axis.
 FACTORS = {
     "batch": (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1)),
     "sequence": (Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2)),
@@ -26,10 +26,10 @@ FACTORS = {
 
 
 def bench(case: Case, options: BenchSweep) -> Record:
-    """Measures the points that the file lacks, writing it after each, and draws the picture.
+    """Measures the points that the file lacks, and draws the picture. The file is written after each point.
 
     Raises:
-      InputError: for words that say nothing, a size that cannot be scaled, or a device that cannot be used.
+      InputError: for bad words, a size that cannot be scaled, or a device that cannot be used.
     """
     began, longest = time.monotonic(), 0.0
     record = start(case, options.out)
@@ -39,23 +39,24 @@ def bench(case: Case, options: BenchSweep) -> Record:
     for what, job in missing:
         spent = time.monotonic() - began
         if options.minutes and spent + longest > 60 * options.minutes:
-            tell(f"{options.minutes:g} minutes are over; the same command goes on from here")
+            progress(f"{options.minutes:g} minutes are over; the same command resumes from here")
             break
         figures = children.call(JAX, job, SECONDS)
         record.put(what, figures)
         record.save(options.out)
         longest = max(longest, time.monotonic() - began - spent)
-        tell(f"{describe(what)}: {figures.get('error') or described(figures)}")
+        result = figures.get("error") or f"{figures['milliseconds']:.2f} ms, {memory(figures):.2f} GiB"
+        progress(f"{describe(what)}: {result}")
     if options.picture:
         plot(record, options.picture)
     return record
 
 
 def points(case: Case, options: BenchSweep) -> Iterator[tuple[dict[str, Any], StepJob]]:
-    """Every point once: what tells it from all others, and its job.
+    """Yields every point once, as its key and its job.
 
     Raises:
-      InputError: for words that say nothing, and sizes that do not divide.
+      InputError: for bad words, and sizes that do not divide.
     """
     seen: list[dict[str, Any]] = []
     for axis in options.axes:
@@ -69,40 +70,38 @@ def points(case: Case, options: BenchSweep) -> Iterator[tuple[dict[str, Any], St
 
 
 def point(case: Case, text: str) -> dict[str, Any]:
-    """What tells a point from all others: the method and its place on the axes."""
+    """Returns the key of a point: the method and the place on the axes."""
     c = case.config
     place = {"batch": c.batch_size, "sequence": c.data.sequence_length, "width": c.model.hidden_size}
     return method_row(case, text) | place
 
 
 def describe(what: dict[str, Any]) -> str:
-    """A point's name for people."""
+    """Returns the readable name of a point."""
     return f"{label(what)}, batch {what['batch']} x {what['sequence']}, width {what['width']}"
 
 
-def described(figures: dict[str, Any]) -> str:
-    """A point's figures for people."""
-    return f"{figures['milliseconds']:.2f} ms, {memory(figures):.2f} GiB"
-
-
 def scaled(config: RunConfig, axis: str, factor: Fraction) -> RunConfig:
-    """The config with one of its sizes multiplied. Raises InputError where that leaves a fraction."""
+    """Returns the config with one of its sizes multiplied. Raises InputError if the product is no integer."""
     if axis == "batch":
-        return dataclasses.replace(config, batch_size=_times("batch_size", config.batch_size, factor))
+        return dataclasses.replace(config, batch_size=_times("--batch-size", config.batch_size, factor))
     if axis == "rank":
-        method = dataclasses.replace(config.method, rank=_times("method.rank", config.method.rank, factor))
+        method = dataclasses.replace(config.method, rank=_times("--method.rank", config.method.rank, factor))
         return dataclasses.replace(config, method=method)
     if axis == "sequence":
-        length = _times("data.sequence_length", config.data.sequence_length, factor)
+        length = _times("--data.sequence-length", config.data.sequence_length, factor)
         longest = max(length, config.model.max_position_embeddings)
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, sequence_length=length),
             model=dataclasses.replace(config.model, max_position_embeddings=longest),
         )
-    # Heads keep their width; there are more or fewer of them.
+    # The width of a head stays, their number changes.
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    sizes = {name: _times(f"model.{name}", getattr(config.model, name), factor) for name in names}
+    sizes = {
+        name: _times(f"--model.{name.replace('_', '-')}", getattr(config.model, name), factor)
+        for name in names
+    }
     sizes["intermediate_size"] = int(config.model.intermediate_size * factor)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
 
@@ -110,5 +109,5 @@ def scaled(config: RunConfig, axis: str, factor: Fraction) -> RunConfig:
 def _times(name: str, size: int, factor: Fraction) -> int:
     product = size * factor
     if product.denominator != 1:
-        raise InputError(f"{name} {size} times {factor} is no whole number; choose another {name}")
+        raise InputError(f"{name} {size} times {factor} is not an integer; choose another {name}")
     return int(product)

@@ -1,4 +1,4 @@
-"""The picture of a sweep: time above, peak memory below, a column for each axis."""
+"""Draws a sweep: step time above, peak memory below, one column for each axis."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ AXES = {
 
 
 def plot(record: Record, png_path: str) -> None:
-    """Draws a sweep's record.
+    """Draws the record of a sweep.
 
     Raises:
       InputError: if no axis has two points.
@@ -29,15 +29,15 @@ def plot(record: Record, png_path: str) -> None:
     drawn = {axis: lines(record, axis) for axis in AXES}
     drawn = {axis: found for axis, found in drawn.items() if any(len(xs) > 1 for xs, _ in found.values())}
     if not drawn:
-        raise InputError("there is nothing to draw yet: no axis has two points")
+        raise InputError("nothing to draw yet: no axis has two points")
     figure = Figure(figsize=(3.6 * len(drawn) + 1, 6.5), dpi=150, layout="constrained")
     grid = figure.subplots(2, len(drawn), sharex="col", squeeze=False)
-    names = sorted({name for found in drawn.values() for name in found}, key=_rank_of_colour)
+    names = list(dict.fromkeys(name for found in drawn.values() for name in found))
     for (axis, found), upper, lower in zip(drawn.items(), *grid, strict=True):
         for name, (xs, rows) in found.items():
             color = COLORS[names.index(name) % len(COLORS)]
-            _draw(upper, xs, [row["milliseconds"] for row in rows], name, color)
-            _draw(lower, xs, [memory(row) for row in rows], name, color)
+            for axes, ys in ((upper, [row["milliseconds"] for row in rows]), (lower, map(memory, rows))):
+                axes.plot(xs, list(ys), "o-", color=color, markersize=4, linewidth=1.8, label=name)
         _label(upper, lower, axis, sorted({x for xs, _ in found.values() for x in xs}))
     grid[0][0].set_ylabel("ms a step", fontsize=12)
     grid[1][0].set_ylabel("peak memory (GiB)", fontsize=12)
@@ -50,49 +50,31 @@ def plot(record: Record, png_path: str) -> None:
 
 
 def lines(record: Record, axis: str) -> dict[str, tuple[list[int], list[Row]]]:
-    """By method: the values of the axis and the rows there, all other sizes being the case's own."""
+    """Returns by method the values of an axis and their rows, where all other sizes are the case's own."""
     s = record.setting
     own = {"batch": s["batch_size"], "sequence": s["sequence_length"], "width": s["model"]["hidden_size"]}
     own["rank"] = s["rank"]
-    found: dict[str, tuple[list[int], list[Row]]] = {}
+    found: dict[str, list[Row]] = {}
     for row in record.rows:
         what = row["what"]
-        others = (name for name in own if name != axis)
-        if (
-            "error" in row
-            or axis not in what
-            or any(what.get(name, own[name]) != own[name] for name in others)
-        ):
+        others_differ = any(what.get(name, own[name]) != own[name] for name in own if name != axis)
+        if "error" in row or axis not in what or others_differ:
             continue
-        xs, rows = found.setdefault(label({k: v for k, v in what.items() if k != "rank"}), ([], []))
-        xs.append(what[axis])
-        rows.append(row)
-    return {name: _sorted(xs, rows) for name, (xs, rows) in found.items()}
+        found.setdefault(label({k: v for k, v in what.items() if k != "rank"}), []).append(row)
+    points = {name: sorted(rows, key=lambda row: row["what"][axis]) for name, rows in found.items()}
+    return {name: ([row["what"][axis] for row in rows], rows) for name, rows in points.items()}
 
 
 def memory(figures: dict[str, Any]) -> float:
-    """Peak memory in GiB as it was seen, else as the compiler planned it."""
+    """Returns peak memory in GiB as the allocator measured it, or else as the compiler planned it."""
     return figures["peak_gib"] or figures["planned_gib"]
 
 
-def _rank_of_colour(name: str) -> tuple[bool, str]:
-    """The first colour is for what matters most."""
-    return not name.startswith("MoRA"), name
-
-
-def _sorted(xs: list[int], rows: list[Row]) -> tuple[list[int], list[Row]]:
-    order = sorted(range(len(xs)), key=xs.__getitem__)
-    return [xs[i] for i in order], [rows[i] for i in order]
-
-
-def _draw(axes: Axes, xs: list[int], ys: list[float], name: str, color: str) -> None:
-    axes.plot(xs, ys, "o-", color=color, markersize=4, linewidth=1.8, label=name)
-
-
 def _label(upper: Axes, lower: Axes, axis: str, values: list[int]) -> None:
+    """Labels the two plots of an axis, with ticks at its values."""
     for axes in (upper, lower):
         style(axes)
-        if axis == "rank":  # the others are drawn so that what grows in proportion is a straight line
+        if axis == "rank":  # other axes are linear: proportional growth is a straight line
             axes.set_xscale("log", base=2)
         axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     lower.set_xticks(values, [f"{value:,}" for value in values])

@@ -1,9 +1,9 @@
-"""MoRA in PyTorch as the paper's equations read, for comparison: compress, multiply by M, decompress, add.
+"""MoRA in PyTorch, written as the paper's equations read, for comparison.
 
-Imported only where PyTorch is installed.
+It needs the extra `parity`.
 """
 
-# Types are checked without PyTorch, too: it is an extra.
+# Pyright also runs without PyTorch, which is an extra.
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false
 
 import math
@@ -14,12 +14,12 @@ from torch.nn import functional
 
 
 class MoraLinear(nn.Module):
-    """A frozen linear layer with a square matrix beside it (Eq. 3).
+    """A frozen linear layer plus the update of a square matrix M (Eq. 3).
 
     Args:
-      base: the layer that is adapted.
-      rank: LoRA's rank whose parameter count is matched.
-      dtype: type of M.
+      base: the layer to adapt.
+      rank: the LoRA rank whose parameter count is matched.
+      dtype: dtype of M.
     """
 
     def __init__(self, base: nn.Linear, rank: int, dtype: torch.dtype) -> None:
@@ -29,7 +29,7 @@ class MoraLinear(nn.Module):
         self.r_hat = (
             min(math.isqrt((self.d + self.k) * rank), self.d, self.k) // self.multiple * self.multiple
         )
-        # At its start M is zero, on which products are faster than on what training makes of it.
+        # Products with the initial zeros would be faster than those of training.
         self.m = nn.Parameter(
             0.001 * torch.randn(self.r_hat, self.r_hat, dtype=dtype, device=base.weight.device)
         )
@@ -41,34 +41,34 @@ class MoraLinear(nn.Module):
         return self.base(x) + self.decompress(functional.linear(self.compress(x), self.m))
 
     def compress(self, x: torch.Tensor) -> torch.Tensor:
-        """From k inputs to r_hat."""
+        """(..., k) -> inputs of M."""
         raise NotImplementedError
 
     def decompress(self, y: torch.Tensor) -> torch.Tensor:
-        """From r_hat to d outputs."""
+        """Outputs of M -> (..., d)."""
         raise NotImplementedError
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., k) -> (..., blocks, r_hat), the last block filled up with zeros."""
+        """(..., k) -> (..., blocks, r_hat), with zeros at the end of the last block."""
         x = functional.pad(x, (0, -self.k % self.r_hat))
         return x.reshape(*x.shape[:-1], -1, self.r_hat)
 
 
 class SharingLinear(MoraLinear):
-    """Sharing (Eq. 6): inputs of a group are summed, outputs of a group are alike."""
+    """Sharing (Eq. 6): the inputs of a group are summed, the outputs of a group are equal."""
 
     def compress(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of the blocks."""
+        """(..., k) -> (..., r_hat), the sum of the blocks."""
         return self.blocks(x).sum(dim=-2)
 
     def decompress(self, y: torch.Tensor) -> torch.Tensor:
-        """The r_hat outputs again and again, as far as d goes."""
+        """(..., r_hat) -> (..., d), repeating the r_hat outputs."""
         copies = -(-self.d // self.r_hat)
         return y.repeat(*(1,) * (y.ndim - 1), copies)[..., : self.d]
 
 
 class RotatingLinear(MoraLinear):
-    """Rotation (Eq. 9 to 11): M multiplies each block of the inputs, turned by an angle of its own."""
+    """Rotation (Eq. 9 to 11): M multiplies each block of inputs, rotated by angles of its own."""
 
     multiple = 2
     cos: torch.Tensor
@@ -83,7 +83,7 @@ class RotatingLinear(MoraLinear):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def compress(self, x: torch.Tensor) -> torch.Tensor:
-        """The blocks, turned; no more than there are blocks of outputs."""
+        """(..., k) -> (..., blocks, r_hat), rotated; at most as many blocks as the outputs have."""
         x = self.blocks(x)[..., : -(-self.d // self.r_hat), :]
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
@@ -91,7 +91,7 @@ class RotatingLinear(MoraLinear):
         return x * cos + turned * sin
 
     def decompress(self, y: torch.Tensor) -> torch.Tensor:
-        """The blocks one behind the other, again and again as far as d goes."""
+        """(..., blocks, r_hat) -> (..., d), repeating the concatenated blocks."""
         y = y.flatten(-2)
         copies = -(-self.d // y.shape[-1])
         return y.repeat(*(1,) * (y.ndim - 1), copies)[..., : self.d]

@@ -1,11 +1,10 @@
-"""Training steps of PyTorch, transformers and PEFT, each run in a process of its own.
+"""The measuring process for PyTorch: training steps of transformers and PEFT.
 
-Imported only where they are installed. Peers are given what is fastest for them: SDPA's causal flash
-attention, fused AdamW, TensorFloat32 where float32 products are left, no gradient checkpointing where memory
-allows.
+It needs the extra `parity`. Peers use what is fastest for them: SDPA's causal flash attention, fused AdamW,
+TensorFloat32 for float32 products, and no gradient checkpointing if memory allows.
 """
 
-# Types are checked without PyTorch, too: it is an extra.
+# Pyright also runs without PyTorch, which is an extra.
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false
 
 import importlib.metadata
@@ -32,7 +31,7 @@ ATTENTION = "causal_sdpa"
 
 
 def run(job: PeerJob) -> dict[str, Any]:
-    """Times one program: a row of the table."""
+    """Times one program, and returns a row of the table."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +60,7 @@ def run(job: PeerJob) -> dict[str, Any]:
 
 
 def build(job: PeerJob, device: torch.device) -> nn.Module:
-    """The model with random weights, adapted, on the device, and what is trained marked so."""
+    """Returns the adapted model with random weights on the device; `requires_grad` marks what is trained."""
     model = adapted(job, random_model(job, device))
     rest = () if job.case.config.method.train == "" else REST
     for name, parameter in model.named_parameters():
@@ -71,13 +70,13 @@ def build(job: PeerJob, device: torch.device) -> nn.Module:
         if trained and not job.pure:
             parameter.data = parameter.data.float()
     if job.case.config.compute.remat == "full":
-        compute_again = getattr(model, "activation_checkpointing_enable", None)  # the newer name
-        (compute_again or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute = getattr(model, "activation_checkpointing_enable", None)  # the newer name
+        (recompute or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train()
 
 
 def random_model(job: PeerJob, device: torch.device) -> Any:
-    """A `LlamaForCausalLM` whose weights are bfloat16 from the start."""
+    """Returns a `LlamaForCausalLM` whose weights are bfloat16 from the start."""
     c = job.case.config.model
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,
@@ -106,9 +105,9 @@ def random_model(job: PeerJob, device: torch.device) -> Any:
 def causal_attention(
     module: nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """SDPA told that it is causal, which lets it use flash attention.
+    """Returns SDPA's output without a mask, so that it can use flash attention.
 
-    transformers makes a mask for it under torch.compile (with torch before 2.14), which rules that out.
+    Under torch.compile, transformers makes a mask (with torch before 2.14), which excludes flash attention.
     """
     shared = query.shape[1] != key.shape[1]
     y = functional.scaled_dot_product_attention(
@@ -118,7 +117,7 @@ def causal_attention(
 
 
 def adapted(job: PeerJob, model: Any) -> Any:
-    """The model with adapters in all seven linears of a layer, if the method has any."""
+    """Returns the model with the method's adapters in all seven linears of a layer."""
     if job.method == "full":
         return model
     if job.method == "lora":
@@ -132,19 +131,19 @@ def adapted(job: PeerJob, model: Any) -> Any:
 
 
 def with_lora(job: PeerJob, model: Any) -> Any:
-    """PEFT's LoRA, without the wrapper around the model, which would only cost time."""
+    """Returns the model with PEFT's LoRA, without PEFT's wrapper, which only costs time."""
     import peft
 
     config = peft.LoraConfig(r=job.rank, lora_alpha=job.rank, target_modules=list(LINEARS))
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.cast_input_dtype_enabled = False  # autocast does it
+            module.cast_input_dtype_enabled = False  # autocast casts
     return model
 
 
 def training_step(job: PeerJob, model: Any, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Forward, backward, clipping, AdamW: what this project's step does."""
+    """Returns a step like this project's: forward, backward, clipping, AdamW."""
     config = job.case.config.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -171,7 +170,7 @@ def training_step(job: PeerJob, model: Any, device: torch.device) -> Callable[[t
 
 
 def random_batches(job: PeerJob, device: torch.device) -> list[torch.Tensor]:
-    """Token batches on the device."""
+    """Returns random token batches on the device."""
     shape = (job.case.config.batch_size, job.case.config.data.sequence_length)
     return [torch.randint(0, job.case.config.model.vocab_size, shape, device=device) for _ in range(BATCHES)]
 
@@ -182,7 +181,7 @@ def timed(
     steps: int,
     device: torch.device,
 ) -> tuple[np.ndarray, float]:
-    """Milliseconds from one step's end to the next one's, by the device's clock if it has one; the loss."""
+    """Returns the milliseconds of each step, by the GPU's clock if there is one, and the last loss."""
     marks, loss = [_mark(device)], torch.zeros(())
     for i in range(steps):
         loss = step(batches[i % len(batches)])

@@ -1,6 +1,6 @@
-"""Floating-point operations of the matrix products of a traced program.
+"""Counts the floating-point operations of the matrix products of a traced program.
 
-XLA's own count takes the body of a loop once, however often it runs; this one does not.
+XLA's own count takes the body of a loop once, however often it runs. This one multiplies by the runs.
 """
 
 import math
@@ -12,12 +12,12 @@ from jax.interpreters import partial_eval
 
 
 def product_flops(traced: ClosedJaxpr) -> int:
-    """Multiplications and additions of all products whose results are used, over all devices."""
+    """Returns the multiplications and additions, over all devices, of the products whose results are used."""
     used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
-    return _count(used)
+    return _of_jaxpr(used)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def _of_jaxpr(jaxpr: Jaxpr) -> int:
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -29,12 +29,14 @@ def _of_equation(equation: Any) -> int:
         return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
     if name == "pallas_call" and params["cost_estimate"]:
         return params["cost_estimate"].flops
-    inner = [_count(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [_of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
-    times = {"scan": "length", "shard_map": "mesh"}.get(name)
-    repeats = params[times] if times == "length" else params[times].size if times else 1
-    return sum(inner) * repeats
+    if name == "scan":
+        return sum(inner) * params["length"]
+    if name == "shard_map":
+        return sum(inner) * params["mesh"].size
+    return sum(inner)
 
 
 def _jaxprs(value: Any) -> Iterator[Jaxpr]:

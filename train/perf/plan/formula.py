@@ -1,23 +1,26 @@
-"""What a training step is expected to send, from shapes and shardings alone.
+"""Predicts what a training step sends, from shapes and shardings alone.
 
-Every figure is what one device sends in one step by ring algorithms, over the n devices of an axis:
+Each figure is what one device sends in one step by ring algorithms, over the n devices of an axis:
 
-- fsdp: each microbatch gathers every divided array, kernels in the type of the products and others in their
-  own, for the forward and again for the backward pass (embedding and head once): (n - 1) / n of its bytes. It
-  scatters the gradient of every trained one: (n - 1) / n of its bytes.
-- data, and fsdp too for arrays that are whole on each device: each microbatch sums the gradient of every
-  trained array, or of the part of it that a device holds: 2 (n - 1) / n of its bytes.
-- tensor: each microbatch sums the outputs of attention and MLP of every layer in the forward pass and the
-  gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
-  Adapters' arrays are gathered for both passes, and their gradients summed over `data` as a whole. MoRA's
-  groups do not end where a kernel is divided: it gathers the activations on the divided side of every adapted
-  kernel, counted once, in the backward pass, as on the merged path: (n - 1) / n of them. What embedding, head
-  and loss send is left out, and so are kernels whose width the axis does not divide, which are gathered too.
+- fsdp: each microbatch all-gathers every sharded array, kernels in the dtype of the products, others in
+  their own. It does so for the forward and for the backward pass (embedding and head once). That is
+  (n - 1) / n of the bytes. It reduce-scatters the gradient of every trained one: (n - 1) / n of the bytes.
+- data, and fsdp too for replicated arrays: each microbatch all-reduces the gradient of every trained array,
+  or of the shard that a device holds: 2 (n - 1) / n of the bytes.
+- tensor: each microbatch all-reduces the outputs of attention and MLP of every layer in the forward pass,
+  and the gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
+  Arrays of adapters are all-gathered for both passes, and their complete gradients are summed over `data`.
+  The groups of a method such as MoRA do not end where a kernel is sharded. So it all-gathers the activations
+  on the sharded side of every adapted kernel: (n - 1) / n of them, counted once, in the backward pass, as on
+  the merged path.
 
-Gradients are sent in float32; those of adapters in the type of the products, but for MoRA's on the merged
-path, which large batches take: they are added up in float32 part by part of the batch.
+Left out are what embedding, head and loss send over tensor, and kernels whose width the axis does not
+divide (they are all-gathered too).
 
-A compiler that sends more moves something twice, in a wider type, or where it need not.
+Gradients are sent in float32, but those of adapters in the dtype of the products. On the merged path, which
+large batches take, some methods sum them in float32 part by part of the batch, and send float32.
+
+A compiler that sends more moves something twice, in a wider dtype, or needlessly.
 """
 
 import dataclasses
@@ -39,7 +42,7 @@ from train.perf.plan.hlo import SENT
 
 FLOAT32 = 4  # bytes
 ONCE = ("embed_tokens/embedding", "lm_head/kernel")  # used in one pass only
-INWARD = ("o_proj/kernel", "down_proj/kernel")  # `tensor` divides their inputs, of others the outputs
+INWARD = ("o_proj/kernel", "down_proj/kernel")  # `tensor` shards their inputs; of others the outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Expected:
     """One line of the formula.
 
     Attributes:
-      kind: of collective, as HLO names it.
+      kind: HLO's name of the collective.
       axes: axes of the mesh, joined by "+".
       base: bytes that each device sends in a step for the model's own parameters and activations.
-      adapters: the same for the adapters' arrays.
+      adapters: bytes that it sends for the arrays of adapters.
     """
 
     kind: str
@@ -60,7 +63,7 @@ class Expected:
 
 
 def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> list[Expected]:
-    """The formula's figures for a state of shapes with shardings, the largest first."""
+    """Returns the formula's figures for a state of shapes with shardings, the largest first."""
     sent: Counter[tuple[str, str, bool]] = Counter()
     gradients = _gradients(config, methods)
     arrays = trees.flatten({"params": state.params, "adapters": state.adapters})
@@ -75,7 +78,7 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
 
 
 def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
-    """The bytes of a number of each trained array's gradient, as it is sent."""
+    """Returns the itemsize in which each trained array's gradient is sent."""
     tokens, how = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
     in_float32 = {
         f"adapters/{path}/m_RR"
@@ -93,36 +96,39 @@ def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
 def _of_array(
     path: str, leaf: Any, gradient: int, config: RunConfig, mesh: Mapping[str, int]
 ) -> Iterator[tuple[str, str, float]]:
-    """(kind, axes, bytes) of what one microbatch sends for one array; `gradient` is 0 if it is frozen."""
-    divided, adapter = _divided(leaf), path.startswith("adapters/")
+    """Yields (kind, axes, bytes) that one microbatch sends for an array.
+
+    `gradient` is the itemsize of its gradient, 0 if it is frozen.
+    """
+    sharded, adapter = _sharded(leaf), path.startswith("adapters/")
     kernel = path.endswith("kernel")
     itemsize = (jnp.dtype(config.compute.dtype) if kernel else leaf.dtype).itemsize
-    mine = leaf.size / math.prod(mesh[axis] for axis in divided if axis != "fsdp")
-    if "fsdp" in divided:
+    held = leaf.size / math.prod(mesh[axis] for axis in sharded if axis != "fsdp")
+    if "fsdp" in sharded:
         uses = 1 if path.endswith(ONCE) else 2
-        yield "all-gather", "fsdp", uses * mine * itemsize * SENT["all-gather"](mesh["fsdp"])
-    if "tensor" in divided and adapter:
+        yield "all-gather", "fsdp", uses * held * itemsize * SENT["all-gather"](mesh["fsdp"])
+    if "tensor" in sharded and adapter:
         yield "all-gather", "tensor", 2 * leaf.size * itemsize * SENT["all-gather"](mesh["tensor"])
-        mine = leaf.size
+        held = leaf.size
     if not gradient:
         return
-    if "fsdp" in divided:
-        yield "reduce-scatter", "fsdp", mine * gradient * SENT["reduce-scatter"](mesh["fsdp"])
-        mine /= mesh["fsdp"]
-    axes = [a for a in ("data", "fsdp") if mesh[a] > 1 and a not in divided]
+    if "fsdp" in sharded:
+        yield "reduce-scatter", "fsdp", held * gradient * SENT["reduce-scatter"](mesh["fsdp"])
+        held /= mesh["fsdp"]
+    axes = [a for a in ("data", "fsdp") if mesh[a] > 1 and a not in sharded]
     if axes:
         count = math.prod(mesh[axis] for axis in axes)
-        yield "all-reduce", "+".join(axes), mine * gradient * SENT["all-reduce"](count)
+        yield "all-reduce", "+".join(axes), held * gradient * SENT["all-reduce"](count)
 
 
 def _summed(config: RunConfig, mesh: Mapping[str, int]) -> int:
-    """Bytes a step of activations summed over `tensor`."""
+    """Returns the bytes a step of the activations all-reduced over `tensor`."""
     entries = 4 * config.model.hidden_size * config.model.num_hidden_layers
     return round(entries * _column(config, mesh) * SENT["all-reduce"](mesh["tensor"]))
 
 
 def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], mesh: Mapping[str, int]) -> int:
-    """Bytes a step of activations gathered over `tensor` for MoRA's gradients."""
+    """Returns the bytes a step of the activations all-gathered over `tensor` for adapters' gradients."""
     entries = 0
     for path, method in methods.adapted():
         *layers, k, d = arrays[f"params/{path}"].shape
@@ -133,12 +139,12 @@ def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], me
 
 
 def _column(config: RunConfig, mesh: Mapping[str, int]) -> float:
-    """Bytes of one entry of a hidden state, for all tokens that a device takes in a step."""
+    """Returns the bytes of one entry of a hidden state, for all tokens of a device in a step."""
     tokens = config.tokens_per_step() / mesh["data"] / mesh["fsdp"]
     return tokens * jnp.dtype(config.compute.dtype).itemsize
 
 
-def _divided(leaf: jax.ShapeDtypeStruct) -> set[str]:
-    """The axes of the mesh that an array is divided along."""
+def _sharded(leaf: jax.ShapeDtypeStruct) -> set[str]:
+    """Returns the axes of the mesh over which an array is sharded."""
     entries = leaf.sharding.spec  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     return {a for entry in entries if entry for a in (entry if isinstance(entry, tuple) else (entry,))}

@@ -1,7 +1,7 @@
-"""The collectives of a compiled program, read from the text of its optimised HLO.
+"""Finds the collectives of a compiled program in the text of its optimised HLO.
 
-What a loop does counts as often as the loop runs. A collective that the compiler started in one place and
-finished in another, or spread over several fusions to hide it behind products, counts once.
+A collective in a loop counts once for each run of the loop. It counts once where the compiler starts it in
+one place and finishes it in another, or spreads it over several fusions to hide it behind products.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from train.perf.hlo import Computation, Instruction, parse
 
-# What each device sends of a whole array of one byte when n take part, by the ring algorithms.
+# The bytes that each of n devices sends for an array of one byte, by the ring algorithms.
 SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -22,10 +22,8 @@ SENT = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
 }
-KINDS = tuple(SENT)
 
 _SHAPE = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([^\s,)}]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
@@ -34,11 +32,11 @@ class Collective:
     """All collectives of one kind over the same axes of the mesh, in one run of the program.
 
     Attributes:
-      kind: as HLO names it, such as "all-gather".
-      axes: the axes of the mesh over which the devices of a group differ, joined by "+".
-      times: how often one runs.
-      bytes: of the whole arrays, gathered or not yet scattered, over all runs.
-      sent: bytes that each device sends over all runs, by ring algorithms.
+      kind: HLO's name, such as "all-gather".
+      axes: axes of the mesh along which the devices of a group differ, joined by "+".
+      times: runs.
+      bytes: size of the complete arrays (gathered, or not yet scattered), summed over all runs.
+      sent: bytes that each device sends in all runs, by ring algorithms.
     """
 
     kind: str
@@ -49,14 +47,14 @@ class Collective:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """What a program sends, by kind and axes.
+    """Returns what a program sends, by kind and axes, the largest first.
 
     Args:
       text: optimised HLO of one device's program.
-      mesh: axis names and sizes of the mesh whose devices, in order, are the program's partitions.
+      mesh: axis names and sizes of the mesh. Its devices, in order, are the program's partitions.
 
     Raises:
-      ValueError: for HLO that is not understood: a count too low would be worse.
+      ValueError: for HLO that this parser does not know. A silent omission would count too little.
     """
     program = parse(text)
     found: dict[tuple[str, str], Collective] = {}
@@ -64,58 +62,65 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         groups = _groups(instruction.text, math.prod(mesh.values()))
         axes, size = _axes(groups, mesh), max(len(g) for g in groups)
         if not axes:
-            continue  # every device by itself
-        whole = _bytes(instruction, size) * times
-        sent = round(whole * SENT[kind](size))
+            continue  # each device is a group of its own
+        complete = _bytes(instruction, size) * times
+        sent = round(complete * SENT[kind](size))
         old = found.get((kind, axes), Collective(kind, axes, 0, 0, 0))
-        found[kind, axes] = Collective(kind, axes, old.times + times, old.bytes + whole, old.sent + sent)
+        found[kind, axes] = Collective(kind, axes, old.times + times, old.bytes + complete, old.sent + sent)
     return sorted(found.values(), key=lambda c: -c.sent)
 
 
 def _walk(
     computations: Mapping[str, Computation], name: str, times: int
 ) -> Iterator[tuple[str, Instruction, int]]:
-    """(kind, instruction, runs) of every collective that a computation runs `times` times over."""
+    """Yields (kind, instruction, runs) of every collective in a computation that runs `times` times."""
     in_fusions: set[str] = set()
     for instruction in computations[name].values():
         kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
+        if kind in SENT:
             yield kind, instruction, times
         elif instruction.opcode == "while":
-            runs = times * _trip_count(computations, instruction.text)
-            yield from _walk(computations, _CALLED.findall(instruction.text)[0], runs)
+            runs = times * _trip_count(computations, instruction)
+            yield from _walk(computations, instruction.called("body"), runs)
         elif instruction.opcode == "fusion":
-            called = _CALLED.findall(instruction.text)[0]
-            for kind, inner, runs in _walk(computations, called, times):
+            fusion = instruction.called("calls")
+            for kind, inner, runs in _walk(computations, fusion, times):
                 channel = re.search(r"channel_id=(\d+)", inner.text)
                 if channel and channel[1] in in_fusions:
-                    continue  # the same one, spread over several fusions
+                    continue  # one collective, spread over several fusions
                 in_fusions |= {channel[1]} if channel else set()
                 # TPUs write a reduce-scatter as a fusion of an all-reduce and a slice.
-                scatters = kind == "all-reduce" and "reduce-scatter" in called
+                scatters = kind == "all-reduce" and "reduce-scatter" in fusion
                 yield ("reduce-scatter" if scatters else kind), inner, runs
         elif instruction.opcode in ("call", "conditional", "async-start"):
-            branches = ", ".join(_BRANCHES.findall(instruction.text)).replace("%", "").split(", ")
-            for called in (*_CALLED.findall(instruction.text), *filter(None, branches)):
-                yield from _walk(computations, called, times)
+            for callee in _callees(instruction):
+                yield from _walk(computations, callee, times)
 
 
-def _trip_count(computations: Mapping[str, Computation], text: str) -> int:
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', text):
+def _callees(instruction: Instruction) -> Iterator[str]:
+    """Yields the computations that a call runs, or a conditional may run."""
+    for attribute in ("calls", "to_apply", "true_computation", "false_computation"):
+        if callee := instruction.called(attribute):
+            yield callee
+    for branches in _BRANCHES.findall(instruction.text):
+        yield from branches.replace("%", "").split(", ")
+
+
+def _trip_count(computations: Mapping[str, Computation], loop: Instruction) -> int:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(known[1])
-    condition = re.search(r"\bcondition=%?([^\s,)}]+)", text)
-    inside = computations[condition[1]] if condition else {}
+    inside = computations.get(loop.called("condition"), {})
     for instruction in inside.values():
         if instruction.opcode == "compare" and "direction=LT" in instruction.text:
             for operand in re.findall(r"%?([\w.\-]+)[,)]", instruction.text):
                 constant = inside.get(operand)
                 if constant and constant.opcode == "constant":
                     return int(re.search(r"constant\((\d+)\)", constant.text)[1])  # pyright: ignore
-    raise ValueError(f"a loop whose length is not known: {text[:200]}")
+    raise ValueError(f"a loop of unknown length: {loop.text[:200]}")
 
 
 def _bytes(instruction: Instruction, size: int) -> int:
-    """Of the whole array."""
+    """Returns the size of the complete array of a collective among groups of `size` devices."""
     shapes = [_shape_bytes(*shape) for shape in _SHAPE.findall(instruction.type)]
     if instruction.opcode == "collective-permute-start":
         return shapes[1]  # (input, output, two semaphores)
@@ -130,21 +135,22 @@ def _shape_bytes(kind: str, dimensions: str) -> int:
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:
-    """The groups of partitions that talk to each other, in any of HLO's three notations."""
+    """Returns the groups of partitions that communicate, from any of HLO's notations."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
-        return [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        return [_integers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
     if lists := re.search(r"replica_groups=\{(\{.*?\})\}", text):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", lists[1])]
+        return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", lists[1])]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _iota(iota[2], iota[3]).reshape(_integers(iota[1])).tolist()
     if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", text):
         return _mesh_groups(*named.groups())
     if "replica_groups={}" in text or "replica_groups" not in text:
         return [list(range(devices))]
-    raise ValueError(f"replica groups in a notation that is not known: {text[:300]}")
+    raise ValueError(f"replica groups in an unknown notation: {text[:300]}")
 
 
 def _mesh_groups(mesh: str, order: str | None, axes: str) -> list[list[int]]:
+    """Returns the groups of the notation mesh['a'=4,'b'=2], device_ids=(ORDER) {'a':(BEFORE)SIZE}."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
     if order and (iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
@@ -175,7 +181,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> str:
-    """The axes along which members of a group differ."""
+    """Returns the axes along which the members of a group differ, joined by "+"."""
     places = [np.array(np.unravel_index(group, tuple(mesh.values()))) for group in groups]
     differs = [any(len(set(place[i])) > 1 for place in places) for i in range(len(mesh))]
     return "+".join(itertools.compress(mesh, differs))

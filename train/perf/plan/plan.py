@@ -1,4 +1,4 @@
-"""`mora plan`: what a config needs of each device, from its shardings and from the compiler itself."""
+"""`mora plan`: what a config needs of each device, from its shardings and from the compiler."""
 
 import dataclasses
 import math
@@ -18,12 +18,12 @@ from train.run.state import abstract_state, assign_methods
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Bytes of the state that one device holds.
+    """Bytes of the state on one device.
 
     Attributes:
-      parameters: of the model.
-      adapters: of the adapters' arrays.
-      base_optimizer: optimizer state of the model's own parameters.
+      parameters: the model's parameters.
+      adapters: the arrays of adapters.
+      base_optimizer: optimizer state of the model's parameters.
       adapter_optimizer: optimizer state of the adapters.
     """
 
@@ -33,7 +33,7 @@ class Held:
     adapter_optimizer: int
 
     def total(self) -> int:
-        """All of it."""
+        """Returns the sum of all four."""
         return self.parameters + self.adapters + self.base_optimizer + self.adapter_optimizer
 
 
@@ -42,16 +42,16 @@ class Plan:
     """What a config needs of each device of a target.
 
     Attributes:
-      target: what it is planned for.
-      compiler: whose figures `programs` are.
-      devices: of the mesh.
+      target: name of the target.
+      compiler: the compiler that compiled `programs`.
+      devices: devices of the mesh.
       mesh: sizes of its axes.
-      sequences: of a microbatch, on one device.
-      microbatches: parts of a step.
-      usable: bytes of a device that a program may use; 0 where that is not known.
+      sequences: sequences of a microbatch on one device.
+      microbatches: microbatches of a step.
+      usable: bytes of a device that a program may use; 0 if unknown.
       held: the state.
-      programs: the training step first.
-      expected: what a step should send.
+      programs: the compiled programs, the training step first.
+      expected: what a step should send by the formula.
     """
 
     target: str
@@ -66,30 +66,36 @@ class Plan:
     expected: list[Expected]
 
     def fits(self) -> bool | None:
-        """Whether every program fits.
+        """Returns whether every program fits, or None if that is unknown.
 
-        None where that is not known: the devices' memory is not, or they are simulated, the state fits, and
-        only by the CPU compiler's figures a program does not.
+        It is unknown if the memory of a device is unknown. It is also unknown if the devices are simulated,
+        the state fits, and a program does not fit by the CPU compiler's figures.
         """
         if any(program.refused for program in self.programs):
             return False
-        if not self.usable or self.held.total() > self.usable:
-            return False if self.usable else None
+        if not self.usable:
+            return None
+        if self.held.total() > self.usable:
+            return False
         fits = all(program.peak <= self.usable for program in self.programs)
         return fits or (None if self.simulated() else False)
 
     def simulated(self) -> bool:
-        """Whether CPU devices stand in the place of others."""
+        """Returns whether CPU devices simulate those of the target."""
         return self.compiler == CPU_COMPILER
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Returns the plan as JSON holds it."""
         return dataclasses.asdict(self) | {"fits": self.fits()}
 
 
 def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("train",)) -> Plan:
-    """Compiles a config's programs for a target: "train", "restart" and "eval"; with none, only the state's
-    sizes and the formula are there.
+    """Compiles a config's programs for a target.
+
+    Args:
+      config: the run.
+      target: the devices.
+      programs: "train", "restart" and "eval"; if empty, only the state's sizes and the formula are computed.
 
     Raises:
       InputError: if mesh, batches and devices do not fit each other.
@@ -113,7 +119,7 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
 
 
 def held(state: Any) -> Held:
-    """What one device holds of a state of shapes with shardings."""
+    """Returns what one device holds of a state of shapes with shardings."""
     groups = state.opt_state.inner_states
     adapters = {group for group in groups if group.startswith("adapter")}
     return Held(

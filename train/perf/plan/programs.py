@@ -1,4 +1,4 @@
-"""A run's programs, compiled for devices that are not here: no parameter is allocated."""
+"""Compiles a run's programs for devices that need not be present. No parameter is allocated."""
 
 import dataclasses
 import re
@@ -20,18 +20,17 @@ from train.step.step import eval_step, restart_step, train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program, a device.
+    """What the compiler reports about one program. Bytes are those of one device.
 
     Attributes:
-      name: of the jitted function.
+      name: name of the jitted function.
       arguments: bytes of its inputs.
-      temporary: bytes beside inputs and outputs.
-      peak: the most bytes in use at a time, inputs included; where it does not fit, what the compiler says it
-        would need.
-      refused: the compiler's own words where it finds that the program does not fit; else empty.
-      flops: of all matrix products, a device's share.
+      temporary: bytes besides inputs and outputs.
+      peak: most bytes in use at a time, inputs included; for a program that does not fit, what it would need.
+      refused: the compiler's message if the program does not fit; else empty.
+      flops: operations of all matrix products, a device's share.
       collectives: what is sent.
-      seconds: that the compilation took.
+      seconds: time of the compilation.
     """
 
     name: str
@@ -45,18 +44,18 @@ class Program:
 
 
 def train_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
-    """The training step."""
+    """Compiles the training step."""
     tokens_BT = _tokens(config.batch_size, config, mesh)
     return _compiled(train_step, mesh, config, methods, state, tokens_BT)
 
 
 def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
-    """The restart: merge, initialise anew, clear optimizer state."""
+    """Compiles the restart, which merges, re-initialises and clears optimizer state."""
     return _compiled(restart_step, mesh, config, methods, state)
 
 
 def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
-    """The evaluation of a batch."""
+    """Compiles the evaluation of a batch."""
     rows = config.eval.batch_size
     tokens_BT = _tokens(rows, config, mesh)
     weights_B = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding.batch(mesh))
@@ -104,7 +103,7 @@ def _peak(memory: Any, mesh: Mesh) -> int:
     return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
 
 
-def _needed(refusal: str) -> int:
-    """The bytes that a program would need, from the compiler's refusal; 0 if it does not say."""
-    said = re.search(r"(?:Used |temporaries \()([\d.]+)([KMG])", refusal)
-    return round(float(said[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[said[2]]) if said else 0
+def _needed(message: str) -> int:
+    """Returns the bytes that a program would need, from the compiler's message; 0 if it gives none."""
+    size = re.search(r"(?:Used |temporaries \()([\d.]+)([KMG])", message)
+    return round(float(size[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[size[2]]) if size else 0

@@ -1,4 +1,4 @@
-"""A plan made as `mora plan` asks for it, and shown."""
+"""Makes the plan that `mora plan` asks for, and prints it."""
 
 import dataclasses
 import json
@@ -22,13 +22,13 @@ MIB, GIB = 2**20, 2**30
 def plan(
     config: RunConfig, topology_name: str, devices: int, memory: float, programs: Sequence[str] = ("train",)
 ) -> Plan:
-    """Plans for a topology of TPUs, or for so many simulated devices of `memory` GiB.
+    """Returns the plan for a topology of TPUs, or for simulated devices of `memory` GiB.
 
     Raises:
-      InputError: unless just one of the two is asked for, and for what `make_plan` refuses.
+      InputError: unless exactly one of the two is given, and as `make_plan`.
     """
     if bool(topology_name) == bool(devices):
-        raise InputError("mora plan needs one of --topology, such as v5e:16x16, and --devices, such as 8")
+        raise InputError("mora plan needs either --topology, such as v5e:16x16, or --devices, such as 8")
     use_no_accelerator()
     config = _with_attention_for(config, topology_name)
     target = topology(topology_name) if topology_name else simulated(devices, memory)
@@ -37,19 +37,22 @@ def plan(
 
 
 def _with_attention_for(config: RunConfig, topology_name: str) -> RunConfig:
-    """With a kernel that the compiler has: the CPU's has xla alone, which needs more memory than cudnn."""
+    """Returns the config with an attention that the compiler knows.
+
+    The CPU compiler knows only xla, which needs more memory than cudnn.
+    """
     kernel = config.compute.attention
     if topology_name and kernel == "cudnn":
-        raise InputError("compute.attention cudnn needs NVIDIA GPUs; TPUs take splash or xla")
+        raise InputError("--compute.attention cudnn needs NVIDIA GPUs; use splash or xla on TPUs")
     if not topology_name and kernel == "splash":
-        raise InputError("compute.attention splash needs TPUs; GPUs take cudnn or xla")
+        raise InputError("--compute.attention splash needs TPUs; use cudnn or xla on GPUs")
     if kernel != "cudnn":
         return config
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
 
 
 def show(plan: Plan, title: str, out: str = "") -> None:
-    """Prints a plan, and writes its figures to a JSON file if one is given."""
+    """Prints a plan. Writes its figures to the JSON file `out`, unless that is empty."""
     if out:
         epath.Path(out).write_text(json.dumps(plan.to_plain(), indent=2) + "\n")
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
@@ -73,7 +76,7 @@ def _state(plan: Plan) -> Table:
         "adapters": held.adapters,
         "optimizer of parameters": held.base_optimizer,
         "optimizer of adapters": held.adapter_optimizer,
-        "together": held.total(),
+        "total": held.total(),
     }.items():
         table.add_row(name, _size(size))
     table.add_row("a microbatch", f"{plan.sequences:g} sequences, {plan.microbatches} a step")
@@ -88,52 +91,50 @@ def _program(program: Program, plan: Plan) -> Table:
         table.add_row("inputs", _size(program.arguments))
         table.add_row("temporary", _size(program.temporary))
         table.add_row("peak", _size(program.peak) + (f" of {_size(plan.usable)}" if plan.usable else ""))
-    share = f"{program.flops / 1e9:,.6g} GFLOP"
-    table.add_row("products", f"{share}: of the whole step, over {plan.devices} devices")
+    table.add_row("products", f"{program.flops / 1e9:,.6g} GFLOP, 1/{plan.devices} of the step")
     table.add_row("compiled in", f"{program.seconds:,.1f} s")
     return table
 
 
 def _sent(plan: Plan) -> Table:
-    """What the training step sends, beside what it should."""
+    """Returns a table of what the training step sends, beside what the formula expects."""
     table = Table("collective", "over", "times", "sent", "expected", "of it adapters")
-    measured = {(c.kind, c.axes): c for c in plan.programs[0].collectives}
+    compiled = {(c.kind, c.axes): c for c in plan.programs[0].collectives}
     formula = {(e.kind, e.axes): e for e in plan.expected}
-    for key in dict.fromkeys((*measured, *formula)):
-        found, said = measured.get(key), formula.get(key)
-        table.add_row(
-            *key,
-            f"{found.times:,}" if found else "",
-            _size(found.sent) if found else "",
-            _size(said.base + said.adapters) if said else "",
-            _size(said.adapters) if said else "",
-        )
-    base, adapters = (sum(getattr(e, name) for e in plan.expected) for name in ("base", "adapters"))
-    sent = sum(c.sent for c in measured.values())
+    for key in dict.fromkeys((*compiled, *formula)):
+        found, line = compiled.get(key), formula.get(key)
+        sent = (f"{found.times:,}", _size(found.sent)) if found else ("", "")
+        expected = (_size(line.base + line.adapters), _size(line.adapters)) if line else ("", "")
+        table.add_row(*key, *sent, *expected)
+    total = _size(sum(c.sent for c in compiled.values())) if compiled else ""
+    base, adapters = _expected(plan)
     table.add_section()
-    table.add_row(
-        "together", "", "", _size(sent) if measured else "", _size(base + adapters), _size(adapters)
-    )
+    table.add_row("total", "", "", total, _size(base + adapters), _size(adapters))
     return table
+
+
+def _expected(plan: Plan) -> tuple[int, int]:
+    """Returns the bytes expected to be sent, for the base model and for adapters."""
+    return sum(line.base for line in plan.expected), sum(line.adapters for line in plan.expected)
 
 
 def _conclusions(plan: Plan) -> list[str]:
     state, held = plan.held.total(), plan.held
     of_state = (held.adapters + held.adapter_optimizer) / state
-    base, adapters = (sum(getattr(e, name) for e in plan.expected) for name in ("base", "adapters"))
+    base, adapters = _expected(plan)
     of_sent = adapters / (base + adapters) if base + adapters else 0.0
-    lines = [f"Adapters are {of_state:.1%} of the state and {of_sent:.1%} of what is expected to be sent."]
+    lines = [f"Adapters are {of_state:.1%} of the state and {of_sent:.1%} of the bytes expected to be sent."]
     if plan.simulated():
         lines.append(
-            "The state is exact. Peak, temporary and collectives are the CPU compiler's, and attention is "
-            "xla's: a GPU's differ."
+            "The state is exact. Peak, temporary and collectives are the CPU compiler's, with attention by "
+            "xla. They differ on a GPU."
         )
-    open_question = (
-        "The state fits; by the CPU compiler's figures the program would not, which on a GPU is not known."
+    unknown = (
+        "The state fits. The program does not fit by the CPU compiler's figures; on a GPU it may."
         if plan.usable
-        else "Whether it fits is not known: --memory says what a device has."
+        else "It is unknown whether it fits: give the memory of a device with --memory."
     )
-    return [*lines, {True: "It fits.", False: "It does not fit.", None: open_question}[plan.fits()]]
+    return [*lines, {True: "It fits.", False: "It does not fit.", None: unknown}[plan.fits()]]
 
 
 def _size(size: float) -> str:

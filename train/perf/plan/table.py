@@ -1,4 +1,4 @@
-"""`mora plan-table`: plans of several configs on several slices of TPUs, kept as JSON, shown as Markdown."""
+"""`mora plan-table`: plans of several configs on several TPU slices, kept as JSON, printed as Markdown."""
 
 import dataclasses
 import itertools
@@ -23,17 +23,18 @@ MIB, GIB = 2**20, 2**30
 def make_table(
     configs: Sequence[str], topologies: Sequence[str], sequences: int, out: str, compiling: bool = True
 ) -> str:
-    """Plans every config for every slice that is not in the file yet, and shows all that are asked for.
+    """Plans every config on every slice that the file lacks, and returns the table of all.
 
-    Each is divided over all chips of a slice (mesh.fsdp), in microbatches of at most so many sequences a
-    chip, with layers recomputed (compute.remat full) and splash attention.
+    Each is sharded over all chips of a slice (mesh.fsdp), with layers recomputed (compute.remat full)
+    and splash attention.
 
     Args:
       configs: config files.
       topologies: slices, such as v5e:16x16.
-      sequences: of a microbatch on one chip, at most.
-      out: JSON file of what has been compiled; it grows with every plan.
-      compiling: whether to compile what is not in the file; else the state's sizes and the formula are shown.
+      sequences: most sequences of a microbatch on one chip.
+      out: JSON file of the compiled plans; every plan is added.
+      compiling: whether to compile what the file lacks. Otherwise these rows show only the sizes of the state
+        and the formula.
 
     Returns:
       Markdown.
@@ -48,7 +49,7 @@ def make_table(
         name = f"{epath.Path(config).stem} {topology}"
         if name not in kept:
             here = spread(flags.read_config(config), chips(topology), sequences)
-            made = row(plan(here, topology, 0, 0.0, ["train"] if compiling else []))
+            made = to_row(plan(here, topology, 0, 0.0, ["train"] if compiling else []))
             if not compiling:
                 rows.append((name, made))
                 continue
@@ -59,9 +60,9 @@ def make_table(
 
 
 def spread(config: RunConfig, devices: int, sequences: int) -> RunConfig:
-    """A config for so many devices, as the table has it."""
+    """Returns a config for a number of devices, with at most `sequences` in a microbatch of each."""
     if config.batch_size % devices:
-        raise InputError(f"batch_size {config.batch_size} does not divide among {devices} devices")
+        raise InputError(f"batch_size {config.batch_size} is not a multiple of the {devices} devices")
     a_device = config.batch_size // devices
     microbatches = next(m for m in range(1, a_device + 1) if a_device % m == 0 and a_device // m <= sequences)
     return dataclasses.replace(
@@ -73,8 +74,8 @@ def spread(config: RunConfig, devices: int, sequences: int) -> RunConfig:
     )
 
 
-def row(made: Plan) -> dict[str, Any]:
-    """What the table keeps of a plan."""
+def to_row(made: Plan) -> dict[str, Any]:
+    """Returns what the table keeps of a plan."""
     kept = {
         "compiler": made.compiler,
         "chips": made.devices,
@@ -105,17 +106,18 @@ def _markdown(rows: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
         yield f"| {' | '.join((*name.split(), *_cells(kept)))} |"
 
 
-def _cells(r: dict[str, Any]) -> Iterator[str]:
-    parameters, optimizer = r["parameters"] + r["adapters"], r["base_optimizer"] + r["adapter_optimizer"]
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    parameters = row["parameters"] + row["adapters"]
+    optimizer = row["base_optimizer"] + row["adapter_optimizer"]
     state = parameters + optimizer
-    yield f"{r['chips']}"
+    yield f"{row['chips']}"
     yield f"{parameters / MIB:,.1f}"
     yield f"{optimizer / MIB:,.1f}"
-    yield f"{state * r['chips'] / GIB:,.2f}"
-    yield f"{(r['adapters'] + r['adapter_optimizer']) / state:.0%}"
-    yield f"{r['peak'] / GIB:,.2f} of {r['usable'] / GIB:,.4g}" if "peak" in r else ""
-    yield ("yes" if r["fits"] else "no") if "peak" in r else ""
-    yield f"{r['flops'] / 1e12:,.1f}" if "peak" in r else ""
-    yield f"{r['expected'] / GIB:,.2f}"
-    yield f"{r['expected_adapters'] / max(r['expected'], 1):.0%}"
-    yield f"{sum(r['sent'].values()) / GIB:,.2f}" if r.get("sent") else ""
+    yield f"{state * row['chips'] / GIB:,.2f}"
+    yield f"{(row['adapters'] + row['adapter_optimizer']) / state:.0%}"
+    yield f"{row['peak'] / GIB:,.2f} of {row['usable'] / GIB:,.4g}" if "peak" in row else ""
+    yield ("yes" if row["fits"] else "no") if "peak" in row else ""
+    yield f"{row['flops'] / 1e12:,.1f}" if "peak" in row else ""
+    yield f"{row['expected'] / GIB:,.2f}"
+    yield f"{row['expected_adapters'] / max(row['expected'], 1):.0%}"
+    yield f"{sum(row['sent'].values()) / GIB:,.2f}" if row.get("sent") else ""

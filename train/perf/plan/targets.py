@@ -1,4 +1,4 @@
-"""The devices that are planned for: those of a TPU topology, or simulated ones. None of them need be here."""
+"""Devices to plan for: those of a TPU topology, or simulated ones. None of them need be present."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,13 @@ CPU_COMPILER = "CPU compiler"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU that the compiler knows.
+    """A type of TPU that the compiler knows.
 
     Attributes:
-      dimensions: of its torus.
-      memory: GiB a device, after cloud.google.com/tpu/docs.
-      usable: GiB that the compiler lets one program use, as it says when a program is too large.
-      topologies: those that are offered, the largest last.
+      dimensions: dimensions of its torus.
+      memory: GiB of a device, from cloud.google.com/tpu/docs.
+      usable: GiB that one program may use, from the compiler's message about a program that is too large.
+      topologies: the topologies on offer, the largest last.
     """
 
     dimensions: int
@@ -44,13 +44,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a step is compiled for.
+    """The devices that a step is compiled for.
 
     Attributes:
-      name: as the user asked for it.
-      compiler: whose figures they are.
-      devices: to make a mesh of.
-      memory: bytes that a program may use on one of them; 0 where that is not known.
+      name: the user's name for them.
+      compiler: the compiler that knows them.
+      devices: the devices of the mesh.
+      memory: bytes of one device that a program may use; 0 if unknown.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Target:
 
 
 def chips(name: str) -> int:
-    """The chips of a topology such as "v5e:16x16". Raises InputError for a name that is none."""
+    """Returns the number of chips of a topology such as "v5e:16x16". Raises InputError for an unknown one."""
     chip, _, shape = name.partition(":")
     if chip not in CHIPS or not re.fullmatch(rf"\d+(x\d+){{{CHIPS[chip].dimensions - 1}}}", shape):
         raise InputError(_unknown(name))
@@ -68,7 +68,7 @@ def chips(name: str) -> int:
 
 
 def topology(name: str) -> Target:
-    """The devices of a TPU topology such as "v5e:16x16", known to the TPU compiler without any TPU.
+    """Returns the devices of a TPU topology such as "v5e:16x16", which the TPU compiler knows without a TPU.
 
     Raises:
       InputError: if the compiler (libtpu) is not installed, or does not know the topology.
@@ -91,28 +91,28 @@ def topology(name: str) -> Target:
 
 
 def simulated(count: int, memory: float) -> Target:
-    """CPU devices in the place of others, each of `memory` GiB; 0 where that is not known.
+    """Returns CPU devices that simulate others, each of `memory` GiB; 0 if unknown.
 
     Raises:
-      InputError: if fewer than one are asked for, or JAX has started with fewer.
+      InputError: if the count is below 1, or JAX has already started with fewer.
     """
     if count < 1:
         raise InputError(f"--devices must be at least 1, not {count}")
-    with contextlib.suppress(RuntimeError):  # JAX has started
+    with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", count)
-    here = jax.devices("cpu")
-    if len(here) < count:
-        raise InputError(f"JAX has started with {len(here)} CPU devices; {count} are asked for")
-    return Target(f"{count} simulated devices", CPU_COMPILER, here[:count], round(memory * GIB))
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise InputError(f"--devices {count} is too many: JAX has started with {len(found)} CPU devices")
+    return Target(f"{count} simulated devices", CPU_COMPILER, found[:count], round(memory * GIB))
 
 
 def use_no_accelerator() -> None:
-    """Keeps JAX from starting an accelerator that is here: no plan needs one, and TPUs serve one process."""
+    """Keeps JAX from starting this machine's accelerator: no plan needs it, and a TPU serves one process."""
     jax.config.update("jax_platforms", "cpu")
 
 
 def _prepare_libtpu() -> None:
-    """Keeps libtpu from looking for a TPU machine, complaining that it is none, and locking others out."""
+    """Keeps libtpu from searching for TPUs, from warning that there are none, and from locking others out."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -124,4 +124,4 @@ def _prepare_libtpu() -> None:
 
 def _unknown(name: str) -> str:
     known = "; ".join(f"{chip}:{' '.join(c.topologies)}" for chip, c in CHIPS.items())
-    return f"--topology {name} is not known; known are {known}"
+    return f"unknown --topology {name}; known are {known}"
