@@ -19,7 +19,9 @@ from mora_jax.methods import (
     dense,
 )
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.spectrum import singular_values
 from mora_jax.transform import Methods, assign, attach, bind, labels, merge, partition, restart
+from mora_jax.trees import combine
 
 __all__ = [
     "METHODS",
@@ -43,6 +45,7 @@ __all__ = [
     "assign",
     "attach",
     "bind",
+    "combine",
     "dense",
     "labels",
     "load_hf",
@@ -50,4 +53,5 @@ __all__ = [
     "partition",
     "restart",
     "save_hf",
+    "singular_values",
 ]
