@@ -1,109 +1,85 @@
-"""Imports go downward only: every module may import from floors below its own."""
+"""The rooms of the two packages stand above each other, and imports go downward only."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up; modules of one floor may import each other.
-FLOORS = (
+# From the ground up. Rooms of one line do not import each other.
+ROOMS = (
     ("mora_jax.errors",),
-    ("mora_jax.io",),
-    ("mora_jax.hf.safetensors", "mora_jax.hf.tokenizer"),
-    ("mora_jax.trees", "mora_jax.sharding"),
-    ("mora_jax.methods.operators",),
-    ("mora_jax.methods.base", "mora_jax.models.attention"),
-    ("mora_jax.methods.mora", "mora_jax.methods.lora", "mora_jax.methods.dora", "mora_jax.methods.linear"),
+    ("mora_jax.trees", "mora_jax.io"),
+    ("mora_jax.sharding",),
     ("mora_jax.methods",),
-    ("mora_jax.transform", "mora_jax.models.loss"),
-    ("mora_jax.models", "mora_jax.spectrum"),
+    ("mora_jax.transform",),
+    ("mora_jax.spectrum",),
+    ("mora_jax.models",),
     ("mora_jax.hf",),
-    ("mora_jax",),
-    ("train.console.terminal",),
+    ("mora_jax",),  # its public names
     ("train.console",),
-    ("train.storage.buckets",),
-    ("train.storage.files",),
     ("train.storage",),
-    ("train.config.sections",),
-    ("train.config.run",),
     ("train.config",),
-    ("train.data.rows.layout", "train.data.rows.description"),
-    ("train.data.text",),
-    ("train.data.tokenizer",),
     ("train.data",),
-    ("train.step.optim", "train.step.spikes"),
     ("train.step",),
     ("train.runtime",),
-    ("train.run.manifest", "train.run.metrics"),
-    ("train.run.checkpoint", "train.run.upload", "train.run.step_log"),
-    ("train.run.folder",),
-    ("train.run.meta",),
-    ("train.run.state",),
     ("train.run",),
-    ("train.jobs.evaluate", "train.jobs.plot"),
     ("train.jobs",),
-    ("train.perf.hlo",),
-    ("train.perf.plan",),
-    ("train.perf.bench.cases", "train.perf.bench.hlo"),
-    ("train.perf.bench.program", "train.perf.bench.options"),
-    ("train.perf.bench",),
     ("train.perf",),
-    ("train.cli.commands", "train.cli.describe", "train.cli.methods", "train.cli.demo"),
     ("train.cli",),
 )
+FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 
 def module_name(path: Path) -> str:
+    """Returns the name under which a file of the project is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = sorted(module_name(p) for top in ("mora_jax", "train") for p in (ROOT / top).rglob("*.py"))
+MODULES = {module_name(p): p for package in ("mora_jax", "train") for p in (ROOT / package).rglob("*.py")}
+MODULES.pop("train")  # empty
 
 
-def floor(module: str) -> int:
-    """The floor of a module: that of its longest listed prefix."""
-    listed = {name: i for i, names in enumerate(FLOORS) for name in names}
-    exact = [
-        name for name in listed if module == name or (name != "mora_jax" and module.startswith(f"{name}."))
-    ]
-    assert exact, f"{module} stands on no floor; add it to FLOORS"
-    return listed[max(exact, key=len)]
+def room(module: str) -> str:
+    """Returns the room of a module: itself, or the package that it lies in."""
+    name = module
+    while name not in FLOORS:
+        name = name.rpartition(".")[0]
+        assert name not in ("", "mora_jax"), f"{module} lies in no room; add its room to ROOMS"
+    return name
 
 
-def imports(path: Path) -> set[str]:
-    """The project's modules that a file imports, wherever in the file."""
+def imports(module: str) -> set[str]:
+    """Returns the project's modules that a module imports, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {
-                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module
-                for alias in node.names
-            }
-    return found & set(MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{module} has a relative import"  # noqa: PT018
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = names & MODULES.keys()
+            found |= submodules | ({node.module} if submodules != names else set())
+    return found & MODULES.keys()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "train"])
-def test_a_module_imports_only_from_below(module: str):
-    folder = ROOT / Path(*module.split("."))
-    path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-    for imported in imports(path):
-        same_package = imported.rpartition(".")[0] in (module, module.rpartition(".")[0])
-        allowed = floor(imported) < floor(module) or (floor(imported) == floor(module) and same_package)
-        assert allowed or imported == "train", (
-            f"{module} imports {imported}, which stands on its floor or above"
-        )
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_from_its_own_room_and_from_rooms_below(module: str):
+    for imported in imports(module):
+        below = FLOORS[room(imported)] < FLOORS[room(module)]
+        assert below or room(imported) == room(module), f"{module} imports {imported}, which is not below it"
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_the_imports_of_a_room_form_no_circle(name: str):
+    inside = {module for module in MODULES if room(module) == name}
+    assert inside, f"there is no room {name}"
+    graphlib.TopologicalSorter({module: imports(module) & inside for module in inside}).prepare()
 
 
 def test_only_the_model_imports_linen():
-    users = {
-        module_name(p)
-        for top in ("mora_jax", "train")
-        for p in (ROOT / top).rglob("*.py")
-        if "linen" in p.read_text()
-    }
+    users = {name for name, path in MODULES.items() if "linen" in path.read_text()}
     assert users == {"mora_jax.models.llama"}
