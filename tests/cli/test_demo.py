@@ -76,10 +76,18 @@ def stop(config):
     raise KeyboardInterrupt
 
 
-def test_a_demo_under_way_is_not_removed(config, tmp_path):
+HOLD = """
+import sys
+from train.storage import lock
+with lock.alone(sys.argv[1]):
+    print(flush=True)
+    input()
+"""
+
+
+def test_a_running_demo_is_not_removed(config, tmp_path):
     (tmp_path / MARK).write_text("made by a demo")
-    hold = "import sys; from train import lock\nwith lock.alone(sys.argv[1]): print(flush=True); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path)]
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         assert other.stdout.readline()
@@ -97,7 +105,7 @@ def test_a_demo_that_was_stopped_tells_how_its_training_goes_on(
 
     monkeypatch.setattr("train.cli.demo.pretrain", preempted)
     short(tiny_text)
-    with pytest.raises(Preempted, match=r"mora pretrain .*/demo/config\.yaml goes on with its training"):
+    with pytest.raises(Preempted, match=r"mora pretrain .*/demo/config\.yaml resumes its training"):
         demo(config, str(tmp_path / "demo"))
 
 
@@ -107,7 +115,7 @@ def test_a_folder_of_something_else_is_not_removed(config, tmp_path):
         demo(config, str(tmp_path))
     with pytest.raises(InputError, match="holds something else than a demo"):
         demo(config, str(tmp_path / "thesis.tex"))
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be created"):
         demo(config, str(tmp_path / "thesis.tex" / "demo"))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -295,7 +295,8 @@ def test_a_warm_start_begins_with_the_others_loss(mora, tiny_run, tiny_yaml, tmp
 
 def loss_of_first_batch(tiny_run) -> float:
     from mora_jax.models.llama import Llama
-    from train.data.rows.read import load_info, train_batches
+    from train.data.rows.info import load_info
+    from train.data.rows.read import train_batches
 
     params, model = load_model(str(tiny_run.folder))
     batch_BT = next(train_batches(load_info(tiny_run.config.data.directory), 4, 0, 0))

@@ -24,7 +24,7 @@ from sentencepiece import sentencepiece_model_pb2
 from mora_jax.errors import InputError
 from train.data.rows import build, layout, shard, workers
 from train.data.rows.build import prepare
-from train.data.rows.read import load_info
+from train.data.rows.info import load_info
 from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.storage import buckets, lock
 
@@ -255,7 +255,7 @@ def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path):
 
 
 def test_a_store_that_is_not_known(text: Path):
-    with pytest.raises(InputError, match="out http://host/data must be a folder, or one in a bucket"):
+    with pytest.raises(InputError, match="--out http://host/data must be a folder, or one in a bucket"):
         prepared(text, "http://host/data")
 
 
@@ -267,12 +267,12 @@ def test_a_file_is_no_place_for_rows(text: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("name", "value"), [("sequence_length", 1), ("skip_lines", -1), ("workers", -1)])
 def test_numbers_out_of_range(text: Path, tmp_path: Path, name: str, value: int):
-    with pytest.raises(InputError, match=f"{name} must be at least"):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be at least"):
         prepared(text, tmp_path / "d", **{name: value})
 
 
 def test_validation_text_must_be_given_and_be_other_text(text: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="validation is not given"):
+    with pytest.raises(InputError, match="--validation is missing"):
         prepared(text, tmp_path / "d", validation="")
     with pytest.raises(InputError, match=r"train\.1\.json\.gz is in the training and the validation text"):
         prepared(text, tmp_path / "d", validation=str(text / "train.1.json.gz"))
@@ -300,7 +300,7 @@ def test_bad_lines_are_skipped_and_counted_over_all_files(text: Path, tmp_path: 
     source = str(tmp_path / "*.json.gz")
     with pytest.raises(InputError, match="line 1 is not JSON"):
         prepared(text, tmp_path / "d", source=source)
-    with pytest.raises(InputError, match="2 bad lines in all, of which skip_lines allows 1"):
+    with pytest.raises(InputError, match="2 bad lines, and --skip-lines 1 allows 1"):
         prepared(text, tmp_path / "d", source=source, skip_lines=1)
     prepared(text, tmp_path / "d", source=source, skip_lines=2)
     counts = tfds.builder_from_directory(tmp_path / "d").info.metadata["splits"]
@@ -425,7 +425,7 @@ def test_a_damaged_piece_is_done_again(
 ):
     out, done = tmp_path / "d", []
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_describe", stopped)
+        patch.setattr(build, "write_metadata", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepared(text, out)
     (out / name).unlink()
@@ -500,9 +500,9 @@ def test_a_disk_without_locks_is_warned_of(
 
 
 def test_a_disk_that_is_full_at_the_end(text: Path, disk, monkeypatch: pytest.MonkeyPatch):
-    out, real = disk.path / "d", build._describe
+    out, real = disk.path / "d", build.write_metadata
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_describe", lambda *args: (disk.fill(), real(*args)))
+        patch.setattr(build, "write_metadata", lambda *args: (disk.fill(), real(*args)))
         with pytest.raises(OSError, match=r"No space left .*unfinished/description"):
             prepared(text, out)
     disk.free()

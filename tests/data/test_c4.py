@@ -116,11 +116,11 @@ def test_a_corrupt_gzip(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[-6] ^= 1  # in the checksum: every line reads well, and the file is not the one that was written
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"bits\.json\.gz is not a sound gzip file"):
+    with pytest.raises(InputError, match=r"bits\.json\.gz is not a valid gzip file"):
         list(c4.documents(path, skip_lines=0))
 
 
-@pytest.mark.parametrize(("data", "reason"), [(b"", "is empty"), (line("plain text"), "not a sound gzip")])
+@pytest.mark.parametrize(("data", "reason"), [(b"", "is empty"), (line("plain text"), "not a valid gzip")])
 def test_a_gz_file_that_is_no_gzip(tmp_path: Path, data: bytes, reason: str):
     path = tmp_path / "a.json.gz"
     path.write_bytes(data)

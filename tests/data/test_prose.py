@@ -142,7 +142,7 @@ def test_shards_are_in_c4_s_format(library: Path, tmp_path: Path):
 
 def test_too_little_prose(library: Path, tmp_path: Path):
     (library / "a.py").write_text(a_file(SENTENCES[0]))
-    with pytest.raises(InputError, match="holds only 1 documents of prose"):
+    with pytest.raises(InputError, match="has only 1 documents of prose"):
         prose.write_shards(str(tmp_path / "out"))
 
 

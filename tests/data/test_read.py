@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
-from train.data.rows.read import DataInfo, eval_batches, load_info, train_batches, unigram_perplexity
+from train.data.rows.info import DataInfo, load_info, unigram_perplexity
+from train.data.rows.read import eval_batches, train_batches
 from train.data.tokenizer import train_tokenizer
 
 T = 32
@@ -208,7 +209,7 @@ def test_a_description_of_rows_of_another_shape(copied: Path):
     text = (copied / "features.json").read_text()
     assert '"32"' in text
     (copied / "features.json").write_text(text.replace("uint16", "uint8").replace('"32"', '"64"'))
-    with pytest.raises(InputError, match="its rows are no 32 tokens each"):
+    with pytest.raises(InputError, match="not every row has 32 tokens"):
         next(train_batches(load_info(str(copied)), B, 0, 0))
 
 
@@ -252,7 +253,7 @@ def test_a_description_cannot_name_code(copied: Path, monkeypatch: pytest.Monkey
         (copied / "features.json").write_text(
             text.replace("tensorflow_datasets.core.features.tensor_feature.Tensor", name)
         )
-        with pytest.raises(InputError, match="which is no feature of TFDS"):
+        with pytest.raises(InputError, match="which is not a feature of TFDS"):
             load_info(str(copied))
 
 
@@ -266,7 +267,7 @@ def test_a_description_cannot_name_code(copied: Path, monkeypatch: pytest.Monkey
 )
 def test_a_description_cannot_name_files_elsewhere(copied: Path, changes: dict):
     edit(copied / "dataset_info.json", **changes)
-    with pytest.raises(InputError, match="which is no file of this folder"):
+    with pytest.raises(InputError, match="which is not a file of this folder"):
         load_info(str(copied))
 
 
@@ -307,9 +308,9 @@ def npy(shape: tuple, descr: str = "<i8") -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (npy((2**40,)), "no count for each piece"),
-        (npy((384,)), "no count for each piece"),
-        (npy((384,), "O") + b"cos\nsystem\n(S'echo'\ntR.", "no count for each piece"),
+        (npy((2**40,)), "not hold one count for each piece"),
+        (npy((384,)), "not hold one count for each piece"),
+        (npy((384,), "O") + b"cos\nsystem\n(S'echo'\ntR.", "not hold one count for each piece"),
         (b"\0" * 4_000_000, "more counts than there are pieces"),
         (b"", "damaged"),
     ],

@@ -17,7 +17,8 @@ from etils import epath
 from mora_jax.errors import InputError
 from train.data.rows import layout
 from train.data.rows.build import prepare
-from train.data.rows.read import load_info, train_batches, unigram_perplexity
+from train.data.rows.info import load_info, unigram_perplexity
+from train.data.rows.read import train_batches
 from train.data.rows.staging import staged
 from train.storage import buckets
 
@@ -125,7 +126,7 @@ def test_a_disk_without_locks_is_warned_of(remote: str, monkeypatch: pytest.Monk
 
 
 def test_nothing_there(bucket: str):
-    with pytest.raises(InputError, match=r"s3://bucket/none holds no data set: there is nothing in it"):
+    with pytest.raises(InputError, match=r"s3://bucket/none is empty: it holds no data set"):
         load_info(f"{bucket}/none")
 
 

@@ -82,18 +82,20 @@ def test_training_reads_no_further_than_asked(tokenizer: Tokenizer, tmp_path: Pa
 @pytest.mark.parametrize(("size", "reason"), [(259, "from 260"), (10**7, "to 1000000"), (9_000, "too high")])
 def test_a_vocabulary_that_cannot_be(tmp_path: Path, size: int, reason: str):
     source = write(tmp_path / "a.json", texts(50))
-    with pytest.raises(InputError, match=f"vocab_size.*{reason}"):
+    with pytest.raises(InputError, match=f"--vocab-size.*{reason}"):
         train_tokenizer(source, str(tmp_path / "t.model"), size)
 
 
-@pytest.mark.parametrize("name", ["max_documents", "max_characters"])
-def test_limits_below_one(tmp_path: Path, name: str):
-    with pytest.raises(InputError, match=f"{name} must be at least 1"):
+@pytest.mark.parametrize(
+    ("name", "said"), [("max_documents", "--max-documents"), ("max_characters", "max_characters")]
+)
+def test_limits_below_one(tmp_path: Path, name: str, said: str):
+    with pytest.raises(InputError, match=f"{said} must be at least 1"):
         train_tokenizer("any", str(tmp_path / "t.model"), 400, **{name: 0})
 
 
 def test_a_bucket_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match=r"out gs://b/t\.model: a tokenizer is written to a disk"):
+    with pytest.raises(InputError, match=r"--out gs://b/t\.model is in a bucket; write .* to a disk"):
         train_tokenizer(str(tmp_path / "*.jsonl"), "gs://b/t.model", 300)
 
 

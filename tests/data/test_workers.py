@@ -1,4 +1,4 @@
-"""Worker processes: reports arrive, the first error stops the others, a killed worker is told of."""
+"""Worker processes: reports arrive, the first error stops the others, a killed worker is reported."""
 
 import json
 import os
@@ -60,9 +60,9 @@ def test_the_first_error_stops_the_others(tokenizer: Tokenizer, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "slow.jsonl"]
 
 
-def test_a_killed_worker_is_told_of(tokenizer: Tokenizer, tmp_path: Path):
+def test_a_killed_worker_is_reported(tokenizer: Tokenizer, tmp_path: Path):
     jobs = [a_job(tokenizer, Deadly(), tmp_path / f"{i}.rows") for i in range(2)]  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"a worker process was killed.*fewer workers"):
+    with pytest.raises(InputError, match=r"a worker process was killed.*fewer --workers"):
         workers.run(jobs, 2, lambda advance: None)
 
 

@@ -9,7 +9,7 @@ from tiny_runs import lines
 
 from mora_jax.errors import InputError
 from train.config import flags
-from train.data.rows.read import load_info
+from train.data.rows.info import load_info
 from train.jobs import pretrain as loop
 from train.run.checkpoint import Checkpoints
 from train.run.folder import read_config

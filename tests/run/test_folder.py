@@ -15,7 +15,7 @@ from mora_jax.errors import InputError
 from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train.config.sections import Checkpoint, MethodFlags
-from train.data.rows.read import load_info
+from train.data.rows.info import load_info
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, check_free, claim, open_checkpoints, read_config

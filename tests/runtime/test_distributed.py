@@ -22,7 +22,8 @@ from mora_jax.models.llama import Llama
 from train.config import flags
 from train.config.sections import Distributed
 from train.console import exits
-from train.data.rows.read import load_info, train_batches
+from train.data.rows.info import load_info
+from train.data.rows.read import train_batches
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import read_metrics
 from train.run.state import restore_state

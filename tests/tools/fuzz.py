@@ -34,7 +34,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config import flags
 from train.console.progress import progress
-from train.data.rows import build, layout, read, shard
+from train.data.rows import build, info, layout, read, shard
 from train.data.rows.description import check_description
 from train.data.text import c4
 from train.data.tokenizer import Tokenizer, train_tokenizer
@@ -422,10 +422,10 @@ def write_data_set(rng: random.Random, folder: Path) -> None:
 
 
 def read_data_set(folder: Path) -> None:
-    info = read.load_info(str(folder))
-    read.unigram_perplexity(info)
-    next(read.train_batches(info, 1, 0, 0))
-    next(read.eval_batches(info, "validation", 1, 1))
+    facts = info.load_info(str(folder))
+    info.unigram_perplexity(facts)
+    next(read.train_batches(facts, 1, 0, 0))
+    next(read.eval_batches(facts, "validation", 1, 1))
 
 
 def _job(folder: Path) -> shard.Job:

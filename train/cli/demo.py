@@ -1,4 +1,4 @@
-"""`make demo`: the whole path on prose that every Python installation carries; nothing is downloaded."""
+"""`mora demo`: the whole path from text to export, on prose that every Python installation has."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from train.jobs.pretrain import pretrain
 from train.jobs.score import score_path
 from train.storage import lock
 
-# What a demo leaves in its folder, among others: the mark by which a folder is known to be a demo's.
+# A folder that holds this file was made by a demo, so the next demo may remove it.
 MARK = "demo.txt"
 
 
@@ -28,19 +28,20 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
     """Gathers text, trains a tokenizer, prepares the rows, pretrains, exports and scores the export.
 
     Args:
-      config_path: the run's config; its folders are replaced by those below `folder`.
-      folder: everything is written here; what a demo left here before is removed first.
-      text_bytes: text to gather, at most.
+      config_path: the run's config. Its `run_dir` and `data.directory` are replaced.
+      folder: where everything is written. An earlier demo there is removed first.
+      text_bytes: UTF-8 bytes of text to gather, at most.
 
     Raises:
-      InputError: for a config that does not fit, or a folder that is not a demo's.
+      InputError: the config is wrong, or the folder holds something else than a demo.
+      Preempted: the training was stopped by a signal.
     """
     text, tokenizer, rows = (f"{folder}/{name}" for name in ("text", "tokenizer.model", "data"))
     config = flags.read_config(config_path)
     config = dataclasses.replace(
         config, run_dir=folder, data=dataclasses.replace(config.data, directory=rows)
     )
-    _start_afresh(Path(folder))
+    _clear(Path(folder))
     write_shards(text, limit_bytes=text_bytes)
     train, validation = f"{text}/c4-train.*.json.gz", f"{text}/c4-validation.*.json.gz"
     train_tokenizer(train, tokenizer, config.model.vocab_size)
@@ -49,8 +50,8 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
         summary = pretrain(config)
     except Preempted as stopped:
         raise Preempted(
-            f"{folder}: the demo was stopped; mora pretrain {folder}/config.yaml goes on with its training, "
-            "mora demo begins anew"
+            f"{folder}: the demo was stopped; mora pretrain {folder}/config.yaml resumes its training, "
+            "mora demo starts from scratch"
         ) from stopped
     export(folder, f"{folder}/export")
     score = score_path(f"{folder}/export", rows, config.eval, config.compute.dtype)
@@ -59,9 +60,9 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
     _show(summary, folder, config)
 
 
-def _start_afresh(folder: Path) -> None:
+def _clear(folder: Path) -> None:
     if (folder / MARK).exists():
-        with lock.held(folder / lock.LOCK, "folder", str(folder)):  # not that of a demo under way
+        with lock.held(folder / lock.LOCK, "folder", str(folder)):  # refuses the folder of a running demo
             shutil.rmtree(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something else than a demo; choose another --folder")
@@ -69,7 +70,7 @@ def _start_afresh(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).write_text("Made by `mora demo`, which replaces this folder when it runs again.\n")
     except OSError as error:
-        raise InputError(f"--folder {folder} cannot be made: {error.strerror}") from error
+        raise InputError(f"--folder {folder} cannot be created: {error.strerror}") from error
 
 
 def _show(summary: dict, folder: str, config: RunConfig) -> None:

@@ -1,6 +1,5 @@
 """`mora`: the one command line. Each subcommand is a frozen dataclass of flags and a function of it."""
 
-import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -35,7 +34,16 @@ def prepare_data(command: PrepareData) -> None:
     """Runs `mora prepare-data`."""
     from train.data.rows.build import prepare
 
-    info = prepare(**dataclasses.asdict(command))
+    info = prepare(
+        command.source,
+        command.validation,
+        command.tokenizer,
+        command.sequence_length,
+        command.out,
+        skip_lines=command.skip_lines,
+        workers=command.workers,
+        tfds_data_dir=command.tfds_data_dir,
+    )
     counts = (f"{split} {info.rows[split]:,} rows, {info.tokens[split]:,} tokens" for split in info.rows)
     print(f"{command.out}: {'; '.join(counts)}")
 

@@ -1,4 +1,4 @@
-"""SentencePiece: a tokenizer that turns documents into one array of tokens, and the training of one."""
+"""SentencePiece tokenizers: loading one, turning documents into one array of tokens, training one."""
 
 import hashlib
 import io
@@ -21,12 +21,12 @@ from train.storage.buckets import in_bucket
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
 MAX_VOCAB_SIZE = 1_000_000
 MAX_SENTENCE_BYTES = 16_384
-COUNT_EVERY = 1_000  # lines; redrawing a bar for each would take longer than the training
+COUNT_EVERY = 1_000  # lines; redrawing the bar for each would take longer than the training
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A SentencePiece model and the facts that a data set keeps about it. Make one with `Tokenizer.load`."""
+    """A SentencePiece model and the facts that a data set stores about it. `Tokenizer.load` makes one."""
 
     path: str
     sha256: str
@@ -45,13 +45,13 @@ class Tokenizer:
         processor = _processor(path, model)
         if processor.eos_id() < 0:
             raise InputError(
-                f"{path} has no end-of-sentence piece; documents are joined with it: train one that has"
+                f"{path} has no end-of-sentence piece, which separates documents; train a tokenizer with one"
             )
         digest = hashlib.sha256(model).hexdigest()
         return cls(str(path), digest, processor.vocab_size(), processor.eos_id(), processor)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """The tokens of all documents in a row, each document followed by EOS: (N,), uint16 or uint32."""
+        """Returns the tokens of all documents, each document followed by EOS: (N,), uint16 or uint32."""
         pieces = [self.processor.encode(text, add_eos=True) for text in texts]  # faster than one call
         count = sum(map(len, pieces))
         return np.fromiter(chain.from_iterable(pieces), token_dtype(self.vocab_size), count)
@@ -60,23 +60,26 @@ class Tokenizer:
 def train_tokenizer(
     source: str, out: str, vocab_size: int, max_documents: int = 1_000_000, max_characters: int = 50_000_000
 ) -> Tokenizer:
-    """Trains a BPE model with byte fallback on the beginning of every file of `source`; writes it to `out`.
+    """Trains a BPE model with byte fallback on the first documents of every file, and writes it.
 
     Args:
       source: a glob, a folder or a file of C4-format text.
       out: the `.model` file to write.
-      vocab_size: number of pieces, the 256 bytes and <unk>, <s>, </s> among them.
-      max_documents: documents to learn from at most, taken evenly from the files.
-      max_characters: characters to learn from at most, likewise.
+      vocab_size: number of pieces, including the 256 bytes and <unk>, <s>, </s>.
+      max_documents: documents to train on at most, the same number from every file.
+      max_characters: characters to train on at most, likewise.
+
+    Returns:
+      The trained tokenizer.
 
     Raises:
       InputError: bad text (see `c4.records`), no text, or a vocabulary that cannot be made from it.
     """
     if in_bucket(out):
-        raise InputError(f"out {out}: a tokenizer is written to a disk; copy it to the bucket then")
+        raise InputError(f"--out {out} is in a bucket; write the tokenizer to a disk, then copy it there")
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise InputError(f"vocab_size must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
-    for name, value in (("max_documents", max_documents), ("max_characters", max_characters)):
+        raise InputError(f"--vocab-size must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
+    for name, value in (("--max-documents", max_documents), ("max_characters", max_characters)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     lines = _sample(source, max_documents, max_characters)
@@ -104,7 +107,7 @@ def _write(path: Path, model: bytes) -> None:
 
 
 def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor:
-    if not model:  # SentencePiece takes an empty file for a model without pieces
+    if not model:  # SentencePiece reads it as a model without pieces
         raise InputError(f"tokenizer {path} is empty; give a SentencePiece .model file")
     try:
         return spm.SentencePieceProcessor(model_proto=model)
@@ -113,7 +116,7 @@ def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor
 
 
 def _sample(source: str, max_documents: int, max_characters: int) -> list[str]:
-    """Lines of the first documents of every file, evenly, up to the two limits."""
+    """Returns the lines of the first documents of every file, up to an equal part of both limits."""
     files = shards(source)
     lines = []
     with progress("reading", len(files), "files") as advance:
@@ -145,7 +148,7 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.9995,
-            normalization_rule_name="identity",  # text comes back exactly
+            normalization_rule_name="identity",  # decoding returns the exact text
             remove_extra_whitespaces=False,
             split_digits=True,
             allow_whitespace_only_pieces=True,
@@ -154,6 +157,6 @@ def _train(lines: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1]
-        raise InputError(f"vocab_size {vocab_size} cannot be made from this text: {reason}") from error
+        said = str(error).split("] ")[-1]
+        raise InputError(f"--vocab-size {vocab_size} cannot be made from this text: {said}") from error
     return model.getvalue()

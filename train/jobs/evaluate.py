@@ -16,7 +16,8 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.config.sections import Evaluation
 from train.console.progress import progress
-from train.data.rows.read import DataInfo, eval_batches
+from train.data.rows.info import DataInfo
+from train.data.rows.read import eval_batches
 from train.step.step import eval_step
 
 

@@ -6,7 +6,7 @@ from etils import epath
 
 from mora_jax import hf
 from mora_jax.models.llama import LlamaConfig
-from train.data.rows.read import load_info
+from train.data.rows.info import load_info
 from train.run.folder import read_config
 from train.run.model import load_model, widest_mesh
 

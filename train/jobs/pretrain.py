@@ -24,7 +24,8 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.exits import Diverged, Preempted, Stopped, naming
 from train.console.terminal import tell, warn
-from train.data.rows.read import DataInfo, load_info, train_batches, unigram_perplexity
+from train.data.rows.info import DataInfo, load_info, unigram_perplexity
+from train.data.rows.read import train_batches
 from train.jobs.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.jobs.plot import plot_loss
 from train.run.checkpoint import Checkpoints

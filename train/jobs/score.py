@@ -6,7 +6,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train.config.sections import Evaluation
-from train.data.rows.read import load_info
+from train.data.rows.info import load_info
 from train.jobs.evaluate import Score, evaluate
 from train.run.folder import read_config
 from train.run.model import load_model, widest_mesh

@@ -8,7 +8,8 @@ from mora_jax.transform import Methods
 from train.config import flags
 from train.config import run as run_config
 from train.config.run import RunConfig
-from train.data.rows.read import DataInfo, first_rows
+from train.data.rows.info import DataInfo
+from train.data.rows.read import first_rows
 from train.run.checkpoint import Checkpoints
 from train.step.step import random_state
 

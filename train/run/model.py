@@ -16,7 +16,7 @@ from mora_jax.models.llama import LlamaConfig, abstract_params
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import warn
-from train.data.rows.read import DataInfo
+from train.data.rows.info import DataInfo
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import check_data

@@ -1,4 +1,4 @@
-"""TFDS's description of a data set, looked at before TFDS is: it would import whatever class a file names."""
+"""Checks TFDS's description of a data set before TFDS reads it, which imports whatever class a file names."""
 
 import json
 import re
@@ -14,28 +14,28 @@ from train.storage.buckets import in_bucket
 
 FEATURES = "features.json"
 INFO = "dataset_info.json"
-# JSON keys under which TFDS looks for a Python class, in its present format and in those before.
+# JSON keys under which TFDS looks for a Python class, in its present and its earlier formats.
 _CLASSES = ("pythonClassName", "python_class_name", "type")
 _OF_TFDS = re.compile(r"tensorflow_datasets\.core\.features(\.[A-Za-z_0-9]+)+", re.ASCII)
-# Keys whose values become part of a file's name.
+# Keys whose values become part of a file name.
 _NAMES = ("name", "configName", "config_name", "version", "filepathTemplate", "filepath_template")
 _LEAVES_FOLDER = re.compile(r"[/\\\0]|^\.\.?$")
 
 
 def check_description(folder: epath.PathLike) -> None:
-    """Raises InputError unless a description names classes of TFDS and plain files of its own folder only."""
+    """Raises InputError unless a description names only classes of TFDS and plain files of its own folder."""
     place = epath.Path(folder)
     for key, value in _pairs(_unicode(place / FEATURES)):
         if key in _CLASSES and isinstance(value, str) and not _OF_TFDS.fullmatch(value):
-            raise InputError(f"{place / FEATURES} names {value!r}, which is no feature of TFDS")
+            raise InputError(f"{place / FEATURES} names {value!r}, which is not a feature of TFDS")
     for key, value in _pairs(_unicode(place / INFO)):
         if key in _NAMES and isinstance(value, str) and _LEAVES_FOLDER.search(value):
-            raise InputError(f"{place / INFO} names {value!r}, which is no file of this folder")
+            raise InputError(f"{place / INFO} names {value!r}, which is not a file of this folder")
     _check_plain(folder)
 
 
 def _unicode(path: epath.Path) -> Any:
-    """What a JSON file says, in which no string is half a character: protobuf fails at those."""
+    """Returns the content of a JSON file without lone surrogates, at which protobuf fails."""
     value = read_json(path)
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -48,11 +48,13 @@ def _check_plain(folder: epath.PathLike) -> None:
     """Raises InputError for a pipe, a device or a broken link: a description may name any file there."""
     for file in () if in_bucket(folder) else Path(folder).iterdir():
         if not (file.is_file() or file.is_dir()):
-            raise InputError(f"{file} is not a regular file; remove it and copy or prepare the data again")
+            raise InputError(
+                f"{file} is not a regular file; remove it, and copy or prepare the data set again"
+            )
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of JSON's mappings with its value, however deep."""
+    """Yields every key and value of all mappings in a JSON value, at any depth."""
     left = [value]
     while left:
         here = left.pop()

@@ -1,4 +1,4 @@
-"""One shard of text into one ArrayRecord file of rows: what a worker process does."""
+"""Makes one ArrayRecord file of rows from one shard of text: the work of a worker process."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -17,6 +17,7 @@ from mora_jax.io import read_bytes, read_json
 from train.data.rows import layout
 from train.data.rows.layout import FIELD, row_features, token_dtype
 from train.data.text.c4 import Record
+from train.data.text.sources import TextShard
 from train.data.tokenizer import Tokenizer
 from train.storage.files import sync, write_whole
 
@@ -24,20 +25,8 @@ BLOCK_CHARACTERS = 1_000_000
 BLOCK_RECORDS = 1_000
 
 
-class TextShard(Protocol):
-    """A part of a source that one worker reads: a file of JSON lines, or a range of a TFDS split."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def records(self, skip_lines: int) -> Iterator[Record]: ...
-
-
 class Advance(NamedTuple):
-    """What was done since the last report; `units` are those of the shard's `size`."""
+    """What was done since the last report. `units` are those of the shard's `size`."""
 
     units: int
     documents: int
@@ -46,7 +35,7 @@ class Advance(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a shard became. `tokens` counts those in rows, `dropped_tokens` the last partial row."""
+    """What one shard became. `tokens` are those in rows; `dropped_tokens` those of the last partial row."""
 
     documents: int = 0
     rows: int = 0
@@ -58,7 +47,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Job:
-    """A shard to be written: `target` is its file of rows, `record` the record of its counts."""
+    """One shard of text to write as rows: `target` is the file of rows, `record` that of their counts."""
 
     shard: TextShard
     tokenizer: Tokenizer
@@ -69,12 +58,12 @@ class Job:
 
     @property
     def unigram(self) -> Path:
-        """The file of piece counts that goes with the record."""
+        """The file of piece counts, beside the record."""
         return self.record.with_suffix(".npy")
 
     @property
     def finished(self) -> bool:
-        """Whether all of it is there; what is damaged is done again."""
+        """Whether all files are there and undamaged."""
         with contextlib.suppress(InputError):
             self.counts()
             self.piece_counts()
@@ -82,32 +71,38 @@ class Job:
         return False
 
     def counts(self) -> Counts:
-        """The count record of a finished job. Raises InputError where it is damaged, or its rows are."""
+        """Returns the counts of a finished job. Raises InputError if the record or the rows are damaged."""
         try:
             counts = Counts(**read_json(self.record))
             for value in astuple(counts):
                 layout.count(value)
         except (InputError, TypeError) as error:
-            raise InputError(f"{self.record} is damaged; the same command does its shard again") from error
+            raise InputError(f"{self.record} is damaged; run the same preparation again") from error
         if not self.target.is_file() or self.target.stat().st_size != counts.file_bytes:
-            raise InputError(f"{self.target} is not as {self.record} says; the same command does it again")
+            raise InputError(
+                f"{self.target} has another size than {self.record} states; run the same preparation again"
+            )
         return counts
 
     def piece_counts(self) -> np.ndarray:
-        """How often each piece occurs in the rows, (V,). Raises InputError for a file that is damaged."""
+        """Returns how often each piece occurs in the rows, (V,). Raises InputError for a damaged file."""
         pieces = self.tokenizer.vocab_size
         try:
             content = read_bytes(self.unigram, layout.piece_count_bytes(pieces))
             return layout.piece_counts(content, pieces)
         except ValueError as error:
-            raise InputError(f"{self.unigram} is damaged; the same command does its shard again") from error
+            raise InputError(f"{self.unigram} is damaged; run the same preparation again") from error
 
 
 def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
-    """Writes the rows of one shard and, at the very end, its record, which means that all is there.
+    """Writes the rows of one shard and then its record, which marks the job as finished.
+
+    Args:
+      job: the shard and its files.
+      report: called after every block of documents.
 
     Raises:
-      InputError: the text is bad (see `c4.records`). Nothing is left behind.
+      InputError: the text is bad (see `c4.records`). No file is left behind.
     """
     unfinished = job.record.with_suffix(f".rows-{os.getpid()}")
     try:
@@ -124,9 +119,9 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
 
 
 def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tuple[Counts, np.ndarray]:
-    """Cuts the stream of tokens into rows of T and writes them; gives its counts, and each piece's, (V,)."""
+    """Cuts the stream of tokens into rows and writes them. Returns the counts, and those of pieces, (V,)."""
     serialize = row_features(job.sequence_length, job.tokenizer.vocab_size).serialize_example
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # one row a group: rows are read at random
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # one row a group, for random access
     documents, rows, skipped, position = 0, 0, 0, 0
     unigram_V = np.zeros(job.tokenizer.vocab_size, np.int64)
     rest = np.empty(0, token_dtype(job.tokenizer.vocab_size))
@@ -137,11 +132,9 @@ def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tupl
         for row_T in rows_RT:
             writer.write(serialize({FIELD: row_T}))
         unigram_V += np.bincount(rows_RT.ravel(), minlength=len(unigram_V))
-        documents, rows, skipped = (
-            documents + len(texts),
-            rows + len(rows_RT),
-            skipped + len(block) - len(texts),
-        )
+        documents += len(texts)
+        rows += len(rows_RT)
+        skipped += len(block) - len(texts)
         report(Advance(block[-1].position - position, len(texts), len(tokens)))
         position = block[-1].position
     writer.close()
@@ -150,13 +143,13 @@ def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tupl
 
 
 def _split_rows(tokens_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """As many rows of `length` as there are, and the tokens left over."""
+    """Returns all complete rows of `length` tokens, and the tokens left over."""
     whole = len(tokens_N) // length * length
     return tokens_N[:whole].reshape(-1, length), tokens_N[whole:]
 
 
 def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Lists of records, bounded in number and in characters, so that memory does not grow with the shard."""
+    """Yields lists of records, bounded in number and characters: memory does not grow with the shard."""
     block, characters = [], 0
     for record in records:
         block.append(record)

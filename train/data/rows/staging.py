@@ -1,6 +1,6 @@
-"""Data sets in buckets, copied to this machine's disk before they are read: rows are read at random.
+"""Data sets in buckets, downloaded to this machine's disk before they are read, as rows need random access.
 
-The copy stays there for the next start, which fetches only what the bucket has otherwise by then.
+The copy stays there. The next start downloads only objects that have changed in the bucket.
 """
 
 import contextlib
@@ -24,49 +24,49 @@ _LOCK = "lock"
 
 
 def staged(directory: str, splits: Collection[str] = layout.SPLITS) -> Path:
-    """Where a data set can be read: its own folder, or a copy on this machine's disk of one in a bucket.
+    """Returns the folder in which to read a data set: its own, or a copy on this machine's disk.
 
-    Several processes may ask at once: one copies, the others wait. What was copied before and is the same
-    in the bucket is not copied again, also after an interruption.
+    Several processes may call this at once: one downloads, the others wait. Unchanged objects are not
+    downloaded again, even after an interruption.
 
     Args:
-      directory: the data set.
+      directory: the data set, in a folder or in a bucket.
       splits: those whose rows are needed.
 
     Raises:
-      InputError: if there is nothing in the bucket, or no room for it here.
-      OSError: if the bucket is out of reach.
+      InputError: the bucket holds nothing there, or this disk has no room for it.
+      OSError: the bucket cannot be reached.
     """
     if not buckets.in_bucket(directory):
         return Path(directory)
     place = buckets.stand_in("data", directory)
     with _alone(place.parent):
-        _bring(directory, place, splits)
+        _download(directory, place, splits)
     return place
 
 
-def _bring(directory: str, place: Path, splits: Collection[str]) -> None:
+def _download(directory: str, place: Path, splits: Collection[str]) -> None:
     there = {name: found for name, found in buckets.objects(directory).items() if "/" not in name}
     if not there:
-        raise InputError(f"{directory} holds no data set: there is nothing in it")
-    known = _known(place, there)
+        raise InputError(f"{directory} is empty: it holds no data set")
+    current = _keep_current(place, there)
     left = {
         name: found
         for name, found in there.items()
-        if name not in known and (layout.is_rows(name, splits) or not layout.is_rows(name))
+        if name not in current and (layout.is_rows(name, splits) or not layout.is_rows(name))
     }
     size = sum(found.size for found in left.values())
     buckets.check_room(size, place)
-    with Bar(f"copying {directory}", size / 1e6, "MB") as bar:
+    with Bar(f"downloading {directory}", size / 1e6, "MB") as bar:
         for name in buckets.download(directory, place, left, lambda n: bar.advance(n / 1e6)):
             if (place / name).stat().st_size != left[name].size:
-                raise InputError(f"{directory}/{name} changed while it was copied; start again")
-            known[name] = left[name]
-            write_whole(place.parent / _VERSIONS, json.dumps(known))
+                raise InputError(f"{directory}/{name} changed during the download; start again")
+            current[name] = left[name]
+            write_whole(place.parent / _VERSIONS, json.dumps(current))
 
 
-def _known(place: Path, there: dict[str, Object]) -> dict[str, Object]:
-    """What of the copy is as it is in the bucket; the rest of it is removed."""
+def _keep_current(place: Path, there: dict[str, Object]) -> dict[str, Object]:
+    """Returns the objects whose copies are up to date. Removes all other files of the copy."""
     versions: dict[str, Object] = {}
     with contextlib.suppress(InputError, TypeError, AttributeError):
         versions = {name: Object(*found) for name, found in read_json(place.parent / _VERSIONS).items()}

@@ -2,9 +2,7 @@
 
 import functools
 import multiprocessing
-import os
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -13,20 +11,26 @@ from contextlib import contextmanager
 from multiprocessing.managers import SyncManager
 
 from mora_jax.errors import InputError
+from train.data.rows.parent import exit_with_parent
 from train.data.rows.shard import Advance, Job, write_shard
 
 POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """Raised in a worker whose program has given up."""
+    """The program asked this worker to stop."""
 
 
 def run(jobs: Sequence[Job], workers: int, report: Callable[[Advance], None]) -> None:
-    """Does all jobs, in this process if `workers` is 1; the result does not depend on the number of workers.
+    """Does all jobs, in this process if one worker is enough. The result does not depend on their number.
+
+    Args:
+      jobs: what to do.
+      workers: processes, at most.
+      report: called in this process with what was done since its last call.
 
     Raises:
-      InputError: the first that a job raised, once the other workers have stopped; or a worker was killed.
+      InputError: a job raised it, and the other workers have stopped; or a worker was killed.
     """
     if min(workers, len(jobs)) <= 1:
         for job in jobs:
@@ -39,8 +43,8 @@ def run(jobs: Sequence[Job], workers: int, report: Callable[[Advance], None]) ->
             _follow(futures, messages, report)
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process was killed, probably for want of memory; the finished shards are kept: "
-                "run again with fewer workers"
+                "a worker process was killed, probably because memory ran out; finished shards are kept: "
+                "run the command again with fewer --workers"
             ) from error
         finally:
             stop.set()
@@ -49,18 +53,18 @@ def run(jobs: Sequence[Job], workers: int, report: Callable[[Advance], None]) ->
 
 @contextmanager
 def _processes(count: int) -> Iterator[tuple[ProcessPoolExecutor, queue.Queue, threading.Event]]:
-    """A pool, a queue of reports and an event that stops the workers."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in mid-air
+    """Yields a pool, a queue for reports, and an event that stops the workers."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in any state
     manager = SyncManager(ctx=context)
-    manager.start(_follow_parent)
+    manager.start(exit_with_parent)
     try:
-        yield ProcessPoolExecutor(count, context, _follow_parent), manager.Queue(), manager.Event()
+        yield ProcessPoolExecutor(count, context, exit_with_parent), manager.Queue(), manager.Event()
     finally:
         manager.shutdown()
 
 
 def _follow(futures: Sequence[Future], messages: queue.Queue, report: Callable[[Advance], None]) -> None:
-    """Passes reports on until all futures are done; raises what the first failed one raised."""
+    """Passes reports on until all futures are done. Raises what the first failed one raised."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
@@ -74,16 +78,3 @@ def _send(messages: queue.Queue, stop: threading.Event, advance: Advance) -> Non
     if stop.is_set():
         raise Stopped
     messages.put(advance)
-
-
-def _follow_parent() -> None:
-    """Ends this process when its parent has gone, even by a kill; Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -14,13 +14,13 @@ from mora_jax.errors import InputError, reason
 from train.storage.buckets import in_bucket
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-# JSON may take thirty times its own length in memory; the longest line of C4 has a million bytes.
+# The longest line of C4 has a million bytes. Parsed JSON may take thirty times its own length in memory.
 MAX_LINE_BYTES = 16 * 2**20
 WILDCARDS = "*?["
 
 
 class Record(NamedTuple):
-    """One line of a shard: its text (None: a bad line that was skipped), and how far in the shard it ends."""
+    """One line of a shard: its text, None for a skipped bad line, and where in the shard it ends."""
 
     text: str | None
     position: int
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class FileShard:
-    """One file of JSON lines. `size` is the file's bytes, the unit of `Record.position`."""
+    """One file of JSON lines. `size` and `Record.position` count bytes of the file."""
 
     path: epath.Path
     size: int
@@ -42,7 +42,7 @@ class FileShard:
 
 
 def shards(source: str) -> list[epath.Path]:
-    """The files that a glob, a folder or a file name stands for, sorted by name.
+    """Returns the files that a glob, a folder or a file name stands for, sorted by name.
 
     Raises:
       InputError: `source` matches no file, or its file system cannot be reached.
@@ -59,12 +59,12 @@ def shards(source: str) -> list[epath.Path]:
 
 
 def file_shards(source: str) -> list[FileShard]:
-    """The files of `source` with their sizes. Raises InputError as `shards` does."""
+    """Returns the files of `source` with their sizes. Raises InputError as `shards` does."""
     return [FileShard(path, path.stat().length) for path in shards(source)]
 
 
 def documents(path: epath.PathLike, skip_lines: int) -> Iterator[str]:
-    """The texts of one file, in order; at most `skip_lines` bad lines are passed over.
+    """Yields the texts of one file, in order; skips at most `skip_lines` bad lines.
 
     Raises:
       InputError: see `records`.
@@ -73,11 +73,11 @@ def documents(path: epath.PathLike, skip_lines: int) -> Iterator[str]:
 
 
 def records(path: epath.Path, skip_lines: int) -> Iterator[Record]:
-    """The lines of one file, in order; at most `skip_lines` bad ones are skipped, blank ones ignored.
+    """Yields the lines of one file, in order; ignores blank lines and skips at most `skip_lines` bad ones.
 
     Raises:
-      InputError: the file is missing, truncated or corrupt, or one bad line too many
-        (not JSON, no string `text`), named by its file and 1-based number.
+      InputError: the file is missing, truncated or corrupt, or has one bad line too many (not JSON, no
+        string `text`). The message names the file and the line, from 1.
     """
     skipped = 0
     for number, line, position in _lines(path):
@@ -88,8 +88,8 @@ def records(path: epath.Path, skip_lines: int) -> Iterator[Record]:
             skipped += 1
         if skipped > skip_lines:
             raise InputError(
-                f"{path}: line {number} {wrong}; mend the file or raise skip_lines "
-                f"(now {skip_lines}), the number of bad lines that may be skipped"
+                f"{path}: line {number} {wrong}; fix the line, or have mora prepare-data skip bad lines "
+                f"with --skip-lines (now {skip_lines})"
             )
         yield Record(text, position)
 
@@ -106,7 +106,7 @@ def _matches(path: epath.Path) -> list[epath.Path]:
 
 
 def _is_pipe(path: epath.Path) -> bool:
-    """Whether it is a pipe or a device, which epath takes for a file."""
+    """Returns whether a path is a pipe or a device, which epath takes for a file."""
     return not in_bucket(path) and not Path(path).is_file()
 
 
@@ -115,7 +115,7 @@ def _has_wildcard(path: epath.Path) -> bool:
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:
-    """(1-based number, line, bytes of the file read so far); a file broken in any way is an InputError."""
+    """Yields (number from 1, line, bytes of the file read so far). Raises InputError for a broken file."""
     try:
         with path.open("rb") as file:
             stream = _decompressed(path, file)
@@ -128,9 +128,9 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:
                     )
                 yield number, line, file.tell()
     except EOFError as error:
-        raise InputError(f"{path} is a truncated gzip file; fetch it again") from error
+        raise InputError(f"{path} is a truncated gzip file; download it again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a sound gzip file ({reason(error)}); fetch it again") from error
+        raise InputError(f"{path} is not a valid gzip file ({reason(error)}); download it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
 
@@ -138,16 +138,16 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:
 def _decompressed(path: epath.Path, file: IO[bytes]) -> IO[bytes]:
     if path.suffix != ".gz":
         return file
-    if path.stat().length == 0:  # gzip would read it as no lines at all
-        raise InputError(f"{path} is empty, not a gzip file; fetch it again")
+    if path.stat().length == 0:  # gzip would read it as a file without lines
+        raise InputError(f"{path} is empty, not a gzip file; download it again")
     return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
 
 
 def _parse(line: bytes) -> tuple[str | None, str]:
-    """The text of a line, or None and what is wrong with the line."""
+    """Returns the text of a line and "", or None and what is wrong with the line."""
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError):  # ValueError covers text that is not UTF-8
+    except (ValueError, RecursionError):  # ValueError includes text that is not UTF-8
         return None, "is not JSON"
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):

@@ -1,7 +1,8 @@
-"""English prose that is on every machine: the documentation inside the running Python installation.
+"""English prose that every machine has: the documentation inside the running Python installation.
 
-It is read with `ast` and never imported: the language reference of `pydoc_data.topics`, and the docstrings of
-the standard library and the installed packages. A document is what one file says; no paragraph comes twice.
+The text is the language reference of `pydoc_data.topics` and the docstrings of the standard library and the
+installed packages. Files are parsed with `ast` and never imported. A file with enough prose is one document.
+No paragraph occurs in two documents.
 """
 
 import ast
@@ -25,10 +26,10 @@ SEED = 0
 MIN_DOCUMENT = 200  # characters
 MIN_WORDS = 8
 MIN_LETTERS = 0.8  # share of a paragraph that is letters and spaces
-MAX_SOURCE_BYTES = 1_000_000  # larger files are tables and generated code
+MAX_SOURCE_BYTES = 1_000_000  # larger files hold tables and generated code
 MIN_QUOTED_BYTES = 1_000
 FILES_AT_ONCE = 64
-TIMESTAMP = "2000-01-01T00:00:00Z"  # C4's field; the text has no date of its own
+TIMESTAMP = "2000-01-01T00:00:00Z"  # a field of C4; this text has no date
 
 TOPICS = "pydoc_data/topics.py"
 TESTS = {"test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "_vendor", "vendor"}
@@ -50,10 +51,13 @@ class Prose:
 
 
 def gather(limit_bytes: int = LIMIT_BYTES) -> Iterator[tuple[str, str]]:
-    """Documents of prose as (source file, relative to its folder; text), shuffled, always in the same order.
+    """Yields documents of prose in a fixed, shuffled order, each as (source file, text).
 
     Args:
       limit_bytes: UTF-8 bytes of text, at most.
+
+    Yields:
+      The name of the file, relative to the installation, and its paragraphs, one a line.
     """
     files = _source_files()
     seen: set[str] = set()
@@ -75,25 +79,26 @@ def gather(limit_bytes: int = LIMIT_BYTES) -> Iterator[tuple[str, str]]:
 def write_shards(
     folder: str, shards: int = 4, validation_every: int = 25, limit_bytes: int = LIMIT_BYTES
 ) -> Prose:
-    """Writes gathered prose in C4's format: `c4-train.*.json.gz` and `c4-validation.*.json.gz` in `folder`.
+    """Writes gathered prose in C4's format, as `c4-train.*.json.gz` and `c4-validation.*.json.gz`.
 
     Args:
-      folder: where to; made if it is missing.
+      folder: where to write; made if it is missing.
       shards: files of training text.
-      validation_every: one document of so many becomes validation text.
+      validation_every: one of so many documents becomes validation text.
       limit_bytes: UTF-8 bytes of text, at most.
 
+    Returns:
+      How much was written.
+
     Raises:
-      InputError: this installation holds too little prose for every file to get a document.
+      InputError: this installation has fewer documents of prose than shards.
     """
     documents = list(gather(limit_bytes))
-    held_out, train = (
-        documents[::validation_every],
-        [d for i, d in enumerate(documents) if i % validation_every],
-    )
+    held_out = documents[::validation_every]
+    train = [document for i, document in enumerate(documents) if i % validation_every]
     if len(train) < shards:
         raise InputError(
-            f"this Python installation holds only {len(documents)} documents of prose; give C4 text"
+            f"this Python installation has only {len(documents)} documents of prose; use C4 text instead"
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
     for index in range(shards):
@@ -103,7 +108,7 @@ def write_shards(
 
 
 def prose_paragraphs(text: str) -> list[str]:
-    """The paragraphs of a docstring that read as English sentences, each on one line."""
+    """Returns the paragraphs of a docstring that are English sentences, each on one line."""
     paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", UNDERLINE.sub("", text)))
     return [paragraph for paragraph in paragraphs if _is_prose(paragraph)]
 
@@ -120,7 +125,7 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def _source_files() -> list[tuple[str, str]]:
-    """(name relative to its root, path) of every file to read: in order of the names, then shuffled."""
+    """Returns (name relative to its root, path) of every file to read, sorted by name and then shuffled."""
     roots = dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
     files = {}
     for root in map(Path, roots):
@@ -134,7 +139,7 @@ def _source_files() -> list[tuple[str, str]]:
 
 
 def _read_all(files: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """The paragraphs of every file, in the order of `files`; parsing takes a minute, so it is shared out."""
+    """Yields the paragraphs of every file in order. Processes share the parsing, which takes a minute."""
     blocks = [files[i : i + FILES_AT_ONCE] for i in range(0, len(files), FILES_AT_ONCE)]
     pool = ProcessPoolExecutor(mp_context=get_context("spawn"))
     try:
@@ -149,13 +154,13 @@ def _read_block(files: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def _read_file(name: str, path: Path) -> list[str]:
-    """The prose of one file; a file that is not Python of this version has none."""
+    """Returns the prose of one file, which is none if the file is not Python of this version."""
     try:
         source = path.read_bytes()
         if name != TOPICS and not _worth_parsing(source):
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of other people's escape sequences
+            warnings.simplefilter("ignore", SyntaxWarning)  # about escape sequences in other packages
             warnings.simplefilter("ignore", DeprecationWarning)
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, OSError):
@@ -165,12 +170,12 @@ def _read_file(name: str, path: Path) -> list[str]:
 
 
 def _worth_parsing(source: bytes) -> bool:
-    """Whether a file holds much between triple quotes: parsing is nearly all of the time that is spent."""
+    """Returns whether a file holds enough between triple quotes; parsing takes nearly all of the time."""
     return len(source) <= MAX_SOURCE_BYTES and sum(map(len, QUOTED.findall(source))) >= MIN_QUOTED_BYTES
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, class or function and of those inside it; expressions are not entered."""
+    """Yields the docstrings of a module, class or function and of those inside it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield ast.get_docstring(node) or ""
     for inner in (*getattr(node, "body", ()), *getattr(node, "orelse", ())):

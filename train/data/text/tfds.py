@@ -1,4 +1,4 @@
-"""Text from a TFDS data set already prepared, such as `tfds:c4/en` or `tfds:/path/to/c4/en/3.1.0`."""
+"""Text from a prepared TFDS data set, such as `tfds:c4/en` or `tfds:/path/to/c4/en/3.1.0`."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ READ_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TfdsShard:
-    """The documents `start` to `stop` of one split. `size` and `Record.position` count documents."""
+    """Documents `start` to `stop` of one split. `size` and `Record.position` count documents."""
 
     directory: str
     split: str
@@ -36,7 +36,7 @@ class TfdsShard:
         return self.stop - self.start
 
     def records(self, skip_lines: int) -> Iterator[Record]:
-        """The texts in order. A TFDS data set has no bad lines: `skip_lines` has nothing to do here."""
+        """Yields the texts in order. `skip_lines` is not used: a TFDS data set has no bad lines."""
         del skip_lines
         rows = tfds.builder_from_directory(self.directory).as_data_source(self.name)  # pyright: ignore
         for first in range(0, self.size, READ_AT_ONCE):
@@ -46,10 +46,15 @@ class TfdsShard:
 
 
 def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
-    """The shards of one split of `tfds:NAME` (looked for in `data_dir`) or `tfds:/a/prepared/directory`.
+    """Returns the shards of one split.
+
+    Args:
+      source: `tfds:NAME`, or `tfds:/a/prepared/directory`.
+      split: name of the split.
+      data_dir: folder in which `tfds:NAME` is looked up; empty for TFDS's default.
 
     Raises:
-      InputError: no such data set, split or `text` feature, or files that cannot be read at random.
+      InputError: no such data set, split or `text` feature, or files without random access.
     """
     builder = _builder(source, data_dir)
     if split not in builder.info.splits:
@@ -87,7 +92,7 @@ def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _check_prepared(folder: epath.Path) -> None:
-    """Checks all that is prepared under one name, with a config or without: TFDS chooses among them."""
+    """Checks every version prepared under one name, with a config or without: TFDS chooses among them."""
     for versions in ("*", "*/*"):
         for description in folder.glob(f"{versions}/{INFO}") if folder.is_dir() else ():
             check_description(description.parent)
@@ -98,7 +103,7 @@ def _from_directory(source: str, directory: str) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder_from_directory(directory)
     except (ValueError, LookupError, TypeError, AttributeError, json_format.ParseError) as error:
-        raise InputError(f"{source} is not a data set of TFDS: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{source} is not a TFDS data set: {str(error).splitlines()[0]}") from error
 
 
 def _text(value: bytes | str, source: str, position: int) -> str:

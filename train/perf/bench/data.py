@@ -12,7 +12,8 @@ from rich.table import Table
 
 from train.console.terminal import console
 from train.data.rows.build import prepare
-from train.data.rows.read import DataInfo, train_batches
+from train.data.rows.info import DataInfo
+from train.data.rows.read import train_batches
 from train.data.text.c4 import documents, shards
 
 READ_SECONDS = 5.0

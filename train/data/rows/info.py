@@ -1,0 +1,125 @@
+"""The facts about a prepared data set, checked against its files."""
+
+import hashlib
+import io
+import zipfile
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mora_jax.errors import InputError
+from mora_jax.io import read_bytes, read_json
+from train.data.rows import layout
+from train.data.rows.description import check_description
+from train.data.rows.settings import read_settings
+from train.data.rows.staging import staged
+
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Facts about a prepared data set. `rows` and `tokens` (those in rows) are counts by split."""
+
+    directory: str
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    sequence_length: int
+    rows: dict[str, int]
+    tokens: dict[str, int]
+
+
+def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataInfo:
+    """Reads and checks the facts about a prepared data set; downloads one that is in a bucket.
+
+    Args:
+      directory: the data set.
+      splits: those whose rows are needed; others are neither checked nor downloaded.
+
+    Raises:
+      InputError: the data set is not finished, has a newer format, lacks row files or has some of another
+        size than was written, or holds another tokenizer than it was prepared with.
+    """
+    folder = staged(directory, splits)
+    if (folder / layout.SETTINGS).exists():
+        read_settings(folder, directory)
+        if not (folder / layout.DESCRIBED).exists():
+            raise InputError(f"{directory} is not finished; run the same preparation again to resume it")
+    try:
+        facts = read_json(folder / "metadata.json")
+        parts = facts.pop("splits")
+        rows, tokens = (
+            {split: layout.count(parts[split][what]) for split in layout.SPLITS}
+            for what in ("rows", "tokens")
+        )
+        file_bytes = {split: layout.count(parts[split]["file_bytes"]) for split in layout.SPLITS}
+        info = DataInfo(str(folder), str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
+        _check_facts(info, file_bytes)
+    except (InputError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
+    check_description(folder)
+    _check_files(folder, {split: file_bytes[split] for split in splits})
+    _check_tokenizer(info)
+    return info
+
+
+def unigram_perplexity(info: DataInfo) -> float:
+    """Returns the perplexity of the validation rows under the frequencies in the training rows.
+
+    Every frequency is one higher than counted, so that none is 0.
+
+    Raises:
+      InputError: the counts are damaged.
+    """
+    train_V, validation_V = _unigram(info)
+    log_p_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
+    return float(np.exp(-(validation_V * log_p_V).sum() / validation_V.sum()))
+
+
+def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
+    """Raises InputError for facts that no preparation writes, or that take more memory than the rows."""
+    for value in (info.vocab_size, info.eos_id, info.sequence_length):
+        layout.count(value)
+    right = 2 <= info.sequence_length < 2**31 and info.eos_id < info.vocab_size <= layout.MAX_PIECES
+    right &= isinstance(info.tokenizer_sha256, str)
+    right &= all(info.rows[split] <= file_bytes[split] for split in layout.SPLITS)  # a row takes some bytes
+    if not right:
+        raise InputError("no preparation writes such facts")
+
+
+def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
+    for split, expected in file_bytes.items():
+        held = sum(file.stat().st_size for file in folder.glob(f"{layout.NAME}-{split}.array_record-*"))
+        if held != expected:
+            raise InputError(
+                f"{folder}: the {split} rows take {held} bytes, not {expected}; "
+                "copy or prepare the data set again"
+            )
+
+
+def _check_tokenizer(info: DataInfo) -> None:
+    path = Path(info.tokenizer)
+    if path.exists():
+        digest = hashlib.sha256(read_bytes(path, layout.TOKENIZER_BYTES)).hexdigest()
+        if digest == info.tokenizer_sha256:
+            return
+    raise InputError(f"{path} is not the tokenizer that the rows were made with; restore that file")
+
+
+def _unigram(info: DataInfo) -> list[np.ndarray]:
+    """Returns how often each piece occurs in each split: [(V,), (V,)]."""
+    path = Path(info.directory) / layout.UNIGRAM
+    largest = layout.piece_count_bytes(info.vocab_size)
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_bytes(path, 2 * largest))) as archive:
+            parts = [archive.getinfo(f"{split}.npy") for split in layout.SPLITS]
+            if any(part.file_size > largest for part in parts):
+                raise ValueError("it holds more counts than there are pieces")
+            return [layout.piece_counts(archive.read(part), info.vocab_size) for part in parts]
+    except (OSError, ValueError, LookupError, *_ZIP_ERRORS) as error:
+        raise InputError(f"{path} is damaged ({error}); copy or prepare the data set again") from error

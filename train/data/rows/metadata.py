@@ -1,0 +1,69 @@
+"""The description of a finished data set: TFDS's files and how often each piece occurs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mora_jax.errors import InputError
+from train.data.rows import layout
+from train.data.rows.settings import Settings
+from train.data.rows.shard import Counts, Job
+
+
+def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Settings) -> None:
+    """Sums up the counts of all finished jobs and writes what describes the data set.
+
+    Args:
+      folder: an empty folder. Empty files named as the rows are left in it.
+      jobs: those of each split.
+      settings: those of the data set.
+
+    Raises:
+      InputError: too many bad lines were skipped, or a split has no row.
+    """
+    counts = {split: [job.counts() for job in jobs[split]] for split in jobs}
+    sums = {split: _sum(counts[split]) for split in counts}
+    _check_sums(sums, jobs)
+    train_V, validation_V = (sum(job.piece_counts() for job in jobs[split]) for split in layout.SPLITS)
+    np.savez_compressed(folder / layout.UNIGRAM, train=train_V, validation=validation_V)
+    facts = {name: value for name, value in asdict(settings).items() if name not in layout.SPLITS}
+    for split in jobs:  # TFDS finds the splits by the names of files
+        (folder / jobs[split][0].target.name).touch()
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=layout.row_features(settings.sequence_length, settings.vocab_size),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[c.rows for c in counts[split]], num_bytes=sums[split].file_bytes
+            )
+            for split in counts
+        ],
+        check_data=False,  # would need TensorFlow
+        description=f"Text as rows of {settings.sequence_length} tokens, documents joined with EOS.",
+        metadata=tfds.core.MetadataDict(**facts, splits={split: asdict(sums[split]) for split in sums}),
+    )
+
+
+def _sum(counts: Sequence[Counts]) -> Counts:
+    return Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
+
+
+def _check_sums(sums: Mapping[str, Counts], jobs: Mapping[str, Sequence[Job]]) -> None:
+    allowed = jobs["train"][0].skip_lines
+    skipped = sum(total.skipped_lines for total in sums.values())
+    if skipped > allowed:
+        raise InputError(
+            f"the text has {skipped} bad lines, and --skip-lines {allowed} allows {allowed}; "
+            "fix them or raise --skip-lines"
+        )
+    for split, total in sums.items():
+        if total.documents == 0:
+            raise InputError(f"the {split} text ({jobs[split][0].shard.name}, ...) holds no document")
+        if total.rows == 0:
+            raise InputError(
+                f"the {split} text has {total.dropped_tokens} tokens, fewer than a row of "
+                f"{jobs[split][0].sequence_length}; add text or lower --sequence-length"
+            )
