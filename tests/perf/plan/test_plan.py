@@ -20,7 +20,6 @@ from train.config import flags
 from train.perf.plan import targets
 from train.perf.plan.formula import expected
 from train.perf.plan.plan import held, make_plan
-from train.perf.plan.report import plan
 from train.run.state import abstract_state, assign_methods
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -148,7 +147,8 @@ def test_mora_all_gathers_activations_over_tensor(abstract, config):
 
 def test_simulated_devices(capsys, tiny_yaml, tmp_path):
     out = tmp_path / "plan.json"
-    cli.main(["plan", str(tiny_yaml), "--devices", "2", "--mesh.data", "2", "--out", str(out)])
+    words = ["--devices", "2", "--mesh.data", "2", "--every-program", "--out", str(out)]
+    cli.main(["plan", str(tiny_yaml), *words])
     shown = " ".join(capsys.readouterr().out.split())  # where lines break depends on the path
     assert "2 simulated devices" in shown
     assert "the CPU compiler's" in shown
@@ -157,14 +157,10 @@ def test_simulated_devices(capsys, tiny_yaml, tmp_path):
     assert figures["fits"] is True
     assert figures["mesh"]["data"] == 2
     assert figures["sequences"] == 2
-    (train,) = figures["programs"]
+    assert [program["name"] for program in figures["programs"]] == ["train_step", "restart_step", "eval_step"]
+    train = figures["programs"][0]
     assert train["peak"] >= sum(figures["held"].values())
     assert {c["axes"] for c in train["collectives"]} == {"data"}
-
-
-def test_every_program(config):
-    names = [program.name for program in plan(config, "", 2, 80.0, ["train", "restart", "eval"]).programs]
-    assert names == ["train_step", "restart_step", "eval_step"]
 
 
 def test_a_config_that_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
@@ -242,7 +238,10 @@ def planned_for_tpus(*words: str, folder: Path) -> dict:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("rows", [4, 64], ids=["activation path", "merged path"])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(4, id="activation path", marks=pytest.mark.slow), pytest.param(64, id="merged path")],
+)
 def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
     """The formula agrees with the compiler about what is sent in float32 and what in bfloat16."""
     words = ["--topology", "v5e:2x2", "--mesh.data", "4"]
@@ -257,6 +256,7 @@ def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_activations_that_mora_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_path):
     words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2"]
     words += ["--compute.dtype", "bfloat16", "--batch-size", "64"]
@@ -268,6 +268,7 @@ def test_activations_that_mora_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_pa
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_splash_attention_by_the_tpu_compiler(tiny_yaml, tmp_path):
     """Heads of 48, as in 250M, are sharded over `tensor`, rows over `data`."""
     words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2", "--compute.dtype", "bfloat16"]
