@@ -26,7 +26,7 @@ class LoRA(Method):
       alpha: scale = alpha / rank.
       rslora: scale = alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732).
       b_lr_scale: the learning rate of b is so many times that of a (LoRA+, arXiv:2402.12354).
-      train: which factors are trained; with "b" a stays as it was drawn (AsyLoRA, arXiv:2402.16842).
+      train_factors: which factors are trained; with "b" a stays as it was drawn (AsyLoRA, arXiv:2402.16842).
       a_init: how a is drawn: "uniform" in +-1/sqrt(k), LoRA's Kaiming-uniform; "orthogonal" columns of
         length 1; "normal" with variance 1/k.
       dropout: share of the adapter's inputs that are zeroed in training.
@@ -36,7 +36,7 @@ class LoRA(Method):
     alpha: float = 128.0
     rslora: bool = False
     b_lr_scale: float = 1.0
-    train: Literal["ab", "b"] = "ab"
+    train_factors: Literal["ab", "b"] = "ab"
     a_init: Literal["uniform", "orthogonal", "normal"] = "uniform"
     dropout: float = 0.0
     name: ClassVar[str] = "lora"
@@ -45,8 +45,8 @@ class LoRA(Method):
         check_rank("LoRA's rank", self.rank)
         if not 0 < self.b_lr_scale < math.inf:
             raise InputError(f"LoRA's b_lr_scale is above 0, not {self.b_lr_scale}")
-        if self.train not in ("ab", "b"):
-            raise InputError(f"LoRA trains 'ab' or 'b', not {self.train!r}")
+        if self.train_factors not in ("ab", "b"):
+            raise InputError(f"LoRA trains 'ab' or 'b', not {self.train_factors!r}")
         if self.a_init not in ("uniform", "orthogonal", "normal"):
             raise InputError(f"LoRA's a_init is 'uniform', 'orthogonal' or 'normal', not {self.a_init!r}")
         check_dropout(self.dropout)
@@ -70,11 +70,11 @@ class LoRA(Method):
 
     def leaves(self) -> dict[str, Leaf]:
         """Both factors, or b alone; b at its own rate."""
-        return {"a_KR": Leaf(self.train == "ab"), "b_RD": Leaf(lr_scale=self.b_lr_scale)}
+        return {"a_KR": Leaf(self.train_factors == "ab"), "b_RD": Leaf(lr_scale=self.b_lr_scale)}
 
     def count(self, k: int, d: int) -> int:
         """rank (k + d), or rank d where a is frozen."""
-        return self.rank * (k + d if self.train == "ab" else d)
+        return self.rank * (k + d if self.train_factors == "ab" else d)
 
     def rank_bound(self, k: int, d: int) -> int:
         """rank, at most min(k, d)."""

@@ -90,18 +90,30 @@ def flat_fields(method: type[Method], operator: str | None = None) -> dict[str, 
     }
 
 
+def changed(method: Method) -> dict[str, Any]:
+    """Returns the entries of a method's flat form that are not their defaults, and its `name`."""
+    flat = to_flat(method)
+    fields = flat_fields(type(method), flat.get("operator"))
+    plain_operator = flat_fields(type(method)).get("operator")
+    kept = {key: value for key, value in flat.items() if key in fields and value != fields[key].default}
+    if plain_operator and flat["operator"] != plain_operator.default:
+        kept["operator"] = flat["operator"]
+    return {"name": method.name, **kept}
+
+
 def fitting(flat: Mapping[str, Any], name: str, operator: str | None = None) -> dict[str, Any]:
-    """Returns a flat form as one of another method or operator: the entries that the new one has as well.
+    """Returns entries of a flat form as those of another method: the ones that it has as well.
 
     Args:
-      flat: the old form.
+      flat: the entries, not necessarily all of a method.
       name: the new method.
-      operator: its operator; the old form's, or else the method's default one, if None.
+      operator: its operator; if None that of `flat`, or else the method's default one.
     """
     method = named("method", name, METHODS)
     operator = operator or flat.get("operator")
-    kept = {key: flat[key] for key in flat_fields(method, operator) if key in flat}
-    return {"name": name, **kept} | ({"operator": operator} if "operator" in kept else {})
+    known = flat_fields(method, operator)
+    kept = {key: value for key, value in flat.items() if key in known}
+    return {"name": name, **kept} | ({"operator": operator} if operator and "operator" in known else {})
 
 
 def named(kind: str, name: Any, known: Mapping[str, T]) -> T:
@@ -111,6 +123,12 @@ def named(kind: str, name: Any, known: Mapping[str, T]) -> T:
     if name not in known:
         raise InputError(f"no {kind} is named {name!r}{nearest(name, known)} (there are {', '.join(known)})")
     return known[name]
+
+
+def no_field(what: str, key: str, known: Iterable[str], where: str = "") -> InputError:
+    """Returns the error for a field that a method or operator lacks."""
+    hint = f"{nearest(key, known)} (it has {', '.join(known) or 'none'})"
+    return InputError(f"{what} has no field {key}{where}{hint}")
 
 
 def _nested(method: type[Method], flat: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +159,7 @@ def _build(kind: str, cls: Any, fields: Mapping[str, Any]) -> Any:
 def _check_known(what: str, fields: Mapping[str, Any], known: Iterable[str], where: str = "") -> None:
     for key in fields:
         if key not in known:
-            hint = f"{nearest(str(key), known)} (it has {', '.join(known)})"
-            raise InputError(f"{what} has no field {key}{where}{hint}")
+            raise no_field(what, str(key), known, where)
 
 
 def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:

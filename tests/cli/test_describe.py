@@ -64,6 +64,6 @@ def test_what_is_trained_of_one_parameter():
 
 def test_rules_that_do_not_fit(tiny_yaml, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["pretrain", str(tiny_yaml), "--dry-run", "--method.adapt", "layers/mpl/.*"])
+        cli.main(["pretrain", str(tiny_yaml), "--dry-run", "--params.adapt", "layers/mpl/.*"])
     assert stop.value.code == 2
     assert "matches no parameter" in capsys.readouterr().err

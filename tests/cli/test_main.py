@@ -87,7 +87,7 @@ def refused(mora):
         (["--model.vocab-size", "300"], "vocabulary of 384 tokens, more than model.vocab_size 300"),
         (["--batch-size", "100000"], "fewer than one batch of 100000"),
         (["--data.directory", "nowhere"], "nowhere is not a data set made by prepare-data"),
-        (["--method.adapt", "nope/.*"], "rule 'nope/.*' matches no parameter"),
+        (["--params.adapt", "nope/.*"], "rule 'nope/.*' matches no parameter"),
         (["--init-from", "nowhere"], "nowhere/config.json is missing"),
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be made"),
     ],

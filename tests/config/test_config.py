@@ -2,7 +2,6 @@
 
 import math
 import re
-import typing
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import yaml
 
 from mora_jax import trees
 from mora_jax.errors import InputError
-from mora_jax.methods import LoRA, Method, MoRA
+from mora_jax.methods import DoRA, LoRA, Method, MoRA, Rotate, Share
 from mora_jax.models.llama import Compute
 from train.config import flags
 from train.config import run as c
@@ -43,9 +42,9 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
             r"compute\.attention splash needs sequences of a multiple of 128 tokens, not 200",
         ),
         (lambda: s.Data(sequence_length=1), r"data\.sequence_length must be at least 2, not 1"),
-        (lambda: s.MethodFlags("lora", rank=0), "rank"),
-        (lambda: s.MethodFlags("mora", align=0), "align"),
-        (lambda: s.MethodFlags("mora", group=2), "group"),  # type: ignore[arg-type]
+        (lambda: RunConfig(method="lora"), "method is a Method, full or frozen, not 'lora'"),  # type: ignore[arg-type]
+        (lambda: s.GroupRule(lr_scale=-1.0), r"lr_scale of optimizer\.groups must be at least 0, not -1\.0"),
+        (lambda: s.GroupRule(weight_decay=-1.0), r"weight_decay of optimizer\.groups must be at least 0"),
         (lambda: s.Optimizer(learning_rate=0.0), r"optimizer\.learning_rate must be above 0, not 0"),
         (
             lambda: s.Optimizer(learning_rate=math.inf),
@@ -95,11 +94,15 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
             lambda: RunConfig(schedule=s.Schedule("jagged-cosine", 60), restart=s.Restart(50, 10)),
             r"schedule\.warmup 60 is longer than restart\.every 50",
         ),
-        (lambda: RunConfig(method=s.MethodFlags("full"), **RESTARTED), r"restart\.every needs"),
-        (lambda: RunConfig(method=s.MethodFlags("frozen"), **RESTARTED), r"restart\.every needs"),
+        (lambda: RunConfig(method="full", **RESTARTED), r"restart\.every needs"),
+        (lambda: RunConfig(method="frozen", **RESTARTED), r"restart\.every needs"),
         (
-            lambda: RunConfig(rules=((".*", "train"),), method=s.MethodFlags("lora")),
+            lambda: RunConfig(rules=((".*", "train"),), method=LoRA()),
             r"either rules or method\.\*",
+        ),
+        (
+            lambda: RunConfig(rules=((".*", "train"),), params=s.Params(train="")),
+            r"either rules or method\.\* and params\.\*, not both",
         ),
     ],
 )
@@ -112,12 +115,27 @@ def test_a_config_is_the_same_after_yaml(tmp_path):
     config = RunConfig(
         run_dir="some where",
         seed=7,
-        optimizer=s.Optimizer(learning_rate=3e-4, eps=1e-9),
+        method=LoRA(4, b_lr_scale=2.0),
+        params=s.Params(train=""),
+        optimizer=s.Optimizer(
+            learning_rate=3e-4, eps=1e-9, groups=((".*norm.*", s.GroupRule(0.5)), (".*", s.GroupRule(1, 0.1)))
+        ),
         log=s.Log(wandb="project"),
         mesh=s.Mesh(2),
         **RESTARTED,
     )
     assert flags.read_config(written(config, tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["full", "frozen", DoRA(3, 6.0), MoRA(8, Share((0, 1), cycle=4)), MoRA(8, Rotate("wrap"), align=8)],
+    ids=str,
+)
+def test_a_method_is_the_same_after_yaml(method, tmp_path):
+    config = RunConfig(method=method)
+    assert flags.read_config(written(config, tmp_path)) == config
+    assert flags.config_from_plain(c.to_plain(config)) == config
 
 
 def test_rules_are_the_same_after_yaml(tmp_path):
@@ -144,6 +162,23 @@ def written(config: RunConfig, folder: Path) -> str:
 def test_what_are_no_rules(plain):
     with pytest.raises(InputError):
         c.rules_from_plain(plain)
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({}, "optimizer.groups is a list of pairs"),
+        ([["a"]], "optimizer.groups is a list of pairs"),
+        ([["a", 2.0]], "a has {lr_scale: NUMBER, weight_decay: NUMBER}, or one of them, not 2.0"),
+        ([["a", {}]], "or one of them, not {}"),
+        ([["a", {"lr": 2.0}]], "or one of them, not {'lr': 2.0}"),
+        ([["a", {"lr_scale": "fast"}]], "lr_scale of optimizer.groups is a number, not 'fast'"),
+        ([["a", {"lr_scale": -1}]], "lr_scale of optimizer.groups must be at least 0, not -1.0"),
+    ],
+)
+def test_what_are_no_groups(plain, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        c.groups_from_plain(plain)
 
 
 def test_restarts():
@@ -202,8 +237,10 @@ def test_the_papers_values(path):
     assert config.model.vocab_size == 32_100
     assert config.restart.every == (2000 if kind.startswith("re") else 0)
     assert config.restart.warmup == 50
-    assert config.method.name == kind.removeprefix("re")
-    assert config.method.rank == 128
+    method = config.method if isinstance(config.method, str) else config.method.name
+    assert method == kind.removeprefix("re")
+    assert getattr(config.method, "rank", 128) == 128
+    assert getattr(config.method, "alpha", 64.0) == 64.0
 
 
 def adapter_entries(path: Path) -> int:
@@ -221,10 +258,13 @@ def test_mora_trains_no_more_than_lora(size):
     assert 0.99 * entries["lora"] < entries["mora"] <= entries["lora"]
 
 
-def test_a_name_gives_its_method():
-    for name in typing.get_type_hints(s.MethodFlags)["name"].__args__:
-        method = s.MethodFlags(name).method()
-        assert method == ("train" if name == "full" else "frozen") or method.name == name
+def test_what_is_trained_beside_the_adapters():
+    rest = (s.REST, "train"), (".*", "frozen")
+    assert RunConfig(method="full").parameter_rules() == ((".*", "train"),)
+    assert RunConfig(method="frozen").parameter_rules() == rest
+    assert RunConfig(method=LoRA(4)).parameter_rules() == ((s.LINEARS, LoRA(4)), *rest)
+    alone = RunConfig(params=s.Params("a", ""))
+    assert alone.parameter_rules() == (("a", MoRA(align=128)), (".*", "frozen"))
 
 
 @pytest.mark.parametrize(("window", "warned"), [(99, False), (100, True), (101, True), (0, False)])

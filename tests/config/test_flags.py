@@ -7,8 +7,10 @@ from typing import Literal
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.methods import LoRA
 from train.config import flags
-from train.config.run import RunConfig
+from train.config.files import located
+from train.config.run import RunConfig, to_plain
 
 # Nine times nine times nine ... values, as a few aliases or merged mappings.
 LAUGHS = "a0: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
@@ -136,7 +138,16 @@ def test_flags_go_over_the_file(write):
     [
         ("data: {directry: x}", "unknown key data.directry; did you mean data.directory?"),
         ("stepps: 1", "unknown key stepps; did you mean steps?"),
-        ("method: mora", "unknown key method"),
+        ("method: mora", "method is a mapping such as {name: mora, rank: 128}, not 'mora'"),
+        ("method: {name: mroa}", "method.name 'mroa': there is no such method; did you mean mora?"),
+        ("method: {name: lora, align: 8}", "method lora has no field align"),
+        ("method: {alpha: 8}", "method mora has no field alpha with operator share (it has rank, operator"),
+        ("method: {name: full, rank: 8}", "method full has no field rank (it has none)"),
+        ("method: {operator: {name: share}}", "has no field operator.name"),
+        ("method: {rank: eight}", "mora's rank is of type int, not 'eight'"),
+        ("method: {rank: }", "mora's rank is of type int, not None"),
+        ("method: {adapt: x}", "method.adapt is now params.adapt"),
+        ("compute: {layers: remat}", "compute.layers remat is now compute.layers scan with"),
         ("resume: true", "unknown key resume"),
         ("1: 2", "unknown key 1"),
         ("log: {wandb: }", "log.wandb has no value; give one or remove the key"),
@@ -205,18 +216,23 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_every_scalar_of_a_config_has_a_flag():
-    def names(cls, prefix=""):
-        for field in dataclasses.fields(cls):
-            value = getattr(cls(), field.name)
-            if dataclasses.is_dataclass(value):
-                yield from names(type(value), f"{prefix}{field.name}.")
-            elif field.name != "rules":
+    def names(config, prefix=""):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name == "method":
+                yield from (f"method.{name}" for name in to_plain(config)["method"])
+            elif dataclasses.is_dataclass(value):
+                yield from names(value, f"{prefix}{field.name}.")
+            elif field.name not in ("rules", "groups"):
                 yield prefix + field.name
 
-    assert list(flags.scalar_fields(RunConfig)) == list(names(RunConfig))
-    assert len(list(names(RunConfig))) > 40
+    assert list(flags.scalar_fields(RunConfig)) == list(names(RunConfig()))
+    assert len(list(names(RunConfig()))) > 40
+    assert "method.train_factors" in flags.scalar_fields(RunConfig, LoRA())
+    assert "method.operator" not in flags.scalar_fields(RunConfig, LoRA())
+    assert [name for name in flags.scalar_fields(RunConfig, "full") if "method" in name] == ["method.name"]
 
 
 def test_located_leaves_other_errors_alone(tmp_path: Path):
-    with pytest.raises(KeyError), flags.located("x"):
+    with pytest.raises(KeyError), located("x"):
         raise KeyError("y")

@@ -14,7 +14,8 @@ from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
-from train.config.sections import Checkpoint, MethodFlags
+from train.config.run import DEFAULT_METHOD
+from train.config.sections import Checkpoint
 from train.data.rows.info import load_info
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
@@ -121,7 +122,7 @@ def test_a_checkpoint_of_another_run_with_the_same_shapes_is_refused(tiny_run, c
 def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
     """In JSON a pair of groups is a list, and fields that a version did not have yet are missing."""
     rules = ((".*_proj/kernel", MoRA(4, Share(group=(0, 1)))), (".*", "frozen"))
-    config = dataclasses.replace(here(tiny_run, tmp_path), method=MethodFlags(), rules=rules)
+    config = dataclasses.replace(here(tiny_run, tmp_path), method=DEFAULT_METHOD, rules=rules)
     methods, mesh = assign_methods(config), sharding.make_mesh(1)
     meta = build_meta(config, methods, load_info(config.data.directory), 0)
     del meta["config"]["deterministic"]

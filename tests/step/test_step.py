@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from mora_jax import transform, trees
+from mora_jax.methods import DoRA, LoRA, MoRA, Rotate
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
-from train.config.sections import BadSteps, Data, MethodFlags, Optimizer, Restart, Schedule
+from train.config.sections import BadSteps, Data, Optimizer, Restart, Schedule
 from train.run.state import assign_methods
 from train.step import optim
 from train.step.step import eval_step, init_params, init_state, random_state, restart_step, train_step
@@ -25,17 +26,20 @@ CONFIG = RunConfig(
     ),
     compute=Compute(dtype="float32", layers="scan", remat="dots", loss_chunk=16),
     data=Data("nowhere", 16),
-    method=MethodFlags("mora", rank=4, align=8),
+    method=MoRA(4, align=8),
     optimizer=Optimizer(learning_rate=1e-2),
     schedule=Schedule("jagged-cosine", warmup=1),
     restart=Restart(every=3, warmup=1),
 )  # fmt: skip
 METHODS = {
-    name: MethodFlags(name, rank=4, align=8) for name in ("full", "frozen", "lora", "dora", "mora")
-} | {
-    "lora+": MethodFlags("lora", rank=4, b_lr_scale=4.0),
-    "asylora": MethodFlags("lora", rank=4, train_factors="b", a_init="orthogonal"),
-    "rotate": MethodFlags("mora", rank=4, operator="rotate", align=8),
+    "full": "full",
+    "frozen": "frozen",
+    "lora": LoRA(4, 128.0),
+    "dora": DoRA(4, 128.0),
+    "mora": MoRA(4, align=8),
+    "lora+": LoRA(4, 128.0, b_lr_scale=4.0),
+    "asylora": LoRA(4, 128.0, train_factors="b", a_init="orthogonal"),
+    "rotate": MoRA(4, Rotate(), align=8),
 }
 RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
 
@@ -171,7 +175,7 @@ def test_the_first_rate_is_that_of_step_zero_and_rates_follow_the_step():
 
 DROPPING = dataclasses.replace(
     CONFIG,
-    method=MethodFlags("mora", rank=4, align=8, dropout=0.5),
+    method=MoRA(4, align=8, dropout=0.5),
     schedule=Schedule("jagged-cosine", 0),
 )
 

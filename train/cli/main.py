@@ -21,7 +21,6 @@ from train.cli.commands import (
     TrainTokenizer,
 )
 from train.config import flags
-from train.config.run import RunConfig
 from train.config.sections import Evaluation
 from train.console import exits, streams
 from train.console.terminal import console
@@ -257,9 +256,8 @@ def read_with_config(command: type, name: str, args: list[str]) -> Any:
     """
     if not args or args[0].startswith("-"):
         raise InputError(f"mora {name} needs a config file first: mora {name} CONFIG [flags]")
-    words, rules = flags.words_of_yaml(args[0])
-    default = command(args[0], RunConfig(rules=rules))
-    return flags.parse(command, [args[0], *words, *args[1:]], f"mora {name}", default)
+    file = flags.read_file(args[0])
+    return flags.parse(command, args, f"mora {name}", command(args[0], file.config), file)
 
 
 def print_commands() -> None:

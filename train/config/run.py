@@ -4,16 +4,18 @@ A config file is YAML with the same nesting. Scalar fields are also flags (`--op
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import tyro
 
-from mora_jax import methods as method_table
 from mora_jax import transform
 from mora_jax.errors import InputError
-from mora_jax.methods import Method, MoRA
+from mora_jax.methods import METHODS, Method, MoRA, to_json
 from mora_jax.models.attention import check_splash
 from mora_jax.models.llama import Compute, LlamaConfig
+from train.config import method as method_section
+from train.config.method import WITHOUT_ADAPTERS, MethodChoice
 from train.config.sections import (
     MOST_SEQUENCES,
     BadSteps,
@@ -22,17 +24,21 @@ from train.config.sections import (
     Data,
     Distributed,
     Evaluation,
+    GroupRule,
     Log,
     Mesh,
-    MethodFlags,
     Optimizer,
+    Params,
     Restart,
     Schedule,
     at_least,
+    number,
 )
 from train.storage.buckets import reachable
 
 Rule = tuple[str, "Method | str"]
+Group = tuple[str, GroupRule]
+DEFAULT_METHOD = MoRA(align=128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,10 @@ class RunConfig:
       model: what the model is.
       compute: how it is computed.
       data: where the prepared text is.
-      method: the common case of rules as plain flags.
+      method: what is done with adapted kernels. The flags are those of the method that --method.name names,
+        or else the config file, and of its operator. If the command line changes either, the file's fields
+        that the new one lacks are dropped.
+      params: which parameters are adapted, and which are trained themselves.
       optimizer: AdamW.
       schedule: how the learning rate goes.
       restart: ReMoRA's and ReLoRA's restarts.
@@ -63,7 +72,7 @@ class RunConfig:
       mesh: how the devices are laid out.
       distributed: the processes that the run is made of.
       rules: (regex of paths, method | "train" | "frozen"), first match wins; YAML and Python only, instead
-        of `method`.
+        of `method` and `params`.
     """
 
     run_dir: str = "runs/run"
@@ -75,7 +84,8 @@ class RunConfig:
     model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
     compute: Compute = dataclasses.field(default_factory=Compute)
     data: Data = dataclasses.field(default_factory=Data)
-    method: MethodFlags = dataclasses.field(default_factory=MethodFlags)
+    method: MethodChoice = DEFAULT_METHOD
+    params: Params = dataclasses.field(default_factory=Params)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     restart: Restart = dataclasses.field(default_factory=Restart)
@@ -111,8 +121,10 @@ class RunConfig:
             )
         if self.compute.attention == "splash":
             check_splash(self.data.sequence_length)
-        if self.rules and self.method != MethodFlags():
-            raise InputError("give either rules or method.* fields, not both")
+        if isinstance(self.method, str) and self.method not in WITHOUT_ADAPTERS:
+            raise InputError(f"method is a Method, full or frozen, not {self.method!r}")
+        if self.rules and (self.method != DEFAULT_METHOD or self.params != Params()):
+            raise InputError("give either rules or method.* and params.*, not both")
         if self.deterministic and self.compilation.cache != "auto":
             raise InputError(
                 "deterministic keeps compiled programs in the run's folder; leave compilation.cache at auto"
@@ -136,7 +148,8 @@ class RunConfig:
             )
         adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
         if not adapted or not all(m.additive for m in adapted):
-            raise InputError("restart.every needs methods with an update to merge: mora or lora")
+            additive = ", ".join(name for name, method in METHODS.items() if method.additive)
+            raise InputError(f"restart.every needs methods with an update to merge: {additive}")
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant, a sentence each."""
@@ -161,11 +174,10 @@ class RunConfig:
         """The rules for `mora_jax.assign`, from `rules` or from `method`."""
         if self.rules:
             return self.rules  # pyright: ignore[reportReturnType]
-        flags = self.method
-        if flags.name == "full":
+        if self.method == "full":
             return ((".*", "train"),)
-        adapt: transform.Rules = () if flags.name == "frozen" else ((flags.adapt, flags.method()),)
-        train: transform.Rules = ((flags.train, "train"),) if flags.train else ()
+        adapt: transform.Rules = () if self.method == "frozen" else ((self.params.adapt, self.method),)
+        train: transform.Rules = ((self.params.train, "train"),) if self.params.train else ()
         return (*adapt, *train, (".*", "frozen"))
 
     def tokens_per_step(self) -> int:
@@ -182,24 +194,43 @@ class RunConfig:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A config as nested plain data, as YAML and JSON hold it."""
-    plain: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == "rules":
-            value = [[regex, _plain_choice(choice)] for regex, choice in value]
-        plain[field.name] = to_plain(value) if dataclasses.is_dataclass(value) else value
-    return plain
+    """Returns a config, or a section of one, as nested plain data, as YAML and JSON hold it."""
+    return {f.name: _plain(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def rules_from_plain(data: Any) -> tuple[Rule, ...]:
-    """The inverse of what `to_plain` makes of rules. Raises InputError for anything else."""
+    """Returns the rules that `to_plain` made plain. Raises InputError for anything else."""
+    pairs = _pairs("rules", data, "method | train | frozen")
+    return tuple((regex, transform.choice_from_json(choice)) for regex, choice in pairs)
+
+
+def groups_from_plain(data: Any) -> tuple[Group, ...]:
+    """Returns the optimizer groups that `to_plain` made plain. Raises InputError for anything else."""
+    form = "{lr_scale: NUMBER, weight_decay: NUMBER}"
+    known = {field.name for field in dataclasses.fields(GroupRule)}
+    groups = []
+    for regex, rule in _pairs("optimizer.groups", data, form):
+        if not isinstance(rule, Mapping) or not rule or rule.keys() - known:
+            raise InputError(f"optimizer.groups: {regex} has {form}, or one of them, not {rule!r}")
+        given = {k: number(f"{k} of optimizer.groups", v) for k, v in rule.items() if v is not None}
+        groups.append((regex, GroupRule(**given)))
+    return tuple(groups)
+
+
+def _plain(name: str, value: Any) -> Any:
+    match name:
+        case "method":
+            return method_section.to_plain(value)
+        case "rules":
+            return [[regex, to_json(c) if isinstance(c, Method) else c] for regex, c in value]
+        case "groups":
+            return [[regex, dataclasses.asdict(rule)] for regex, rule in value]
+    return to_plain(value) if dataclasses.is_dataclass(value) else value
+
+
+def _pairs(name: str, data: Any, form: str) -> list[list[Any]]:
     if not isinstance(data, list) or not all(
-        isinstance(r, list) and len(r) == 2 and isinstance(r[0], str) for r in data
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in data
     ):
-        raise InputError("rules is a list of pairs [regex, method | train | frozen]")
-    return tuple((regex, transform.choice_from_json(choice)) for regex, choice in data)
-
-
-def _plain_choice(choice: Any) -> Any:
-    return method_table.to_json(choice) if isinstance(choice, Method) else choice
+        raise InputError(f"{name} is a list of pairs [regex, {form}]")
+    return data

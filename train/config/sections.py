@@ -1,16 +1,20 @@
 """The sections of a run's config: frozen dataclasses, each checked where it is built."""
 
+import contextlib
 import dataclasses
 import math
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from mora_jax.errors import InputError
-from mora_jax.methods import Decouple, DoRA, LoRA, Method, MoRA, Operator, Rotate, Share, Truncate
 from train.storage.buckets import reachable
 
 LINEARS = "layers/.*_proj/kernel"
 REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
+# Fields of a config that have no flag.
+YAML_ONLY = ("rules", "groups")
 
 
 # What JAX's int32 holds; no count of a run is near it.
@@ -32,6 +36,14 @@ def above(name: str, value: float, bound: float) -> None:
         raise InputError(f"{name} must be above {bound}, not {value}")
 
 
+def number(name: str, value: Any) -> float:
+    """Returns a number of YAML, which reads 1e-3 as text. Raises InputError for anything else."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    raise InputError(f"{name} is a number, not {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where the prepared text is.
@@ -51,71 +63,34 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodFlags:
-    """The common case of rules as plain flags: one method for all adapted kernels.
+class Params:
+    """Which parameters are adapted and which are trained themselves. All others are frozen.
 
     Attributes:
-      name: "full" trains every parameter itself; "frozen" adapts nothing.
-      rank: LoRA's and DoRA's rank; for MoRA the rank whose parameter count is matched.
-      alpha: LoRA, DoRA: the update is scaled by alpha / rank.
-      rslora: LoRA: scaled by alpha / sqrt(rank) instead.
-      b_lr_scale: LoRA: the learning rate of B over that of A (LoRA+).
-      train_factors: LoRA: which factors are trained; with "b" A stays as it was drawn (AsyLoRA).
-      a_init: LoRA: how A is drawn.
-      operator: MoRA: how widths are compressed and decompressed.
-      group: MoRA, share: group type at the start, 0 strided or 1 contiguous.
-      cycle: MoRA, share: group types that restarts go through, the paper's 2 or all 4 pairs.
-      pad: MoRA: how inputs that r_hat does not divide are padded.
-      surplus: MoRA, decouple and rotate: what becomes of surplus input blocks.
-      align: MoRA: m is stored padded to a multiple of this.
-      dropout: LoRA, MoRA: share of the adapter's inputs zeroed in training.
-      adapt: regex of the kernels that get an adapter.
-      train: regex of the parameters that are trained themselves; empty for none.
+      adapt: regex of the kernels that get an adapter; not used by full and frozen.
+      train: regex of the parameters that are trained themselves; empty for none; full trains all.
     """
 
-    name: Literal["full", "frozen", "lora", "dora", "mora"] = "mora"
-    rank: int = 128
-    alpha: float = 128.0
-    rslora: bool = False
-    b_lr_scale: float = 1.0
-    train_factors: Literal["ab", "b"] = "ab"
-    a_init: Literal["uniform", "orthogonal", "normal"] = "uniform"
-    operator: Literal["truncate", "share", "decouple", "rotate"] = "share"
-    group: Literal[0, 1] = 0
-    cycle: Literal[2, 4] = 2
-    pad: Literal["zero", "wrap"] = "zero"
-    surplus: Literal["fold", "drop"] = "fold"
-    align: int = 128
-    dropout: float = 0.0
     adapt: str = LINEARS
     train: str = REST
 
+
+@dataclasses.dataclass(frozen=True)
+class GroupRule:
+    """What AdamW does differently with the arrays that a regex matches.
+
+    Attributes:
+      lr_scale: multiple of the learning rate.
+      weight_decay: decoupled decay per unit of learning rate; None for `Optimizer.weight_decay`.
+    """
+
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
     def __post_init__(self) -> None:
-        self.method()
-
-    def method(self) -> Method | Literal["train", "frozen"]:
-        """What these flags say of an adapted kernel."""
-        if self.name == "lora":
-            return LoRA(
-                self.rank,
-                self.alpha,
-                self.rslora,
-                self.b_lr_scale,
-                self.train_factors,
-                self.a_init,
-                self.dropout,
-            )
-        if self.name == "dora":
-            return DoRA(self.rank, self.alpha)
-        if self.name == "mora":
-            return MoRA(self.rank, self._operator(), self.align, self.dropout)
-        return "train" if self.name == "full" else "frozen"
-
-    def _operator(self) -> Operator:
-        if self.operator == "share":
-            return Share(self.group, self.pad, self.cycle)
-        blocks = {"decouple": Decouple, "rotate": Rotate}
-        return blocks[self.operator](self.pad, self.surplus) if self.operator in blocks else Truncate()
+        at_least("lr_scale of optimizer.groups", self.lr_scale, 0)
+        if self.weight_decay is not None:
+            at_least("weight_decay of optimizer.groups", self.weight_decay, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +105,7 @@ class Optimizer:
       weight_decay: decoupled decay of all trained arrays but the scales of norms and DoRA's magnitudes, per
         unit of learning rate.
       clip_norm: largest global norm of the gradient; 0 does not clip.
+      groups: (regex of paths, GroupRule), first match wins; YAML and Python only.
     """
 
     learning_rate: float = 5e-4
@@ -138,6 +114,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    groups: Annotated[tuple[tuple[str, GroupRule], ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
         above("optimizer.learning_rate", self.learning_rate, 0)

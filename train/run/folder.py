@@ -99,8 +99,7 @@ def check_same_config(saved: dict[str, Any], config: RunConfig, whose: str, *ign
       whose: the beginning of the message, such as "FOLDER holds a run".
       ignored: keys that may differ besides `OPERATIONAL`.
     """
-    defaults = dict(flags.flatten(run_config.to_plain(RunConfig())))
-    old, new = defaults | dict(flags.flatten(saved)), dict(flags.flatten(run_config.to_plain(config)))
+    old, new = (dict(flags.flatten(run_config.to_plain(c))) for c in (flags.config_from_plain(saved), config))
     for name in new | old:
         may_change = name in ignored or name.split(".")[0] in OPERATIONAL
         if not may_change and old.get(name) != new.get(name):

@@ -35,8 +35,8 @@ from mora_jax.spectrum import numerical_rank, singular_values
 CASES: list[Method] = [
     *(method(rank=4) for method in METHODS.values()),  # pyright: ignore[reportCallIssue]
     LoRA(3, alpha=7.0, rslora=True, b_lr_scale=4.0),
-    LoRA(3, train="b", a_init="orthogonal"),
-    LoRA(3, train="b", a_init="normal"),
+    LoRA(3, train_factors="b", a_init="orthogonal"),
+    LoRA(3, train_factors="b", a_init="normal"),
     *(MoRA(4, operator()) for operator in OPERATORS.values()),
     MoRA(4, Share(1)),
     MoRA(4, Share((0, 1), "wrap", cycle=4)),
@@ -357,7 +357,7 @@ def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
         ({"name": "mora", "rank": 0}, "at least 1"),
         ({"name": "lora", "rank": 0}, "at least 1"),
         ({"name": "dora", "rank": 0}, "at least 1"),
-        ({"name": "lora", "train": "a"}, "trains 'ab' or 'b'"),
+        ({"name": "lora", "train_factors": "a"}, "trains 'ab' or 'b'"),
         ({"name": "lora", "a_init": "ones"}, "a_init is"),
         ({"name": "lora", "dropout": 1.0}, "dropout lies in"),
         ({"name": "mora", "dropout": -0.1}, "dropout lies in"),
@@ -460,7 +460,7 @@ def test_dropout_draws_the_same_whether_or_not_kernels_share_a_product():
 
 def test_the_frozen_factor_of_asylora_gets_no_group():
     params = {"w": kernel(0, 24, 20)}
-    methods = transform.assign([("w", LoRA(3, train="b", b_lr_scale=2.0))], params)
+    methods = transform.assign([("w", LoRA(3, train_factors="b", b_lr_scale=2.0))], params)
     assert transform.trainable_paths(methods) == {"adapters/w/b_RD": "adapter*2.0"}
 
 

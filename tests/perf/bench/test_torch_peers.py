@@ -92,7 +92,11 @@ def test_the_dtypes_of_parameters():
 def test_table_5_trains_only_adapters_and_recomputes_layers():
     tiny, table_5 = SIZES["tiny"](), SIZES["7b"]()
     config = dataclasses.replace(
-        table_5.config, model=tiny.config.model, data=tiny.config.data, method=table_5.config.method
+        table_5.config,
+        model=tiny.config.model,
+        data=tiny.config.data,
+        method=table_5.config.method,
+        params=table_5.config.params,
     )
     model = torch_peers.build(job("lora", dataclasses.replace(table_5, config=config)), CPU)
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -2,18 +2,18 @@
 
 import dataclasses
 import re
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from mora_jax.errors import InputError
-from mora_jax.methods import Path
+from mora_jax.methods import METHODS, OPERATORS, MoRA, Path
+from mora_jax.methods.registry import changed, fitting, flat_fields, from_json, named
 from mora_jax.models.llama import Compute, LlamaConfig
-from train.config.run import RunConfig
-from train.config.sections import Data, MethodFlags, Restart, Schedule
+from train.config.method import WITHOUT_ADAPTERS, MethodChoice
+from train.config.run import DEFAULT_METHOD, RunConfig
+from train.config.sections import Data, Params, Restart, Schedule
 
 DType = Literal["float32", "bfloat16"]
-NAMES = ("config", "full", "frozen", "lora", "dora", "mora")
-OPERATORS = ("share", "rotate", "decouple", "truncate")
-METHOD = re.compile(r"(?P<name>[a-z]+)(-(?P<operator>[a-z]+))?(:(?P<rank>\d+))?(/(?P<path>[a-z]+))?")
+WORD = re.compile(r"(?P<name>\w+)(-(?P<operator>\w+))?(:(?P<rank>\d+))?(/(?P<path>[a-z]+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def pretraining(name: str, model: LlamaConfig, batch_size: int, align: int = 128
         model=model,
         compute=Compute(attention="cudnn"),
         data=Data(sequence_length=512),
-        method=MethodFlags(align=align),
+        method=MoRA(align=align),
     )
     return Case(name, config)
 
@@ -77,7 +77,8 @@ def table_5() -> Case:
         compute=Compute(attention="cudnn", layers="scan", remat="full"),
         data=Data(sequence_length=1024),
         # Without padding M takes no more memory than LoRA's factors; padded to 128, up to an eighth more.
-        method=MethodFlags(rank=8, train="", align=1),
+        method=MoRA(rank=8),
+        params=Params(train=""),
     )
     methods = ("lora:8", "mora-rotate:8", "lora:256", "mora:256")
     return Case("7b", config, "bfloat16", methods, ("lora:8", "lora:256"))
@@ -90,7 +91,7 @@ def tiny() -> Case:
         model=LlamaConfig(384, 64, 96, 2, 2, 2, 64),
         compute=Compute(dtype="float32", loss_chunk=64),
         data=Data(sequence_length=32),
-        method=MethodFlags(rank=8, align=8),
+        method=MoRA(rank=8, align=8),
     )
     methods = ("full", "frozen", "lora/activation", "lora/merged", "mora", "mora-rotate:4")
     return Case("tiny", config, methods=methods)
@@ -109,31 +110,40 @@ def with_method(config: RunConfig, text: str) -> RunConfig:
     """Returns the config with one method for all seven linears, chosen by a word such as `mora-rotate:8`.
 
     Args:
-      config: model, batch and the rest; its rank and options are kept unless the word gives others.
+      config: model, batch and the rest. Fields of its method that the new one has as well, the rank among
+        them, are kept unless the word gives others.
       text: NAME[-OPERATOR][:RANK][/PATH]; "config" is the config's own method or rules.
 
     Raises:
       InputError: for a word of another form, or a value that the config refuses.
     """
-    match = METHOD.fullmatch(text)
-    if not match or match["name"] not in NAMES:
+    match, names = WORD.fullmatch(text), ("config", *WITHOUT_ADAPTERS, *METHODS)
+    if not match or match["name"] not in names:
         raise InputError(
-            f"{text!r} is not a method: give NAME[-OPERATOR][:RANK][/PATH], NAME one of {', '.join(NAMES)}"
+            f"{text!r} is not a method: give NAME[-OPERATOR][:RANK][/PATH], NAME one of {', '.join(names)}"
         )
-    _check("operator", match["operator"], OPERATORS)
-    _check("path", match["path"], get_args(Path))
     config = dataclasses.replace(config, restart=Restart(), schedule=Schedule(warmup=0))
     if match["path"]:
+        if match["path"] not in get_args(Path):
+            raise InputError(f"unknown path {match['path']!r}; known are {', '.join(get_args(Path))}")
         compute = dataclasses.replace(config.compute, adapter_path=match["path"])
         config = dataclasses.replace(config, compute=compute)
     if match["name"] == "config":
         return config
-    changes: dict[str, Any] = {"name": match["name"], "operator": match["operator"] or "share"}
-    if match["rank"]:
-        changes["rank"] = int(match["rank"])
-    return dataclasses.replace(config, rules=(), method=dataclasses.replace(config.method, **changes))
+    method = _method(config.method, match["name"], match["operator"], match["rank"])
+    return dataclasses.replace(config, rules=(), method=method)
 
 
-def _check(kind: str, word: str | None, known: tuple[str, ...]) -> None:
-    if word and word not in known:
-        raise InputError(f"unknown {kind} {word!r}; known are {', '.join(known)}")
+def _method(like: MethodChoice, name: str, operator: str | None, rank: str | None) -> MethodChoice:
+    """The method of a word, with the fields of another one where it has them."""
+    if name in WITHOUT_ADAPTERS:
+        return "full" if name == "full" else "frozen"
+    known = flat_fields(METHODS[name])
+    for key, value in (("operator", operator), ("rank", rank)):
+        if value and key not in known:
+            raise InputError(f"method {name} has no {key}")
+    if operator:
+        named("operator", operator, OPERATORS)
+    given = changed(DEFAULT_METHOD) | ({} if isinstance(like, str) else changed(like))
+    given.pop("operator", None)
+    return from_json(fitting(given, name, operator) | ({"rank": int(rank)} if rank else {}))

@@ -79,5 +79,5 @@ def peer_job(case: Case, text: str, warmup: int, steps: int) -> PeerJob:
             f"{text!r} is not a peer: give METHOD[:RANK][/compiled|/bf16|/compiled-bf16], "
             f"METHOD one of {', '.join(PEERS)}"
         )
-    rank = int(match["rank"] or case.config.method.rank)
+    rank = int(match["rank"] or getattr(case.config.method, "rank", 128))
     return PeerJob(case, match["method"], rank, "compiled" in options, "bf16" in options, warmup, steps)

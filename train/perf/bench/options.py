@@ -155,17 +155,15 @@ def read(command: type[C], args: Sequence[str], name: str) -> C:
     Raises:
       InputError: for what is wrong, also if no case comes first.
     """
-    if set(args) & {"-h", "--help"}:
-        known = SIZES[args[0]]() if args[0] in SIZES else Case("CASE", RunConfig())
-        return flags.parse(command, ["--help"], name, _default(command, known.name, known))
+    if set(args[:1]) & {"-h", "--help"}:
+        return flags.parse(command, ["--help"], name, _default(command, Case("CASE", RunConfig())))
     if not args or args[0].startswith("-"):
         raise InputError(f"{name} needs a case first: {', '.join(SIZES)} or a config file")
     if args[0] in SIZES:
-        return flags.parse(command, args, name, _default(command, args[0], SIZES[args[0]]()))
-    words, rules = flags.words_of_yaml(args[0])
-    default = _default(command, args[0], Case(args[0], RunConfig(rules=rules)))
-    return flags.parse(command, [args[0], *words, *args[1:]], name, default)
+        return flags.parse(command, args, name, _default(command, SIZES[args[0]]()))
+    file = flags.read_file(args[0])
+    return flags.parse(command, args, name, _default(command, Case(args[0], file.config)), file)
 
 
-def _default(command: type[C], name: str, case: Case) -> C:
-    return command(case=name, run=case.config, base_dtype=case.base_dtype)
+def _default(command: type[C], case: Case) -> C:
+    return command(case=case.name, run=case.config, base_dtype=case.base_dtype)

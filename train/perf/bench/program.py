@@ -89,7 +89,7 @@ def random_state(config: RunConfig, methods: Methods, base_dtype: DType) -> Trai
         return jax.jit(lambda: init_state(config, methods, init_params(config)))()
     if methods.trained():
         raise InputError(
-            "parameters of a bfloat16 base cannot be trained; give --method.train '' and an adapter"
+            "parameters of a bfloat16 base cannot be trained; give --params.train '' and an adapter"
         )
     params = random_params(config, jnp.dtype(base_dtype))
     # Parameters that pass through the jitted function are copied.

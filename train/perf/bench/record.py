@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError, reason
+from mora_jax.methods import METHODS
+from train.config import method as method_section
 from train.config import run as run_config
 from train.perf.bench.cases import Case, with_method
 from train.perf.bench.jobs import PeerJob
@@ -86,20 +88,19 @@ def setting(case: Case) -> dict[str, Any]:
     names = ("batch_size", "microbatches", "model", "compute", "optimizer", "deterministic")
     kept = {name: plain[name] for name in names}
     kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.base_dtype}
-    method = case.config.method
-    kept |= {"rank": method.rank, "align": method.align, "trained": method.train}
+    kept |= {"method": plain["method"], "rank": plain["method"].get("rank")}
+    kept |= {"trained": case.config.params.train}
     return json.loads(json.dumps(kept))
 
 
 def method_row(case: Case, text: str) -> dict[str, Any]:
     """Returns the key of a method's row."""
     config = with_method(case.config, text)
-    method, path = config.method, config.compute.adapter_path
-    name = "config" if text.startswith("config") and config.rules else method.name
-    what = {"framework": "jax", "name": name}
-    if name in ("lora", "dora", "mora"):
-        what |= {"rank": method.rank, "path": path}
-    return what | ({"operator": method.operator} if name == "mora" else {})
+    if text.startswith("config") and config.rules:
+        return {"framework": "jax", "name": "config"}
+    flat = method_section.to_plain(config.method)
+    what = {"framework": "jax"} | {key: flat[key] for key in ("name", "rank", "operator") if key in flat}
+    return what | ({} if isinstance(config.method, str) else {"path": config.compute.adapter_path})
 
 
 def peer_row(job: PeerJob) -> dict[str, Any]:
@@ -112,14 +113,9 @@ def peer_row(job: PeerJob) -> dict[str, Any]:
 
 def label(what: dict[str, Any]) -> str:
     """Returns the readable name of a row."""
-    names = {
-        "lora": "LoRA",
-        "mora": "MoRA",
-        "dora": "DoRA",
-        "full": "full fine-tuning",
-        "frozen": "frozen base",
-    }
-    name = names.get(what["name"]) or what["name"]
+    names = {"full": "full fine-tuning", "frozen": "frozen base"}
+    names |= {name: method.__name__ for name, method in METHODS.items()}
+    name = str(names.get(what["name"], what["name"]))
     words = [f"PyTorch {name}" if what["framework"] == "torch" else name]
     if what.get("operator", "share") != "share":
         words.append(what["operator"])

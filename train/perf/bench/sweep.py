@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from mora_jax.errors import InputError
+from mora_jax.methods.registry import from_json, to_flat
 from train.config.run import RunConfig
 from train.perf.bench import children
 from train.perf.bench.cases import Case
@@ -86,8 +87,11 @@ def scaled(config: RunConfig, axis: str, factor: Fraction) -> RunConfig:
     if axis == "batch":
         return dataclasses.replace(config, batch_size=_times("--batch-size", config.batch_size, factor))
     if axis == "rank":
-        method = dataclasses.replace(config.method, rank=_times("--method.rank", config.method.rank, factor))
-        return dataclasses.replace(config, method=method)
+        rank = getattr(config.method, "rank", None)
+        if rank is None or isinstance(config.method, str):
+            raise InputError("--axes rank needs a method that has a rank")
+        method = to_flat(config.method) | {"rank": _times("--method.rank", rank, factor)}
+        return dataclasses.replace(config, method=from_json(method))
     if axis == "sequence":
         length = _times("--data.sequence-length", config.data.sequence_length, factor)
         longest = max(length, config.model.max_position_embeddings)

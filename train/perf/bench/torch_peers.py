@@ -62,7 +62,7 @@ def run(job: PeerJob) -> dict[str, Any]:
 def build(job: PeerJob, device: torch.device) -> nn.Module:
     """Returns the adapted model with random weights on the device; `requires_grad` marks what is trained."""
     model = adapted(job, random_model(job, device))
-    rest = () if job.case.config.method.train == "" else REST
+    rest = () if job.case.config.params.train == "" else REST
     for name, parameter in model.named_parameters():
         adapter = "lora_" in name or name.endswith(".m")
         trained = job.method == "full" or adapter or any(word in name for word in rest)

@@ -1,0 +1,52 @@
+"""Configs and methods of format 1."""
+
+import pytest
+
+from mora_jax.methods import LoRA, MoRA, Rotate, Share, from_json
+from train.config import flags, old
+from train.config.run import RunConfig
+from train.config.sections import Params
+
+# `method` of a config of format 1 held the fields of every method.
+METHOD = {
+    "name": "mora", "rank": 4, "alpha": 128.0, "rslora": False, "b_lr_scale": 1.0, "train_factors": "ab",
+    "a_init": "uniform", "operator": "share", "group": 1, "cycle": 2, "pad": "zero", "surplus": "fold",
+    "align": 8, "dropout": 0.0, "adapt": "a", "train": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, MoRA(4, Share(1), align=8)),
+        ({"operator": "rotate"}, MoRA(4, Rotate(), align=8)),
+        ({"name": "lora", "train_factors": "b"}, LoRA(4, 128.0, train_factors="b")),
+        ({"name": "full"}, "full"),
+    ],
+)
+def test_a_method(changes, expected):
+    upgraded = old.upgrade_config({"method": METHOD | changes})
+    assert flags.config_from_plain(upgraded) == RunConfig(method=expected, params=Params("a", ""))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("unrolled", ("unrolled", "none")), ("scan", ("scan", "dots")), ("remat", ("scan", "full"))],
+)
+def test_layers(layers, expected):
+    compute = flags.config_from_plain(old.upgrade_config({"compute": {"layers": layers}})).compute
+    assert (compute.layers, compute.remat) == expected
+
+
+def test_rules_and_saved_methods():
+    choice = {"name": "lora", "rank": 4, "alpha": 8.0, "train": "b"}
+    config = flags.config_from_plain(old.upgrade_config({"rules": [["a", choice], [".*", "frozen"]]}))
+    assert config.rules == (("a", LoRA(4, 8.0, train_factors="b")), (".*", "frozen"))
+    methods = old.upgrade_methods({"a": choice, "b": "train"})
+    assert from_json(methods["a"]) == LoRA(4, 8.0, train_factors="b")
+    assert methods["b"] == "train"
+
+
+@pytest.mark.parametrize("plain", [{}, {"method": 3, "compute": [], "rules": {}}, {"rules": [1, ["a"]]}])
+def test_what_is_of_no_known_form_stays_as_it_is(plain):
+    assert old.upgrade_config(plain) == plain
