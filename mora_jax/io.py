@@ -18,8 +18,8 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
       InputError: if the file is missing, is not a regular file (a folder, a pipe, a device), has more than
         `limit` bytes, or cannot be read.
     """
-    file = epath.Path(path)
     try:
+        file = epath.Path(path)
         if not file.exists():
             raise InputError(f"{file} is missing")
         if not is_plain_file(file):
@@ -31,7 +31,9 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
             return stream.read(size)  # Python allocates what is asked for, so not `limit`
     except InputError:
         raise
-    except (OSError, ImportError, ValueError) as error:  # also an unknown file system or an invalid name
+    except KeyError as error:  # from epath
+        raise InputError(f"{str(path)!r} cannot be read: there is no file system {error}") from error
+    except (OSError, ImportError, ValueError) as error:  # also a missing package or an invalid name
         raise InputError(f"{str(path)!r} cannot be read: {reason(error)}") from error
 
 

@@ -7,17 +7,16 @@ import json
 import pydoc_data.topics
 import unicodedata
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+from hf_folders import random_params
 from sentencepiece import sentencepiece_model_pb2
 
 from mora_jax.errors import InputError
 from mora_jax.hf import save_hf, save_tokenizer, special_ids
 from mora_jax.hf.tokenizer import SPACE
-from mora_jax.models.llama import Llama, LlamaConfig
+from mora_jax.models.llama import LlamaConfig
 
 PARITY = "needs the extra `parity`"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
@@ -91,8 +90,7 @@ def test_real_model_on_real_text(tmp_path, tokenizers, corpus):
         documents = [json.loads(line)["text"] for line in lines]
     texts = ADVERSARIAL + documents[:300] + [s for d in documents[300:1000] for s in d.split("\n")]
     config = LlamaConfig(32_000, 8, 8, 1, 1, 1)
-    params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    save_hf(tmp_path / "hf", params, config, special_ids=special_ids(file))
+    save_hf(tmp_path / "hf", random_params(config), config, special_ids=special_ids(file))
     save_tokenizer(tmp_path / "hf", file)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(file))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
