@@ -1,4 +1,4 @@
-"""The demo from text to export, on very little text; and whose folder it may replace."""
+"""The demo from text to export on very little text, and which folders it may replace."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from train.console.exits import Preempted
 
 @pytest.fixture
 def short(monkeypatch):
-    """Leaves the gathering of text out, which has its own tests."""
+    """Replaces the gathering of text, which has its own tests, by a copy of a given folder."""
 
     def write(tiny_text):
         def copy(folder: str, limit_bytes: int) -> None:
@@ -29,7 +29,7 @@ def short(monkeypatch):
 
 @pytest.fixture
 def config(tiny_yaml, tmp_path) -> str:
-    """The tiny config with few steps, and pieces for all the characters of real text."""
+    """The tiny config with few steps, and a vocabulary large enough for the characters of real text."""
     path = tmp_path / "demo.yaml"
     text = tiny_yaml.read_text()
     for was, now in (("steps: 22", "steps: 4"), ("vocab_size: 384", "vocab_size: 512")):
@@ -58,7 +58,7 @@ def test_the_whole_path(config, tmp_path, capsys):
         assert name in out
 
 
-def test_a_second_demo_starts_afresh(config, tmp_path, tiny_text, short, monkeypatch):
+def test_a_second_demo_starts_from_scratch(config, tmp_path, tiny_text, short, monkeypatch):
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / MARK).write_text("made by a demo")
@@ -97,11 +97,11 @@ def test_a_running_demo_is_not_removed(config, tmp_path):
     assert (tmp_path / MARK).exists()
 
 
-def test_a_demo_that_was_stopped_tells_how_its_training_goes_on(
+def test_a_stopped_demo_names_the_command_that_resumes_its_training(
     config, tiny_text, tmp_path, short, monkeypatch
 ):
     def preempted(config):
-        raise Preempted("stopped after 3 of 10 updates; the same command goes on")
+        raise Preempted("stopped after 3 of 10 updates; the same command resumes")
 
     monkeypatch.setattr("train.cli.demo.pretrain", preempted)
     short(tiny_text)
@@ -120,7 +120,7 @@ def test_a_folder_of_something_else_is_not_removed(config, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_bad_config_costs_no_demo(tmp_path):
+def test_a_bad_config_removes_no_demo(tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / MARK).write_text("made by a demo")

@@ -1,4 +1,4 @@
-"""C4-format files: what is read, and one clear line for each way they can be broken."""
+"""Files in C4's format: what is read, and one clear line for each way in which they can be broken."""
 
 import gzip
 import json
@@ -45,7 +45,7 @@ def test_shards_of_a_glob_a_folder_and_a_file(tmp_path: Path):
     assert [p.name for p in c4.shards(f"{tmp_path.parent}/{tmp_path.name[:-1]}?/other.jsonl")] == [names[2]]
 
 
-def test_pipes_are_no_shards(tmp_path: Path):
+def test_pipes_are_ignored(tmp_path: Path):
     os.mkfifo(tmp_path / "a.json")
     (tmp_path / "b.json").write_text("")
     for source in (tmp_path, tmp_path / "*.json"):
@@ -61,7 +61,7 @@ def test_shards_keep_a_bucket_s_scheme(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("source", ["nothing-here", "no-such-*.json.gz", "no/such/folder/*.json"])
-def test_a_source_without_files_is_named(tmp_path: Path, source: str):
+def test_a_source_without_files_is_refused(tmp_path: Path, source: str):
     with pytest.raises(InputError, match="matches no file") as error:
         c4.shards(str(tmp_path / source))
     assert source in str(error.value)
@@ -114,14 +114,14 @@ def test_a_truncated_gzip(tmp_path: Path, kept: float):
 def test_a_corrupt_gzip(tmp_path: Path):
     path = write(tmp_path / "bits.json.gz", *(line(f"text {i}") for i in range(1000)))
     data = bytearray(path.read_bytes())
-    data[-6] ^= 1  # in the checksum: every line reads well, and the file is not the one that was written
+    data[-6] ^= 1  # in the checksum, so that every line can still be read
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"bits\.json\.gz is not a valid gzip file"):
         list(c4.documents(path, skip_lines=0))
 
 
 @pytest.mark.parametrize(("data", "reason"), [(b"", "is empty"), (line("plain text"), "not a valid gzip")])
-def test_a_gz_file_that_is_no_gzip(tmp_path: Path, data: bytes, reason: str):
+def test_a_gz_file_without_gzip(tmp_path: Path, data: bytes, reason: str):
     path = tmp_path / "a.json.gz"
     path.write_bytes(data)
     with pytest.raises(InputError, match=reason):

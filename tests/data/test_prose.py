@@ -1,4 +1,4 @@
-"""Prose out of Python files: what is kept, what is left out, and the files that are written."""
+"""Prose from Python files: what is kept, what is left out, and the files that are written."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def a_file(docstring: str, *more: str) -> str:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands for the running Python's library; importing a file of it would raise."""
+    """A folder in the place of the Python installation. Importing one of its files would raise."""
     monkeypatch.setattr(prose.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
     monkeypatch.setattr(prose, "_read_all", lambda files: prose._read_block(files))
     (tmp_path / "lib" / "site-packages").mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_the_topics_of_pydoc(library: Path):
     assert list(prose.gather()) == [("pydoc_data/topics.py", "\n".join(SENTENCES))]
 
 
-def test_tests_and_what_is_not_python_are_left_out(library: Path):
+def test_tests_and_invalid_python_are_left_out(library: Path):
     (library / "tests").mkdir()
     (library / "tests" / "a.py").write_text(a_file(SENTENCES[0]))
     (library / "broken.py").write_text(a_file(SENTENCES[1]) + "def (:")
@@ -87,7 +87,7 @@ def test_tests_and_what_is_not_python_are_left_out(library: Path):
     assert [name for name, _ in prose.gather()] == ["fine.py"]
 
 
-def test_no_paragraph_comes_twice(library: Path):
+def test_no_paragraph_occurs_twice(library: Path):
     for name in "abc":
         (library / f"{name}.py").write_text(
             a_file(SENTENCES[0], SENTENCES[1], f"{SENTENCES[2]} {SENTENCES[0]}")
@@ -146,14 +146,14 @@ def test_too_little_prose(library: Path, tmp_path: Path):
         prose.write_shards(str(tmp_path / "out"))
 
 
-def test_files_of_this_python_are_found_once():
+def test_every_file_of_this_python_is_found_once():
     names = [name for name, _ in prose._source_files()]
     assert len(names) == len(set(names))
     assert {"argparse.py", "numpy/__init__.py"} <= set(names)
     assert not any("site-packages" in name or "/tests/" in name for name in names)
 
 
-def test_reading_in_processes_is_reading_in_order(monkeypatch: pytest.MonkeyPatch):
+def test_processes_return_files_in_order(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prose, "FILES_AT_ONCE", 2)
     folder = Path(sys.modules["json"].__file__ or "").parent
     files = [(path.name, str(path)) for path in sorted(folder.glob("*.py"))]

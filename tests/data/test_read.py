@@ -1,10 +1,9 @@
-"""Reading: the position is a pure function of the step, processes share one global batch, nothing is lost."""
+"""Reading rows: batches depend on the step alone, processes share them, damaged data sets are refused."""
 
 import itertools
 import json
 import math
 import os
-import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from made_text import npy, random_texts, write_lines
 
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
@@ -23,16 +23,12 @@ T = 32
 B = 6
 
 
-def texts(count: int, seed: int) -> list[str]:
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
-    return [" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(count)]
-
-
-def make(folder: Path) -> DataInfo:
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> DataInfo:
+    """A data set of 72 documents; neither split is a multiple of the batch sizes below."""
+    folder = tmp_path_factory.mktemp("read")
     for name, count in (("train.0", 40), ("train.1", 20), ("validation", 12)):
-        lines = [json.dumps({"text": text}) for text in texts(count, seed=count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        write_lines(folder / f"{name}.jsonl", random_texts(count, seed=count))
     train_tokenizer(str(folder / "train.*"), str(folder / "t.model"), 400)
     return prepare(
         str(folder / "train.*.jsonl"),
@@ -44,12 +40,19 @@ def make(folder: Path) -> DataInfo:
     )
 
 
-@pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory) -> DataInfo:
-    return make(tmp_path_factory.mktemp("read"))
+@pytest.fixture
+def copied(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny data set, to be damaged."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def edit(path: Path, **changes) -> None:
+    """Changes values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def stored(info: DataInfo, split: str) -> np.ndarray:
+    """Returns all rows of a split, read without the code under test."""
     source = tfds.builder_from_directory(info.directory).as_data_source(split)
     return np.stack([row["tokens"] for row in source])
 
@@ -63,7 +66,7 @@ def test_batches_have_one_shape_and_type(info: DataInfo):
     assert (batch.shape, batch.dtype) == ((B, T), np.int32)
 
 
-def test_an_epoch_is_every_row_once_and_the_next_one_is_in_another_order(info: DataInfo):
+def test_every_epoch_has_every_row_once_in_another_order(info: DataInfo):
     rows = stored(info, "train")
     count = len(rows)
     assert len(np.unique(rows, axis=0)) == count
@@ -75,7 +78,7 @@ def test_an_epoch_is_every_row_once_and_the_next_one_is_in_another_order(info: D
     assert not np.array_equal(first, second)
 
 
-def test_batches_go_on_over_the_end_of_an_epoch(info: DataInfo):
+def test_batches_span_the_end_of_an_epoch(info: DataInfo):
     single = take(train_batches(info, 1, seed=0, start_step=0), 4 * B * (info.rows["train"] // B))[:, 0]
     assert info.rows["train"] % B
     batches = take(train_batches(info, B, seed=0, start_step=0), 4 * (info.rows["train"] // B))
@@ -89,7 +92,7 @@ def test_the_seed_decides_the_order(info: DataInfo):
 
 
 @pytest.mark.parametrize("start", [1, 7, 200])
-def test_the_position_is_a_function_of_the_step(info: DataInfo, start: int):
+def test_a_batch_depends_on_the_step_alone(info: DataInfo, start: int):
     whole = take(train_batches(info, B, seed=3, start_step=0), start + 4)
     resumed = take(train_batches(info, B, seed=3, start_step=start), 4)
     np.testing.assert_array_equal(resumed, whole[start:])
@@ -148,7 +151,7 @@ def test_unigram_perplexity_is_that_of_the_counted_tokens(info: DataInfo):
     assert unigram_perplexity(info) == pytest.approx(expected, rel=1e-9)
 
 
-def test_info_says_what_was_prepared(info: DataInfo):
+def test_info_states_what_was_prepared(info: DataInfo):
     again = load_info(info.directory)
     assert again == info
     assert info.rows == {split: len(stored(info, split)) for split in ("train", "validation")}
@@ -161,19 +164,19 @@ def test_fewer_rows_than_a_batch(info: DataInfo):
         train_batches(info, info.rows["train"] + 1, seed=0, start_step=0)
 
 
-def test_a_split_that_is_not_there(info: DataInfo):
+def test_a_missing_split(info: DataInfo):
     with pytest.raises(InputError, match="no split 'test'; it has train, validation"):
         eval_batches(info, "test", 1, None)
 
 
 @pytest.mark.parametrize("name", ["missing", "file"])
-def test_a_folder_that_is_no_data_set(tmp_path: Path, name: str):
+def test_a_folder_without_a_data_set(tmp_path: Path, name: str):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=f"{name} is not a data set made by prepare-data"):
         load_info(str(tmp_path / name))
 
 
-def test_the_description_of_something_else(tmp_path: Path):
+def test_a_foreign_description(tmp_path: Path):
     for text in ("not JSON", "[]", '{"splits": {}}', '{"splits": {"train": {"rows": 1}}}'):
         (tmp_path / "metadata.json").write_text(text)
         with pytest.raises(InputError, match="is not a data set"):
@@ -186,22 +189,20 @@ def test_an_unfinished_data_set(tmp_path: Path):
         load_info(str(tmp_path))
 
 
-def test_another_tokenizer(tmp_path: Path):
-    info = make(tmp_path)
-    model = Path(info.tokenizer)
+def test_another_tokenizer(copied: Path):
+    model = copied / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b"\0")
     with pytest.raises(InputError, match="is not the tokenizer that the rows were made with"):
-        load_info(info.directory)
+        load_info(str(copied))
     model.unlink()
     with pytest.raises(InputError, match="is not the tokenizer"):
-        load_info(info.directory)
+        load_info(str(copied))
 
 
-def test_lost_rows(tmp_path: Path):
-    info = make(tmp_path)
-    next(Path(info.directory).glob("rows-train.array_record-00001*")).unlink()
+def test_lost_rows(copied: Path):
+    next(copied.glob("rows-train.array_record-00001*")).unlink()
     with pytest.raises(InputError, match=r"the train rows take .* bytes, not"):
-        load_info(info.directory)
+        load_info(str(copied))
 
 
 def test_a_description_of_rows_of_another_shape(copied: Path):
@@ -215,7 +216,7 @@ def test_a_description_of_rows_of_another_shape(copied: Path):
 
 @pytest.mark.parametrize("name", ["rows-train.array_record-00000-of-00002", "rows-x"])
 def test_a_pipe_is_not_waited_for(copied: Path, name: str):
-    """Neither in the place of rows, the sizes told accordingly, nor as a file that a description may name."""
+    """Neither in the place of rows, with sizes to match, nor as a file that a description may name."""
     path, facts = copied / name, json.loads((copied / "metadata.json").read_text())
     facts["splits"]["train"]["file_bytes"] -= path.stat().st_size if path.exists() else 0
     edit(copied / "metadata.json", **facts)
@@ -233,15 +234,6 @@ def test_rows_may_be_links(copied: Path, tmp_path: Path):
     (tmp_path / "rows").unlink()
     with pytest.raises(InputError, match="is not a regular file"):
         load_info(str(copied))
-
-
-@pytest.fixture
-def copied(tiny_data: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
-
-
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_description_cannot_name_code(copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -286,7 +278,7 @@ def test_a_description_cannot_name_files_elsewhere(copied: Path, changes: dict):
         {"splits": [1, 2]},
     ],
 )
-def test_facts_that_no_preparation_writes(copied: Path, changes: dict):
+def test_impossible_facts(copied: Path, changes: dict):
     edit(copied / "metadata.json", **changes)
     with pytest.raises(InputError, match="is not a data set made by prepare-data"):
         load_info(str(copied))
@@ -300,23 +292,18 @@ def test_more_rows_than_bytes(copied: Path):
         load_info(str(copied))
 
 
-def npy(shape: tuple, descr: str = "<i8") -> bytes:
-    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (npy((2**40,)), "not hold one count for each piece"),
-        (npy((384,)), "not hold one count for each piece"),
-        (npy((384,), "O") + b"cos\nsystem\n(S'echo'\ntR.", "not hold one count for each piece"),
+        (npy("(1099511627776,)"), "not hold one count for each piece"),
+        (npy("(384,)"), "not hold one count for each piece"),
+        (npy("(384,)", "O") + b"cos\nsystem\n(S'echo'\ntR.", "not hold one count for each piece"),
         (b"\0" * 4_000_000, "more counts than there are pieces"),
         (b"", "damaged"),
     ],
     ids=["endless", "cut off", "pickled", "a bomb", "empty"],
 )
-def test_counts_that_would_harm(copied: Path, content: bytes, message: str):
+def test_harmful_counts(copied: Path, content: bytes, message: str):
     with zipfile.ZipFile(copied / "unigram.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for split in ("train", "validation"):
             archive.writestr(f"{split}.npy", content)

@@ -1,4 +1,4 @@
-"""Text out of a TFDS data set that was prepared before, by directory and by name."""
+"""Text from a prepared TFDS data set, found by its directory or its name."""
 
 import json
 import os
@@ -20,7 +20,7 @@ DOCUMENTS = {
 
 
 def a_data_set(folder: Path, feature: str = "text", suffix: str = "array_record") -> str:
-    """A data set as TFDS leaves it, named as TFDS names C4's."""
+    """Writes a data set as TFDS does, with the names of C4. Returns its folder."""
     directory = folder / "c4" / "en" / "3.1.0"
     directory.mkdir(parents=True)
     features = tfds.features.FeaturesDict({feature: tfds.features.Text(), "url": tfds.features.Text()})
@@ -72,7 +72,7 @@ def test_rows_are_those_of_the_same_text_in_files(tmp_path: Path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_a_split_that_is_not_there(tmp_path: Path):
+def test_a_missing_split(tmp_path: Path):
     with pytest.raises(InputError, match="has no split 'test'; it has train, validation"):
         tfds_shards(f"tfds:{a_data_set(tmp_path)}", "test", "")
 
@@ -98,7 +98,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path):
 
 
 @pytest.mark.parametrize("source", ["tfds:c4/en", "tfds:no_such_data_set", "tfds:/no/such/folder", "tfds:"])
-def test_a_data_set_that_is_not_there(tmp_path: Path, source: str):
+def test_a_missing_data_set(tmp_path: Path, source: str):
     with pytest.raises(InputError, match=source) as error:
         tfds_shards(source, "train", str(tmp_path))
     assert "\n" not in str(error.value)

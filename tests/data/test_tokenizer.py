@@ -1,4 +1,4 @@
-"""The tokenizer: documents joined with EOS, its identity, training, and files that are no tokenizer."""
+"""The tokenizer: documents followed by EOS, its hash, training, and files that are not a tokenizer."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer(write(folder / "a.json", texts(400)), str(folder / "t.model"), 400)
 
 
-def test_documents_are_joined_with_eos(tokenizer: Tokenizer):
+def test_documents_are_followed_by_eos(tokenizer: Tokenizer):
     documents = ["One text.", "", "Another, with ü and 漢字\nand lines."]
     tokens = tokenizer.encode_documents(documents)
     expected = [t for d in documents for t in [*tokenizer.processor.encode(d), tokenizer.eos_id]]
@@ -44,18 +44,18 @@ def test_no_document_gives_no_token(tokenizer: Tokenizer):
     assert tokenizer.encode_documents([]).shape == (0,)
 
 
-def test_text_comes_back_exactly(tokenizer: Tokenizer):
+def test_decoding_returns_the_exact_text(tokenizer: Tokenizer):
     text = "  two  spaces, 1234, tab\t and\nlines; ü 漢字 \U0001f600 "
     assert tokenizer.processor.decode(tokenizer.processor.encode(text)) == text
 
 
-def test_the_hash_is_that_of_the_file(tokenizer: Tokenizer):
+def test_the_hash_is_of_the_file(tokenizer: Tokenizer):
     assert tokenizer.sha256 == hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()
     assert tokenizer.vocab_size == 400
     assert Tokenizer.load(tokenizer.path) == tokenizer
 
 
-def test_it_travels_to_another_process(tokenizer: Tokenizer):
+def test_a_tokenizer_can_be_pickled(tokenizer: Tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode_documents(texts(3)).tolist() == tokenizer.encode_documents(texts(3)).tolist()
 
@@ -80,7 +80,7 @@ def test_training_reads_no_further_than_asked(tokenizer: Tokenizer, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("size", "reason"), [(259, "from 260"), (10**7, "to 1000000"), (9_000, "too high")])
-def test_a_vocabulary_that_cannot_be(tmp_path: Path, size: int, reason: str):
+def test_an_impossible_vocabulary(tmp_path: Path, size: int, reason: str):
     source = write(tmp_path / "a.json", texts(50))
     with pytest.raises(InputError, match=f"--vocab-size.*{reason}"):
         train_tokenizer(source, str(tmp_path / "t.model"), size)
@@ -105,7 +105,7 @@ def test_no_text_to_train_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b'{"model": "a tokenizer.json"}', bytes(100)])
-def test_a_file_that_is_no_model(tmp_path: Path, data: bytes):
+def test_a_file_that_is_not_a_model(tmp_path: Path, data: bytes):
     path = tmp_path / "t.model"
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"t\.model.*\.model file"):

@@ -1,0 +1,285 @@
+"""Preparation that is interrupted, damaged or run twice: it resumes, and the result is the same."""
+
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+from made_text import SHARDS, T, contents, npy, prepared, random_texts, write_lines
+
+from mora_jax.errors import InputError
+from train.data.rows import build, layout, shard, workers
+from train.data.rows.info import load_info
+from train.storage import buckets, lock
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a data set that was prepared without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "d"
+    prepared(text, out)
+    return contents(out)
+
+
+def interrupted_after(count: int):
+    """Returns a `write_shard` that stops the program once `count` shards are written."""
+    calls = itertools.count()
+
+    def write_some(job: shard.Job, report) -> None:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        shard.write_shard(job, report)
+
+    return write_some
+
+
+def test_a_second_start_writes_only_unfinished_shards(
+    text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "d"
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "write_shard", interrupted_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("rows-*")}
+    assert len(before) == 2
+    done = []
+    monkeypatch.setattr(workers, "write_shard", lambda job, _: (done.append(job), shard.write_shard(job, _)))
+    prepared(text, out)
+    assert len(done) == SHARDS + 1 - 2
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("rows-*")}.items()
+    assert contents(out) == whole
+
+
+def test_a_finished_data_set_is_not_written_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = prepared(text, tmp_path / "d")
+    monkeypatch.setattr(workers, "write_shard", None)
+    assert prepared(text, tmp_path / "d") == first
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("unfinished/train-00001.npy", npy("(10000000000000,)")),
+        ("unfinished/train-00001.npy", b""),
+        ("unfinished/train-00001.npy", None),
+        ("unfinished/train-00001.json", b'{"rows": "x"}'),
+        ("unfinished/train-00001.json", b'{"rows": 7, "file_bytes": -1}'),
+        ("unfinished/train-00001.json", b'{"lines": 7}'),
+        ("unfinished/train-00001.json", b"[1]"),
+        (f"rows-train.array_record-00001-of-0000{SHARDS}", b"cut off"),
+        (f"rows-train.array_record-00001-of-0000{SHARDS}", None),
+    ],
+)
+def test_a_damaged_piece_is_written_again(
+    text: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes | None,
+):
+    out, done = tmp_path / "d", []
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_metadata", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, out)
+    (out / name).unlink()
+    if content is not None:
+        (out / name).write_bytes(content)
+    monkeypatch.setattr(workers, "write_shard", lambda job, _: (done.append(job), shard.write_shard(job, _)))
+    prepared(text, out)
+    assert [job.record.name for job in done] == ["train-00001.json"]
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_bad_file_keeps_the_finished_shards(text: Path, tmp_path: Path, count: int):
+    write_lines(tmp_path / "0.json.gz", random_texts(50, seed=0))
+    write_lines(tmp_path / "1.json.gz", random_texts(50, seed=1))
+    whole = (tmp_path / "1.json.gz").read_bytes()
+    (tmp_path / "1.json.gz").write_bytes(whole[:-20])
+    source = str(tmp_path / "*.json.gz")
+    with pytest.raises(InputError, match=r"1\.json\.gz is a truncated gzip file"):
+        prepared(text, tmp_path / "d", source=source, workers=count)
+    assert not list((tmp_path / "d").glob("rows-train*00001-of*"))
+    assert not list((tmp_path / "d" / "unfinished").glob("*rows-*"))
+
+
+@pytest.mark.slow  # the other tests stop a preparation at every step, in one process
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_kill_during_a_shard_leaves_no_partial_row_file(text: Path, tmp_path: Path):
+    for index in range(3):
+        write_lines(tmp_path / f"train.{index}.json.gz", random_texts(4_000 if index else 50, seed=index))
+    out = tmp_path / "d"
+    call = (
+        "from train.data.rows.build import prepare\n"
+        "if __name__ == '__main__':\n"
+        f"    prepare({str(tmp_path / 'train.*')!r}, {str(text / 'validation.json.gz')!r}, "
+        f"{str(text / 't.model')!r}, {T}, {str(out)!r}, workers=2)\n"
+    )
+    (tmp_path / "call.py").write_text(call)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, tmp_path / "call.py"], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("unfinished/*.json")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(children) >= 3  # the workers and the manager of their messages
+    while any(Path("/proc", child).exists() for child in children):
+        assert time.monotonic() < deadline, "a worker outlives the program"
+        time.sleep(0.05)
+    assert not (out / "dataset_info.json").exists()
+    arguments = {"source": str(tmp_path / "train.*"), "workers": 1}
+    assert prepared(text, out, **arguments) == prepared(text, out, **arguments)
+    prepared(text, tmp_path / "whole", **arguments)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_kill_while_the_description_is_written(
+    text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """TFDS writes it in place, so a kill or a full disk leaves half a file."""
+    out, real = tmp_path / "d", type(epath.Path()).write_text
+
+    def cut_off(self: Any, content: str, *args: Any, **kwargs: Any) -> int:
+        if self.name != layout.DESCRIBED:
+            return real(self, content, *args, **kwargs)
+        real(self, content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path()), "write_text", cut_off)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                prepared(text, out)
+    with pytest.raises(InputError, match="is not finished; run the same preparation again"):
+        load_info(str(out))
+    monkeypatch.setattr(workers, "write_shard", None)  # no shard is written again
+    prepared(text, out)
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("moves", range(5))  # 4: after all of them
+def test_a_kill_while_the_last_files_are_moved(
+    text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+):
+    out, real, left = tmp_path / "d", Path.replace, iter(range(moves))
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.parent.name == "description" and next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        patch.setattr(shutil, "rmtree", stopping_at(out / layout.UNFINISHED))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, out)
+    monkeypatch.setattr(workers, "write_shard", None)
+    prepared(text, out)
+    assert contents(out) == whole
+
+
+def stopped(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def stopping_at(folder: Path):
+    """Returns a `shutil.rmtree` that stops the program before it removes that folder."""
+    real = shutil.rmtree
+
+    def rmtree(path: Path, **kwargs: Any) -> None:
+        if path == folder:
+            raise KeyboardInterrupt
+        real(path, **kwargs)
+
+    return rmtree
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from train.storage import lock
+with lock.held(Path(sys.argv[1]), "out", ""):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_second_program_is_refused(text: Path, tmp_path: Path, bucket: str, place: str):
+    out = str(tmp_path / "d") if place == "disk" else f"{bucket}/d"
+    folder = buckets.stand_in("prepare", out) if place == "bucket" else Path(out)
+    words = [sys.executable, "-W", "ignore", "-c", HOLD, folder / layout.UNFINISHED / lock.LOCK]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"{out} is in use by process {other.pid} .* another --out"):
+            prepared(text, out)
+        assert [entry.name for entry in folder.iterdir()] == [layout.UNFINISHED]
+        other.kill()
+    prepared(text, out)
+    assert not (folder / layout.UNFINISHED).exists()
+
+
+def test_another_program_finishes_it_meanwhile(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = lock.held
+
+    def late(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "held", real)
+            prepared(text, tmp_path / "d")
+        return real(*args)
+
+    monkeypatch.setattr(lock, "held", late)
+    done = []
+    monkeypatch.setattr(workers, "write_shard", lambda job, _: (done.append(job), shard.write_shard(job, _)))
+    prepared(text, tmp_path / "d")
+    assert len(done) == SHARDS + 1
+    assert not (tmp_path / "d" / layout.UNFINISHED).exists()
+
+
+def test_a_finished_data_set_needs_no_lock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may lie on a read-only disk."""
+    first = prepared(text, tmp_path / "d")
+    monkeypatch.setattr(lock, "held", None)
+    assert prepared(text, tmp_path / "d") == first
+
+
+def test_a_disk_without_locks_causes_a_warning(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    prepared(text, tmp_path / "d")
+    assert f"warning: {tmp_path / 'd'} cannot be locked: No locks available" in capfd.readouterr().err
+
+
+def test_a_disk_full_at_the_end(text: Path, disk, monkeypatch: pytest.MonkeyPatch):
+    out, real = disk.path / "d", build.write_metadata
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_metadata", lambda *args: (disk.fill(), real(*args)))
+        with pytest.raises(OSError, match=r"No space left .*unfinished/description"):
+            prepared(text, out)
+    disk.free()
+    monkeypatch.setattr(workers, "write_shard", None)
+    prepared(text, out)
