@@ -13,7 +13,7 @@ SHELL := bash
 
 VENV ?= .venv
 EXTRAS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist worksteal
 PYTHON ?=
 KILLS ?= 100
 CASES ?= 100000

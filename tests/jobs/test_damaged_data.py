@@ -43,12 +43,14 @@ def blank(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "harm", "message"),
     [
-        ("train", cut, r"the train rows take \d+ bytes, not"),
+        pytest.param("train", cut, r"the train rows take \d+ bytes, not", marks=pytest.mark.slow),
         ("train", blank, "cannot be read: Corrupted"),
         ("train", Path.unlink, ""),
         ("validation", cut, r"the validation rows take \d+ bytes, not"),
-        ("validation", blank, "cannot be read: "),
-        ("validation", Path.unlink, r"the validation rows take \d+ bytes, not"),
+        pytest.param("validation", blank, "cannot be read: ", marks=pytest.mark.slow),
+        pytest.param(
+            "validation", Path.unlink, r"the validation rows take \d+ bytes, not", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_shard_that_is_harmed_in_mid_run(free, large_data, tmp_path, monkeypatch, split, harm, message):

@@ -94,6 +94,7 @@ def test_a_tokenizer_that_cannot_be_written_leaves_no_folder(other_tokenizer, mo
     export(str(other_tokenizer / "run"), str(other_tokenizer / "out"))
 
 
+@pytest.mark.slow
 def test_transformers_reads_it_with_the_same_logits(exported, tiny_text):
     transformers = pytest.importorskip("transformers", reason="needs the extra `parity`")
     torch = pytest.importorskip("torch", reason="needs the extra `parity`")

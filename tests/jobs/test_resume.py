@@ -139,7 +139,7 @@ def test_a_run_whose_checkpoint_cannot_be_saved_stops_and_goes_on(free, tiny_run
     assert names == {path.name for path in (tiny_run.folder / "checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_warm_start_is_pinned_to_what_it_began_from(tiny_run, tmp_path, monkeypatch, stop):
     """Killed before or after its first save is due; the other run has other weights meanwhile."""
     source = tmp_path / "source"

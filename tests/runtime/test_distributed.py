@@ -130,7 +130,7 @@ def test_two_processes_compute_what_one_does(config: Path, run_of_two: Path):
 
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
-    [(1, 4, ("--mesh.data", "1", "--mesh.tensor", "2")), (4, 1, ())],
+    [(1, 4, ("--mesh.data", "1", "--mesh.tensor", "2")), pytest.param(4, 1, (), marks=pytest.mark.slow)],
     ids=["1 on another mesh", "4"],
 )
 def test_a_run_goes_on_with_more_and_with_fewer_processes(run_of_two: Path, config, processes, devices, mesh):
@@ -180,7 +180,9 @@ with joined(distributed, lambda error: print(error, file=sys.stderr) or 1):
 """
 
 
-@pytest.mark.parametrize(("processes", "sizes"), [(2, "1 2 2"), (4, "2 4 1")], ids=str)
+@pytest.mark.parametrize(
+    ("processes", "sizes"), [(2, "1 2 2"), pytest.param(4, "2 4 1", marks=pytest.mark.slow)], ids=str
+)
 def test_several_processes_restore_every_bit(run_of_two: Path, tmp_path: Path, processes, sizes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -233,23 +235,33 @@ def ask_to_stop(asked: int, processes: list[subprocess.Popen]) -> int:
     return step
 
 
-def test_a_run_of_two_goes_on_after_whatever_ends_one_of_them(config: Path):
-    """Killed, asked to stop and killed again; and then on one process, with another mesh."""
-    folder, model = config.parent / "ended", config.parent / "model"
+ENDLESS = ("--steps", "100000", "--eval.every", "0", "--bad-steps.window", "0")
+
+
+def test_a_process_that_is_killed_ends_the_other_one(config: Path):
+    """Both have read their parts of the model that the run began with."""
+    folder, model = config.parent / "killed", config.parent / "model"
     settings = flags.read_config(str(config))
     params = step.init_params(dataclasses.replace(settings, seed=5))
     hf.save_hf(model, params, settings.model)
-    words = ("--run-dir", str(folder), "--steps", "100000", "--eval.every", "0", "--bad-steps.window", "0")
-    words += ("--init-from", str(model))
-
+    words = ("--run-dir", str(folder), *ENDLESS, "--init-from", str(model))
     processes = launched(config, 2, DEVICES, *words)
     wait_for((folder / "checkpoints/3/manifest.json").exists, processes)
     kill(0, processes)
-    # Both have read their parts of the model that the run began with.
     batch_BT = next(train_batches(load_info(settings.data.directory), 4, settings.seed, 0))
     llama, variables = Llama(settings.model, settings.compute), {"params": params}
     total, count = llama.apply(variables, batch_BT, np.ones(4, np.float32), method=Llama.loss)
     np.testing.assert_allclose(losses(folder)[0], float(total / count), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_goes_on_after_whatever_ends_one_of_them(config: Path):
+    """Killed, asked to stop and killed again; and then on one process, with another mesh."""
+    folder = config.parent / "ended"
+    words = ("--run-dir", str(folder), *ENDLESS)
+    processes = launched(config, 2, DEVICES, *words)
+    wait_for((folder / "checkpoints/3/manifest.json").exists, processes)
+    kill(0, processes)
 
     processes = launched(config, 2, DEVICES, *words)
     wait_for(lambda: list(losses(folder))[-1] > 8, processes)

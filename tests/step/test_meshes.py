@@ -157,12 +157,18 @@ def on_one(config: RunConfig) -> Trained:
     return _ON_ONE[config]
 
 
+QUICK = [
+    *((name, STEPS, "merged", (2, 2, 2)) for name in MIXTURES),
+    ("share, rotate and LoRA", 2, "activation", (2, 2, 2)),
+]
 CASES = [
     *((name, STEPS, "merged", shape) for name in MIXTURES for shape in MESHES),
     *((name, STEPS, "merged", (2, 2, 2)) for name in ALONE),
     *(("share, rotate and LoRA", 2, "activation", shape) for shape in MESHES),
     ("share, rotate and LoRA", 2, "compressed", (2, 2, 2)),
 ]
+CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+SLOW_8 = pytest.param((1, 8, 1), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "steps", "path", "shape"), CASES, ids=str)
@@ -188,7 +194,7 @@ def test_every_mesh_computes_what_one_device_computes(name, steps, path, shape):
         assert_same(many.restarted, one.restarted, rtol=0, atol=0 if name in ("share", "rotate") else 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [SLOW_8, (2, 2, 2)], ids=str)
 def test_kernels_that_share_a_product_have_gradients_of_their_own_on_a_mesh(shape):
     """As in bfloat16, which rounds: gradients in another order would be wrong altogether."""
     config = configured("share", 2, "merged")
@@ -219,7 +225,9 @@ def elements(shape: str) -> int:
     return max(int(np.prod([int(d) for d in one.split(",") if d])) for one in dims)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [SLOW_8, pytest.param((1, 2, 4), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_kernels_are_gathered_and_never_moved_about(shape):
     """Nothing as large as a part of a kernel is exchanged, and nothing of all layers at once is gathered."""
     config = configured("share, rotate and LoRA", STEPS, "merged")
@@ -240,7 +248,7 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         assert not [f for f in found if whole in f[1]]
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [SLOW_8, (2, 2, 2)], ids=str)
 def test_a_restart_gathers_one_layer_at_a_time(shape):
     config = configured("share", STEPS, "merged")
     mesh = sharding.make_mesh(*shape)

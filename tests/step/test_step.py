@@ -102,7 +102,7 @@ def flops(config: RunConfig) -> float:
     return train_step.lower(config, methods, state, tokens(0)).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
     _, whole, metrics = trained(CONFIG, 3)
     _, parts, metrics_ = trained(dataclasses.replace(CONFIG, microbatches=microbatches), 3)
@@ -252,7 +252,7 @@ def test_a_spike_is_skipped_and_training_goes_on():
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))
 
 
-@pytest.mark.parametrize("name", ["mora", "lora"])
+@pytest.mark.parametrize("name", ["mora", pytest.param("lora", marks=pytest.mark.slow)])
 def test_two_hundred_updates_by_either_path_are_one_curve(name):
     """Rounding alone sets the paths apart: by a part in ten thousand of the loss at most.
 

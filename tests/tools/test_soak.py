@@ -12,6 +12,7 @@ import soak
 SOAK = Path(__file__).parent / "soak.py"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_becomes_the_undisturbed_one(tmp_path):
     words = ["--kills", "3", "--steps", "40", "--folder", str(tmp_path / "soak")]
     report = tmp_path / "report.json"

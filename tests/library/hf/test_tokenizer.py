@@ -82,6 +82,7 @@ def differences(folder, content, texts):
 # Equality
 
 
+@pytest.mark.slow
 def test_real_model_on_real_text(tmp_path, tokenizers, corpus):
     transformers = pytest.importorskip("transformers", reason=PARITY)
     pytest.importorskip("torch", reason=PARITY)

@@ -169,6 +169,7 @@ def tokens_BT():
     return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 33))
 
 
+@pytest.mark.slow
 @both
 def test_transformers_reads_our_folder(tmp_path, transformers, tokens_BT, config):
     params = random_params(config)
@@ -180,6 +181,7 @@ def test_transformers_reads_our_folder(tmp_path, transformers, tokens_BT, config
     np.testing.assert_allclose(logits(params, config, tokens_BT), hf_logits(model, tokens_BT), atol=1e-4)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("limit", ["5GB", "20KB"])
 def test_we_read_transformers_folder(tmp_path, transformers, tokens_BT, config, limit):

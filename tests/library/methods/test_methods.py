@@ -45,7 +45,7 @@ CASES: list[Method] = [
 ]
 ADDITIVE = [m for m in CASES if m.additive]
 PATHS: list[Any] = ["merged", "compressed", "folded", "activation"]
-SHAPES = [(24, 24), (20, 33), (33, 20)]
+SHAPES = [pytest.param(24, 24, marks=pytest.mark.slow), (20, 33), (33, 20)]
 every_case = pytest.mark.parametrize("method", CASES, ids=str)
 every_additive = pytest.mark.parametrize("method", ADDITIVE, ids=str)
 every_shape = pytest.mark.parametrize(("k", "d"), SHAPES)
@@ -98,7 +98,9 @@ def test_weight_is_the_base_plus_delta_of_the_identity(method, k, d):
 @every_case
 @every_shape
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)]
+)
 def test_dense_is_x_times_weight_on_every_path(method, k, d, path, dtype, tolerance):
     w = kernel(0, k, d)
     adapter = Adapter(random_arrays(method, w), method)
@@ -276,7 +278,9 @@ def test_whether_activations_are_cut_into_blocks_follows_the_sizes():
 
 @every_case
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 1e-2)]
+)
 def test_whole_tiles_change_nothing_but_add_zeros(method, path, dtype, tolerance):
     """Outputs widened, and an input that was widened before, against the kernels as they are.
 

@@ -38,7 +38,10 @@ def results(kernel, q, k, v, w):
     return y, *gradients
 
 
-@pytest.mark.parametrize(("kv_heads", "width"), [(4, 48), (2, 64), (1, 16)])
+@pytest.mark.parametrize(
+    ("kv_heads", "width"),
+    [pytest.param(4, 48, marks=pytest.mark.slow), (2, 64), pytest.param(1, 16, marks=pytest.mark.slow)],
+)
 def test_equals_xla(kv_heads, width):
     q, k, v, w = (heads(n, width, seed=i) for i, n in enumerate((4, kv_heads, kv_heads, 4)))
     for ours, theirs in zip(results("splash", q, k, v, w), results("xla", q, k, v, w), strict=True):

@@ -24,7 +24,10 @@ from train.step.step import init_params, init_state
 
 CPU = torch.device("cpu")
 # PEFT uses an attribute that transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.slow,  # parity with large libraries
+]
 
 
 def job(word: str, case: Case | None = None) -> PeerJob:
