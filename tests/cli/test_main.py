@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from sentencepiece import sentencepiece_model_pb2
 
 from train.cli import main as cli
 from train.config import flags
+from train.config.sections import YAML_ONLY
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG
 from train.run.metrics import read_metrics
 from train.run.model import load_model
+from train.storage.format import FORMAT
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -210,6 +213,10 @@ def test_another_tokenizer_than_the_data_sets(refused, tiny_data, tiny_text, tin
 # Help
 
 
+def test_the_version_and_the_format(mora):
+    assert mora("--version") == (0, f"mora {version('mora_jax')}, format {FORMAT}\n", "")
+
+
 def test_help_lists_the_commands(mora):
     status, out, _ = mora("--help")
     assert status == 0
@@ -244,7 +251,7 @@ def explained(cls: type) -> dict[str, str]:
         if dataclasses.is_dataclass(hints[field.name]):
             inner = explained(hints[field.name])
             found |= {f"{field.name}.{name}": words for name, words in inner.items()}
-        elif field.name != "rules":
+        elif field.name not in YAML_ONLY:
             found[field.name] = said.get(field.name, "")
     return found
 

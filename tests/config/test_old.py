@@ -1,11 +1,14 @@
 """Configs and methods of format 1."""
 
 import pytest
+import yaml
 
+from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share, from_json
 from train.config import flags, old
-from train.config.run import RunConfig
+from train.config.run import RunConfig, to_plain
 from train.config.sections import Params
+from train.storage.format import FORMAT
 
 # `method` of a config of format 1 held the fields of every method.
 METHOD = {
@@ -45,6 +48,22 @@ def test_rules_and_saved_methods():
     methods = old.upgrade_methods({"a": choice, "b": "train"})
     assert from_json(methods["a"]) == LoRA(4, 8.0, train_factors="b")
     assert methods["b"] == "train"
+
+
+def test_the_config_of_a_run_is_read_whatever_its_format(tmp_path):
+    """Only there: a user's own file with an old key is refused, with the new one."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"method": METHOD}))
+    with pytest.raises(InputError, match=r"method\.adapt is now params\.adapt"):
+        flags.read_config(str(path))
+    (tmp_path / "checkpoints").mkdir()
+    expected = RunConfig(method=MoRA(4, Share(1), align=8), params=Params("a", ""))
+    assert flags.read_config(str(path)) == expected
+    path.write_text(yaml.safe_dump({"format": FORMAT} | to_plain(expected)))
+    assert flags.read_config(str(path)) == expected
+    path.write_text(yaml.safe_dump({"format": FORMAT + 1}))
+    with pytest.raises(InputError, match=f"has format {FORMAT + 1}"):
+        flags.read_config(str(path))
 
 
 @pytest.mark.parametrize("plain", [{}, {"method": 3, "compute": [], "rules": {}}, {"rules": [1, ["a"]]}])

@@ -236,6 +236,8 @@ def run(args: list[str]) -> None:
     """Finds the command, builds its flags and calls it. Raises InputError for an unknown one."""
     if not args or args[0] in ("-h", "--help"):
         return print_commands()
+    if args[0] == "--version":
+        return print_version()
     words = 2 if args[0] == "bench" else 1
     name, rest = " ".join(args[:words]), args[words:]
     if name not in COMMANDS:
@@ -260,8 +262,17 @@ def read_with_config(command: type, name: str, args: list[str]) -> Any:
     return flags.parse(command, args, f"mora {name}", command(args[0], file.config), file)
 
 
+def print_version() -> None:
+    """Prints the version, and the format of runs and data sets."""
+    import importlib.metadata
+
+    from train.storage.format import FORMAT
+
+    print(f"mora {importlib.metadata.version('mora_jax')}, format {FORMAT}")
+
+
 def print_commands() -> None:
-    """The list of commands, one line each."""
+    """Prints the list of commands, one line each."""
     table = Table.grid(padding=(0, 2))
     for name, (command, _) in COMMANDS.items():
         table.add_row(f"mora {name}", (command.__doc__ or "").splitlines()[0])

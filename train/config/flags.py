@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import tyro
+from etils import epath
 
 from mora_jax.errors import InputError, nearest
 from train.config import method as method_flags
@@ -18,6 +19,7 @@ from train.config.files import flatten, located, read_yaml
 from train.config.method import MethodChoice
 from train.config.run import RunConfig, groups_from_plain, rules_from_plain
 from train.config.sections import YAML_ONLY, Optimizer
+from train.storage.format import KEY, check_format
 
 C = TypeVar("C")
 
@@ -104,12 +106,16 @@ def config_from_plain(plain: Mapping[str, Any]) -> RunConfig:
 
 
 def read_file(path: str) -> File:
-    """Returns the values of a config file.
+    """Returns the values of a config file, which may be a run's own of any format.
 
     Raises:
       InputError: naming the file, and an unknown key with the nearest known one.
     """
     plain = read_yaml(path)
+    number = check_format(plain, path)
+    plain.pop(KEY, None)
+    if number == 1 and _of_a_run(path):
+        plain = old.upgrade_config(plain)
     with located(path):
         return file_of(plain)
 
@@ -149,6 +155,12 @@ def scalar_fields(cls: type, method: MethodChoice | None = None) -> Iterator[str
             yield from (prefix + name for name in scalar_fields(typing.cast(type, kind), method))
         elif field.name not in YAML_ONLY:
             yield field.name
+
+
+def _of_a_run(path: str) -> bool:
+    """Whether the file is the config that a run wrote into its folder."""
+    place = epath.Path(path)
+    return place.name == "config.yaml" and (place.parent / "checkpoints").exists()
 
 
 def _method(default: Any, file: File | None, args: Sequence[str]) -> MethodChoice:
