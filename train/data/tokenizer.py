@@ -108,11 +108,11 @@ def _write(path: Path, model: bytes) -> None:
 
 def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor:
     if not model:  # SentencePiece reads it as a model without pieces
-        raise InputError(f"tokenizer {path} is empty; give a SentencePiece .model file")
+        raise InputError(f"tokenizer {path} is empty; it must be a SentencePiece .model file")
     try:
         return spm.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a SentencePiece model; give a .model file") from error
+        raise InputError(f"{path} is not a SentencePiece model; it must be a .model file") from error
 
 
 def _sample(source: str, max_documents: int, max_characters: int) -> list[str]:

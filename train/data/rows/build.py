@@ -113,16 +113,15 @@ def _jobs(
 
 def _is_complete(out: str, settings: Settings) -> bool:
     """Returns whether the data set is complete. Raises InputError if `out` holds anything else."""
-    names = buckets.objects(out) if in_bucket(out) else _entries(Path(out))
+    if in_bucket(out):
+        names = set(buckets.objects(out))
+    else:
+        names = {entry.name for entry in Path(out).iterdir()} if Path(out).is_dir() else set()
     if layout.SETTINGS in names:
         check_settings(out, settings)
     elif any(name != layout.UNFINISHED for name in names):
         raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
     return layout.DESCRIBED in names
-
-
-def _entries(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _complete(

@@ -128,7 +128,9 @@ def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tupl
     for block in _blocks(job.shard.records(job.skip_lines)):
         texts = [record.text for record in block if record.text is not None]
         tokens = job.tokenizer.encode_documents(texts)
-        rows_RT, rest = _split_rows(np.concatenate([rest, tokens]), job.sequence_length)
+        tokens_N = np.concatenate([rest, tokens])
+        end = len(tokens_N) // job.sequence_length * job.sequence_length
+        rows_RT, rest = tokens_N[:end].reshape(-1, job.sequence_length), tokens_N[end:]
         for row_T in rows_RT:
             writer.write(serialize({FIELD: row_T}))
         unigram_V += np.bincount(rows_RT.ravel(), minlength=len(unigram_V))
@@ -140,12 +142,6 @@ def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tupl
     writer.close()
     in_rows = rows * job.sequence_length
     return Counts(documents, rows, in_rows, len(rest), skipped, path.stat().st_size), unigram_V
-
-
-def _split_rows(tokens_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all complete rows of `length` tokens, and the tokens left over."""
-    whole = len(tokens_N) // length * length
-    return tokens_N[:whole].reshape(-1, length), tokens_N[whole:]
 
 
 def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -99,7 +99,8 @@ def _matches(path: epath.Path) -> list[epath.Path]:
         return [file for file in path.iterdir() if file.name.endswith(SUFFIXES)]
     if path.is_file():
         return [path]
-    fixed = next(parent for parent in (path, *path.parents) if not _has_wildcard(parent))
+    # The glob starts at the last folder without a wildcard.
+    fixed = next(p for p in (path, *path.parents) if not any(mark in str(p) for mark in WILDCARDS))
     if fixed == path or not fixed.is_dir():
         return []
     return [file for file in fixed.glob(str(path.relative_to(fixed))) if file.is_file()]
@@ -108,10 +109,6 @@ def _matches(path: epath.Path) -> list[epath.Path]:
 def _is_pipe(path: epath.Path) -> bool:
     """Returns whether a path is a pipe or a device, which epath takes for a file."""
     return not in_bucket(path) and not Path(path).is_file()
-
-
-def _has_wildcard(path: epath.Path) -> bool:
-    return any(mark in str(path) for mark in WILDCARDS)
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:

@@ -12,7 +12,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -165,7 +165,11 @@ def _read_file(name: str, path: Path) -> list[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, OSError):
         return []
-    texts = _topics(tree) if name == TOPICS else _docstrings(tree)
+    if name == TOPICS:
+        constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        texts = (value for value in constants if isinstance(value, str))
+    else:
+        texts = _docstrings(tree)
     return [paragraph for text in texts for paragraph in prose_paragraphs(text)]
 
 
@@ -181,11 +185,6 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
     for inner in (*getattr(node, "body", ()), *getattr(node, "orelse", ())):
         if hasattr(inner, "body"):
             yield from _docstrings(inner)
-
-
-def _topics(tree: ast.AST) -> Iterable[str]:
-    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return (value for value in constants if isinstance(value, str))
 
 
 def _write(path: Path, documents: list[tuple[str, str]]) -> None:
