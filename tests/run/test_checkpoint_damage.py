@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import damages
-import fuzz
+import changes
+import checkpoint_damages
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,7 +20,7 @@ from train.run import manifest
 from train.run.checkpoint import Checkpoints
 from train.run.manifest import MANIFEST
 
-RANDOM_DAMAGES = 60  # tests/tools/damages.py does as many as it is told to
+RANDOM_DAMAGES = 60  # tests/tools/damages.py does more
 
 
 def assert_refused(directory: Path, name: str) -> None:
@@ -73,10 +73,12 @@ def test_swapped_files_are_found(directory: Path):
 
 
 def test_no_random_damage_goes_unnoticed(tmp_path: Path):
-    damages.make_pristine(tmp_path / "pristine")
+    checkpoint_damages.make_pristine(tmp_path / "pristine")
     kinds = set()
     for i in range(RANDOM_DAMAGES):
-        kind, wrong = damages.undetected(random.Random(i), tmp_path / "pristine", tmp_path / "work")
+        kind, wrong = checkpoint_damages.undetected(
+            random.Random(i), tmp_path / "pristine", tmp_path / "work"
+        )
         assert not wrong, f"damage {i}, {kind}: {wrong}"
         kinds.add(kind)
     assert len(kinds) > 10
@@ -105,9 +107,9 @@ def test_files_made_to_harm_are_an_input_error(directory: Path):
         shutil.copytree(directory / "2", work / "2")
         path = work / "2" / names[i % len(names)]
         try:
-            content = fuzz.changed(rng, json.loads(path.read_text()), fuzz.as_json)
+            content = changes.changed(rng, json.loads(path.read_text()), changes.as_json)
         except ValueError:
-            content = fuzz.change_bytes(rng, path.read_bytes())
+            content = changes.change_bytes(rng, path.read_bytes())
         path.write_bytes(content)
         folder = epath.Path(work / "2")
         found = manifest.read(folder, 2)

@@ -1,11 +1,11 @@
-"""Readers of other people's files, given files that were good until something changed them.
+"""Damages files at random and reads them: a reader must return or raise InputError.
 
     python tests/tools/fuzz.py --cases 100000 --seed 0
 
-Every case takes a good file of one kind, changes it a few times at random, most often in its structure
-(values, keys, lengths, nesting) and else in its bytes, and reads it. A reader may return or raise InputError;
-anything else is a crash, printed with what makes it again: --target NAME --only NUMBER. So is a message, or a
-cell of the table of checkpoints, with a character that a terminal obeys.
+Each case takes a good file of one kind and changes it a few times, mostly in its structure (values, keys,
+lengths, nesting) and else in its bytes. Any other exception is a crash. So is a message, or a cell of the
+table of checkpoints, with a character that controls a terminal. A crash is printed with the options that
+repeat it: `--target NAME --only NUMBER`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import json
 import os
 import random
 import shutil
-import struct
+import sys
 import tempfile
 import time
 import traceback
@@ -41,159 +41,26 @@ from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.run import inventory, manifest
 from train.run.checkpoint import Checkpoints
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+import changes
+from changes import as_json
+
 CONFIGS = Path(__file__).parents[2] / "configs"
-NUMBERS = (0, 1, -1, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e-300, 1e308)
-ODD = (
-    None,
-    True,
-    "",
-    "x",
-    "\\0",
-    "../x",
-    "/etc/hosts",
-    "\u2028",
-    "\ud800",
-    "nan",
-    "1e400",
-    "--help",
-    "=",
-    [],
-    {},
-)
-NOT_NUMBERS = (float("nan"), float("inf"), float("-inf"))
-NEW_KEYS = ("name", "x", "rank", "sha256", "__metadata__", "<<")
-INSERTED = ("x", "0", "/", "..", "\\", "[", "(", "*", "\0", "\n", "é", "\ud800", " ", "9" * 30)
-INSERTED_BYTES = (b"\0", b"\xff" * 8, b"[" * 2000, b"{" * 500, b'"', b"\n", b"\xef\xbb\xbf")
-SECONDS = 20.0  # of processor time: a case that takes longer is a crash too
+SECONDS = 20.0  # of processor time. A case that takes longer counts as a crash.
 
 
 class Target(NamedTuple):
-    """One reader: `write` puts a changed file into a folder, `read` reads what is there."""
+    """A kind of file and its reader.
+
+    Attributes:
+      share: of all cases.
+      write: puts a changed file into a folder.
+      read: reads the folder.
+    """
 
     share: int
     write: Callable[[random.Random, Path], None]
     read: Callable[[Path], Any]
-
-
-# Changes of values
-
-
-def change(rng: random.Random, value: Any) -> Any:
-    """A JSON-like value with one change somewhere in it."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        return _change_mapping(rng, value)
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        return _change_list(rng, value)
-    return _another(rng, value)
-
-
-def _change_mapping(rng: random.Random, value: dict) -> dict:
-    key = rng.choice(list(value))
-    kind = rng.randrange(8)
-    if kind == 0:
-        return {k: v for k, v in value.items() if k != key}
-    if kind == 1:
-        return {_another_key(rng, k) if k == key else k: v for k, v in value.items()}
-    if kind == 2:
-        return value | {rng.choice(NEW_KEYS): _another(rng, value[key])}
-    return value | {key: change(rng, value[key])}
-
-
-def _change_list(rng: random.Random, value: list) -> list:
-    i = rng.randrange(len(value))
-    kind = rng.randrange(6)
-    if kind == 0:
-        return value[:i] + value[i + 1 :]
-    if kind == 1:
-        return value[:i] + [value[i]] * rng.choice((2, 3, 50)) + value[i:]
-    if kind == 2:
-        return rng.sample(value, len(value))
-    return [*value[:i], change(rng, value[i]), *value[i + 1 :]]
-
-
-def _another(rng: random.Random, value: Any) -> Any:
-    kind = rng.randrange(7)
-    if kind == 0:
-        return rng.choice(NUMBERS + NOT_NUMBERS)
-    if kind == 1:
-        return rng.choice(ODD)
-    if kind == 2:
-        return rng.choice(([value], {"name": value}, [[value, value]], {"x": {"y": value}}))
-    if kind == 3:
-        return functools.reduce(lambda inner, _: [inner], range(rng.choice((3, 50, 400))), value)
-    if isinstance(value, bool) or value is None:
-        return not value
-    if isinstance(value, int | float):
-        return rng.choice((value + 1, -value, value * 2, value * 1000, str(value), min(value, 1e9) * 0.5))
-    if isinstance(value, str):
-        return _another_text(rng, value)
-    return rng.choice(ODD)
-
-
-def _another_key(rng: random.Random, key: Any) -> Any:
-    return (
-        _another_text(rng, key)
-        if isinstance(key, str) and rng.random() < 0.8
-        else rng.choice((1, None, 0.5, True, ""))
-    )
-
-
-def _another_text(rng: random.Random, text: str) -> str:
-    i = rng.randrange(len(text) + 1)
-    inserted = rng.choice(INSERTED)
-    return rng.choice((text[:i] + inserted + text[i:], text[:i], text[i:], text * 3, text.upper()))
-
-
-# Changes of bytes
-
-
-def change_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Bits flipped, a piece cut out, doubled, overwritten or put in, or the end cut off."""
-    if not content:
-        return rng.randbytes(rng.randint(0, 20))
-    i = rng.randrange(len(content))
-    j = min(len(content), i + rng.choice((1, 1, 2, 4, 16, 200)))
-    kind = rng.randrange(8)
-    if kind <= 1:
-        return content[:i] + bytes([content[i] ^ 1 << rng.randrange(8)]) + content[i + 1 :]
-    if kind == 2:
-        return content[:i]
-    if kind == 3:
-        return content[:i] + content[j:]
-    if kind == 4:
-        return content[:j] + content[i:j] * rng.choice((1, 2, 100)) + content[j:]
-    if kind == 5:
-        return content[:i] + rng.randbytes(j - i) + content[j:]
-    if kind == 6:
-        return content[:i] + rng.choice(INSERTED_BYTES) + content[i:]
-    return content[:i] + struct.pack("<q", rng.choice((0, -1, 2**31, 2**62))) + content[i + 8 :]
-
-
-def changed(rng: random.Random, value: Any, render: Callable[[Any], bytes]) -> bytes:
-    """A file of a structured value, changed up to three times; now and then its bytes are changed too."""
-    if rng.random() < 0.85:
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            value = change(rng, value)
-    content = render(value)
-    return change_bytes(rng, content) if rng.random() < 0.3 else content
-
-
-def as_json(value: Any) -> bytes:
-    try:
-        return json.dumps(value).encode()
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # keys that JSON has not; numbers that Python will not print
-        return b"[" * 1000
-
-
-def as_yaml(value: Any) -> bytes:
-    try:
-        return yaml.safe_dump(value, sort_keys=False).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
-        return as_json(value)
 
 
 # Configs
@@ -223,7 +90,7 @@ def _configs() -> tuple[Any, ...]:
 
 
 def write_config(rng: random.Random, folder: Path) -> None:
-    content = changed(rng, rng.choice(_configs()), as_yaml)
+    content = changes.changed(rng, rng.choice(_configs()), changes.as_yaml)
     if rng.random() < 0.2:
         i = rng.randrange(len(content) + 1)
         content = content[:i] + rng.choice(ALIASES).encode() + content[i:]
@@ -241,15 +108,15 @@ def write_text(rng: random.Random, folder: Path) -> None:
     lines = [
         {"text": f"document {i} é", "timestamp": "2000-01-01T00:00:00Z", "url": f"u{i}"} for i in range(4)
     ]
-    lines = [change(rng, line) if rng.random() < 0.5 else line for line in lines]
+    lines = [changes.change(rng, line) if rng.random() < 0.5 else line for line in lines]
     content = b"\n".join(map(as_json, lines)) + b"\n"
     if rng.random() < 0.3:
-        content = change_bytes(rng, content)
+        content = changes.change_bytes(rng, content)
     packed = rng.random() < 0.6
     if packed:
         content = gzip.compress(content, compresslevel=1)
         if rng.random() < 0.4:
-            content = change_bytes(rng, content)
+            content = changes.change_bytes(rng, content)
     (folder / f"t.json{'.gz' * packed}").write_bytes(content)
 
 
@@ -284,7 +151,7 @@ def write_model(rng: random.Random, folder: Path) -> None:
         if name.endswith("tensors"):
             files[name] = _changed_weights(rng, files[name])
         else:
-            files[name] = changed(rng, json.loads(files[name]), as_json)
+            files[name] = changes.changed(rng, json.loads(files[name]), as_json)
     if rng.random() < 0.05:
         del files[rng.choice(sorted(files))]
     for name, content in files.items():
@@ -294,11 +161,11 @@ def write_model(rng: random.Random, folder: Path) -> None:
 def _changed_weights(rng: random.Random, content: bytes) -> bytes:
     length = int.from_bytes(content[:8], "little")
     if rng.random() < 0.25:
-        return change_bytes(rng, content)
+        return changes.change_bytes(rng, content)
     header = json.loads(content[8 : 8 + length])
-    rendered = changed(rng, header, as_json)
-    told = len(rendered) if rng.random() < 0.9 else rng.choice((0, 1, len(rendered) + 1, 2**40, 2**63))
-    return told.to_bytes(8, "little") + rendered + content[8 + length :]
+    rendered = changes.changed(rng, header, as_json)
+    stated = len(rendered) if rng.random() < 0.9 else rng.choice((0, 1, len(rendered) + 1, 2**40, 2**63))
+    return stated.to_bytes(8, "little") + rendered + content[8 + length :]
 
 
 def read_model(folder: Path) -> None:
@@ -317,19 +184,21 @@ def _manifest() -> Any:
 
 
 def write_manifest(rng: random.Random, folder: Path) -> None:
-    value = change(rng, _manifest()) if rng.random() < 0.9 else _manifest()
+    value = changes.change(rng, _manifest()) if rng.random() < 0.9 else _manifest()
     if rng.random() < 0.3:
-        value = _manifest() | {"meta": change(rng, _manifest()["meta"])}
+        value = _manifest() | {"meta": changes.change(rng, _manifest()["meta"])}
     try:
-        content = manifest.render(value).encode()  # with its own hash right
+        content = manifest.render(value).encode()  # with the right hash of itself
     except (TypeError, ValueError, RecursionError):
         content = as_json(value)
     if rng.random() < 0.4:
-        content = change_bytes(rng, content) if rng.random() < 0.5 else changed(rng, value, as_json)
+        content = (
+            changes.change_bytes(rng, content) if rng.random() < 0.5 else changes.changed(rng, value, as_json)
+        )
     place = folder / "7"
     (place / "inner").mkdir(parents=True)
     (place / manifest.MANIFEST).write_bytes(content)
-    odd = _another_text(rng, "a").replace("/", "").replace("\0", "").encode("utf-8", "surrogatepass")
+    odd = changes.another_text(rng, "a").replace("/", "").replace("\0", "").encode("utf-8", "surrogatepass")
     for name in (b"a", odd, *([b"a\xff"] if rng.random() < 0.1 else [])):
         if name not in (b"", b".", b".."):
             Path(os.fsdecode(bytes(place) + b"/" + name)).write_bytes(b"a")
@@ -344,13 +213,13 @@ def read_manifest(folder: Path) -> None:
 
 
 def check_shown(entries: list[inventory.Entry]) -> None:
-    """Looks at every text that `mora checkpoints` would print."""
+    """Checks every text that `mora checkpoints` would print."""
     cells = [cell for column in inventory.table(entries, "").columns for cell in column.cells]
     for text in (*cells, *inventory.problems(entries)):
         assert str(text).isprintable(), f"{text!r} would reach the terminal"
 
 
-# Descriptions of data sets, and tokenizers: not asked for as often
+# Descriptions of data sets, and tokenizers: readers of libraries, with fewer cases
 
 
 def write_description(rng: random.Random, folder: Path) -> None:
@@ -361,8 +230,10 @@ def write_description(rng: random.Random, folder: Path) -> None:
     features = {"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict"}
     features |= {"featuresDict": {"features": {"tokens": tensor}}}
     split = {"filepathTemplate": "{DATASET}-{SPLIT}", "name": "train", "shardLengths": ["3"]}
-    (folder / "features.json").write_bytes(changed(rng, features, as_json))
-    (folder / "dataset_info.json").write_bytes(changed(rng, {"name": "rows", "splits": [split]}, as_json))
+    (folder / "features.json").write_bytes(changes.changed(rng, features, as_json))
+    (folder / "dataset_info.json").write_bytes(
+        changes.changed(rng, {"name": "rows", "splits": [split]}, as_json)
+    )
 
 
 @functools.cache
@@ -378,7 +249,7 @@ def _tokenizer() -> bytes:
 def write_tokenizer(rng: random.Random, folder: Path) -> None:
     content = _tokenizer()
     for _ in range(rng.choice((1, 1, 2, 8))):
-        content = change_bytes(rng, content)
+        content = changes.change_bytes(rng, content)
     (folder / "t.model").write_bytes(content)
 
 
@@ -389,7 +260,7 @@ def read_tokenizer(folder: Path) -> None:
         Tokenizer.load(folder / "t.model").encode_documents(["abc déf"])
 
 
-# Prepared data sets, and the pieces of one that is not finished
+# Prepared data sets, and the pieces of an unfinished one
 
 T = 16
 PIECES = ("train-00000.json", "train-00000.npy")
@@ -414,9 +285,9 @@ def _data_set() -> dict[str, bytes]:
 def write_data_set(rng: random.Random, folder: Path) -> None:
     files = dict(_data_set())
     for name in rng.sample(("metadata.json", "dataset_info.json", "features.json"), rng.choice((1, 1, 2))):
-        files[name] = changed(rng, json.loads(files[name]), as_json)
+        files[name] = changes.changed(rng, json.loads(files[name]), as_json)
     if rng.random() < 0.3:
-        files[layout.UNIGRAM] = change_bytes(rng, files[layout.UNIGRAM])
+        files[layout.UNIGRAM] = changes.change_bytes(rng, files[layout.UNIGRAM])
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
@@ -443,15 +314,15 @@ def _pieces() -> dict[str, bytes]:
 
 def write_pieces(rng: random.Random, folder: Path) -> None:
     record, counts = (_pieces()[name] for name in PIECES)
-    (folder / PIECES[0]).write_bytes(changed(rng, json.loads(record), as_json))
+    (folder / PIECES[0]).write_bytes(changes.changed(rng, json.loads(record), as_json))
     (folder / PIECES[1]).write_bytes(_changed_counts(rng, counts) if rng.random() < 0.7 else counts)
     (folder / "rows").write_bytes(_pieces()["rows"])
 
 
 def _changed_counts(rng: random.Random, npy: bytes) -> bytes:
     if rng.random() < 0.5:
-        return change_bytes(rng, npy)
-    header = change_bytes(rng, npy[10:128])
+        return changes.change_bytes(rng, npy)
+    header = changes.change_bytes(rng, npy[10:128])
     return npy[:8] + len(header).to_bytes(2, "little") + header + npy[128:]
 
 
@@ -475,7 +346,7 @@ TARGETS = {
 
 
 def crash(target: str, seed: int, number: int, folder: Path) -> str:
-    """Does one case in a folder that is emptied first; what went wrong, or nothing."""
+    """Runs one case in an emptied folder. Returns what went wrong, or an empty string."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write, read = TARGETS[target][1:]
@@ -485,7 +356,7 @@ def crash(target: str, seed: int, number: int, folder: Path) -> str:
         read(folder)
     except InputError as error:
         if not str(error).isprintable():
-            return f"the message has what a terminal obeys: {str(error)!r}"
+            return f"the message holds characters that control a terminal: {str(error)!r}"
     except Exception:
         return traceback.format_exc(limit=-6)
     took = time.process_time() - started
@@ -494,10 +365,10 @@ def crash(target: str, seed: int, number: int, folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1000, help="cases in all, shared out among the targets")
-    parser.add_argument("--seed", type=int, default=0, help="of the changes")
-    parser.add_argument("--target", choices=TARGETS, help="one target alone")
-    parser.add_argument("--only", type=int, help="do this case alone")
+    parser.add_argument("--cases", type=int, default=1000, help="cases in all, divided among the targets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the changes")
+    parser.add_argument("--target", choices=TARGETS, help="run this target only")
+    parser.add_argument("--only", type=int, help="run this case only")
     args = parser.parse_args()
     faulthandler.enable()
     targets = {n: t for n, t in TARGETS.items() if args.target in (None, n)}

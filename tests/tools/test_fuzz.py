@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import changes
 import fuzz
 import pytest
 
@@ -20,8 +21,8 @@ def test_no_changed_file_crashes_its_reader(target: str, tmp_path: Path):
 @pytest.mark.parametrize("target", [name for name in fuzz.TARGETS if name != "manifest"])
 def test_files_are_good_before_they_are_changed(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Else every case would end at the first check. (A manifest names a file that is never there.)"""
-    monkeypatch.setattr(fuzz, "change", lambda rng, value: value)
-    monkeypatch.setattr(fuzz, "change_bytes", lambda rng, content: content)
+    monkeypatch.setattr(changes, "change", lambda rng, value: value)
+    monkeypatch.setattr(changes, "change_bytes", lambda rng, content: content)
     monkeypatch.setattr(fuzz, "ALIASES", ("",))
     monkeypatch.setattr(random.Random, "random", lambda self: 0.5)
     monkeypatch.setattr(random.Random, "choice", lambda self, options: options[0])
