@@ -1,4 +1,4 @@
-"""The command line as people meet it: help, results, and one clear line for everything that is wrong."""
+"""The command line as users meet it: help, results, and one line for every error."""
 
 import dataclasses
 import gzip
@@ -73,7 +73,7 @@ def refused(mora):
     return call
 
 
-# Bad input of every kind that is told of by one line
+# Bad input of every kind, reported in one line
 
 
 @pytest.mark.parametrize(
@@ -336,8 +336,8 @@ def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_p
         shutil.rmtree(folder / "checkpoints" / str(step))
     done = program("pretrain", str(tiny_yaml), "--run-dir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told, *progress = done.stderr.splitlines()
-    assert told == "mora: run holds a run: going on after 9 of 22 updates"
+    first, *progress = done.stderr.splitlines()
+    assert first == "mora: run holds a run: going on after 9 of 22 updates"
     assert all(line.startswith("training ") for line in progress), done.stderr
     assert {"run", "steps", "restarts", "device"} <= set(re.findall(r"\w+", done.stdout))
     metas = []
@@ -358,7 +358,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("words", "told", "status"),
+    ("words", "redirection", "status"),
     [
         ("methods", ">/dev/full", 74),
         ("methods", ">&-", 0),
@@ -366,9 +366,9 @@ def losses(folder: Path) -> list[float]:
         ("evaluate nowhere", ">&- 2>&-", 2),
     ],
 )
-def test_the_status_is_right_whatever_becomes_of_what_is_told(tmp_path, words, told, status):
+def test_the_status_is_right_where_output_cannot_be_written(tmp_path, words, redirection, status):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    shell = ["sh", "-c", f'exec "$0" -m train.cli {words} {told}', sys.executable]
+    shell = ["sh", "-c", f'exec "$0" -m train.cli {words} {redirection}', sys.executable]
     done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True)
     expected = "mora: input or output: No space left on device\n" if status == 74 else ""
     assert (done.returncode, done.stderr) == (status, expected)

@@ -1,4 +1,4 @@
-"""The commands of `mora`: each a frozen dataclass of flags, whose docstrings are the help."""
+"""The commands of `mora`: frozen dataclasses of flags. Their docstrings are the help."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -16,19 +16,19 @@ Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 
 @dataclasses.dataclass(frozen=True)
 class PrepareData:
-    """C4-format shards into a data set of token rows.
+    """Tokenizes C4-format shards into a data set of token rows.
 
     Attributes:
       source: training text: a glob or folder of .json.gz shards (any etils.epath path), or tfds:NAME for a
-        data set that TFDS has prepared (tfds:c4/en, or tfds:/path/to/it).
-      validation: validation text, likewise; not used with tfds:, whose own validation split is taken.
+        data set that TFDS has prepared (tfds:c4/en or tfds:/path/to/it).
+      validation: validation text, in the same forms; not used with tfds:, which has its own validation split.
       tokenizer: SentencePiece model file.
-      out: folder of the data set; one of gs:// or s3:// is prepared on this machine's disk, in MORA_CACHE or
-        ~/.cache/mora_jax, and copied there in the end.
-      sequence_length: tokens of a row.
-      skip_lines: bad lines (not JSON, no text) to skip before giving up.
-      workers: processes; 0 for one a core.
-      tfds_data_dir: where TFDS keeps its data sets; empty for its default.
+      out: folder of the data set; one in gs:// or s3:// is prepared on this machine's disk, in MORA_CACHE or
+        ~/.cache/mora_jax, and then uploaded.
+      sequence_length: tokens per row.
+      skip_lines: bad lines (not JSON, or without text) that are skipped; one more is an error.
+      workers: processes; 0 for one per core.
+      tfds_data_dir: folder of the data sets of TFDS; empty for its default.
     """
 
     source: str
@@ -47,9 +47,9 @@ class TrainTokenizer:
 
     Attributes:
       source: text: a glob or folder of C4-format shards.
-      out: the model file to write, ending in .model.
-      vocab_size: pieces.
-      max_documents: documents to train on, at most.
+      out: model file to write, ending in .model.
+      vocab_size: number of pieces.
+      max_documents: most documents to train on.
     """
 
     source: str
@@ -60,12 +60,12 @@ class TrainTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Pretrains a model as a config file says, or goes on with it; every scalar of it is also a flag.
+    """Pretrains a model from a config file, or resumes its run. Flags override the file's values.
 
     Attributes:
       config: YAML file, such as configs/demo.yaml.
-      resume: go on with the run that the folder holds, if it holds one; with --no-resume it is refused.
-      dry_run: show shapes, trainable and frozen parameters, tokens and steps, and stop.
+      resume: resume the run in --run-dir if there is one; with --no-resume such a folder is an error.
+      dry_run: only show shapes, trainable and frozen parameters, tokens and steps.
     """
 
     config: Config
@@ -76,16 +76,16 @@ class Pretrain:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config needs of each TPU or GPU, found by compiling its training step here, without any of them.
+    """Computes what a config needs of each TPU or GPU, by compiling its training step without any of them.
 
-    Every scalar of the config is also a flag. Exits with status 1 where it does not fit.
+    Flags override the file's values. Exits with status 1 if the config does not fit.
 
     Attributes:
       config: YAML file, such as configs/1_3b_remora.yaml.
-      topology: slice of TPUs to compile for with the TPU compiler, such as v5e:16x16; empty for none.
-      devices: GPUs to plan for instead, simulated by as many CPU devices; 0 for none.
-      memory: GiB of one such GPU.
-      every_program: compile the restart and the evaluation too, not only the training step.
+      topology: slice of TPUs to compile for, with the TPU compiler, such as v5e:16x16; empty for none.
+      devices: number of GPUs to plan for instead, simulated by CPU devices; 0 for none.
+      memory: memory of one such GPU, in GiB.
+      every_program: also compile the restart and the evaluation.
       out: JSON file for all figures, in bytes; empty for none.
     """
 
@@ -100,16 +100,16 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PlanTable:
-    """Plans of several configs on several slices of TPUs as one table in Markdown.
+    """Prints the plans of several configs on several slices of TPUs as one Markdown table.
 
-    Each config is divided over all chips of a slice, with layers recomputed and splash attention.
+    Each config is sharded over all chips of a slice, with compute.remat full and splash attention.
 
     Attributes:
       configs: YAML files.
       topologies: slices of TPUs, such as v5e:2x4 v5e:16x16.
-      sequences: of a microbatch on one chip, at most.
-      out: JSON file that keeps every plan: what is in it is not compiled again.
-      state_only: compile nothing: of what is not in the file, show the sizes of the state and the formula.
+      sequences: most sequences of a microbatch on one chip.
+      out: JSON file of plans; those that it holds are not compiled again.
+      state_only: compile nothing; for plans that the file lacks, show the sizes of the state and the formula.
     """
 
     configs: tuple[str, ...]
@@ -121,13 +121,13 @@ class PlanTable:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Validation perplexity of a run or of an exported model.
+    """Computes the validation perplexity of a run or of an exported model.
 
     Attributes:
       path: folder of a run, or Hugging Face folder.
       data: data set to evaluate on; empty for the run's own.
-      batch_size: sequences a batch.
-      max_batches: batches to read; 0 for the whole split.
+      batch_size: sequences per batch.
+      max_batches: most batches to read; 0 for the whole split.
       dtype: type of products.
     """
 
@@ -140,7 +140,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A run's merged weights and tokenizer as a Hugging Face folder.
+    """Exports a run's merged weights and tokenizer as a Hugging Face folder.
 
     Attributes:
       run_dir: folder of the run.
@@ -155,11 +155,11 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class ListCheckpoints:
-    """A run's checkpoints, each verified against its manifest; exits with status 4 if one is damaged.
+    """Lists and verifies a run's checkpoints. Exits with status 4 if one is damaged.
 
     Attributes:
       run_dir: folder of the run, which may be training.
-      no_verify: only list them; reading every file takes a while where they are large.
+      no_verify: only list the checkpoints; verifying reads every file.
     """
 
     run_dir: Folder
@@ -168,11 +168,11 @@ class ListCheckpoints:
 
 @dataclasses.dataclass(frozen=True)
 class SurveyMethods:
-    """A table of methods and operators for a model: trainable parameters, r_hat, attainable rank.
+    """Prints a table of methods for a model: trainable parameters, r_hat, attainable rank.
 
     Attributes:
-      rank: LoRA's rank, and the one whose parameter count MoRA matches.
-      model: the model whose seven linears are adapted.
+      rank: rank of LoRA, whose parameter count MoRA matches.
+      model: the model; its seven linears are adapted.
     """
 
     rank: int = 128
@@ -181,16 +181,16 @@ class SurveyMethods:
     )
 
     def __post_init__(self) -> None:
-        MoRA(self.rank)  # refuses a rank that is none
+        MoRA(self.rank)  # raises InputError for a bad rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """The whole path on text of this Python installation: gather, tokenize, prepare, pretrain, export.
+    """Tokenizes, prepares, pretrains and exports on text of this Python installation.
 
     Attributes:
-      config: the run's config.
-      folder: where its data and its run are written; what is there is replaced.
+      config: YAML file of the run.
+      folder: folder for the data and the run; an earlier demo in it is replaced.
     """
 
     config: str = "configs/demo.yaml"

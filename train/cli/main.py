@@ -1,4 +1,4 @@
-"""`mora`: the one command line. Each subcommand is a frozen dataclass of flags and a function of it."""
+"""The command line `mora`. Each command is a frozen dataclass of flags and a function of it."""
 
 import sys
 import traceback
@@ -66,7 +66,7 @@ def pretrain(command: Pretrain) -> None:
 
 
 def train(command: Pretrain) -> None:
-    """Trains, as one of several processes where it is so."""
+    """Trains, possibly as one of several processes."""
     import jax
 
     from train.jobs.pretrain import pretrain as run
@@ -175,10 +175,10 @@ def demo(command: Demo) -> None:
     run(command.config, command.folder)
 
 
-# What they print is a log: their results are files. What any other command prints is its result.
+# Commands that print a log and write their results to files. All others print their result.
 _WORK = ("prepare-data", "train-tokenizer", "pretrain", "export", "demo")
 
-# Functions import what they run only then, so that `mora --help` answers at once.
+# The functions import what they run, so that `mora --help` is quick.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prepare-data": (PrepareData, prepare_data),
     "train-tokenizer": (TrainTokenizer, train_tokenizer),
@@ -199,7 +199,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one command. What ends it early is one line on stderr and a status of `train.console.exits`."""
+    """Runs one command. Errors become one line on stderr and an exit status of `train.console.exits`."""
     words = sys.argv[1:] if args is None else list(args)
     with streams.unheard(result=not set(words[:1]) & set(_WORK)):
         try:
@@ -210,7 +210,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def explain(error: BaseException) -> int:
-    """Says in one line on stderr what ended a command, or shows where a bug is; the status to exit with."""
+    """Prints an error as one line on stderr, or a bug as its traceback. Returns the exit status."""
     match error:
         case SystemExit():
             return error.code if isinstance(error.code, int) else bool(error.code)
@@ -233,7 +233,7 @@ def explain(error: BaseException) -> int:
 
 
 def run(args: list[str]) -> None:
-    """Finds the command, builds its flags and calls it. Raises InputError for an unknown one."""
+    """Parses the flags of a command and runs it. Raises InputError for an unknown command."""
     if not args or args[0] in ("-h", "--help"):
         return print_commands()
     if args[0] == "--version":
@@ -251,10 +251,10 @@ def run(args: list[str]) -> None:
 
 
 def read_with_config(command: type, name: str, args: list[str]) -> Any:
-    """`mora NAME CONFIG ...`: the file's values as flags ahead of the user's.
+    """Returns the command of `mora NAME CONFIG [flags]`. Flags override the file's values.
 
     Raises:
-      InputError: naming what is wrong, also where the file does not come first.
+      InputError: for bad values, and if the file does not come first.
     """
     if not args or args[0].startswith("-"):
         raise InputError(f"mora {name} needs a config file first: mora {name} CONFIG [flags]")
@@ -280,7 +280,7 @@ def print_commands() -> None:
 
 
 def print_summary(summary: dict[str, Any], title: str) -> None:
-    """A short table of figures, which may come from a file."""
+    """Prints a short table of figures. Control characters in it are escaped."""
     table = Table("", "", title=spelled_out(title), show_header=False)
     for name, value in summary.items():
         table.add_row(spelled_out(name.replace("_", " ")), spelled_out(_readable(value)))

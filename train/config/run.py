@@ -1,4 +1,4 @@
-"""Everything that a run depends on: a frozen dataclass of sections, checked where it is built.
+"""The config of a run: a frozen dataclass of sections that checks its values.
 
 A config file is YAML with the same nesting. Scalar fields are also flags (`--optimizer.learning-rate 1e-3`).
 """
@@ -46,31 +46,31 @@ class RunConfig:
     """One pretraining run.
 
     Attributes:
-      run_dir: folder the run is written to, on a disk or in a bucket of gs:// or s3://.
-      seed: of the initialisation, the order of the data and the restarts.
-      steps: optimizer steps.
-      batch_size: sequences of an optimizer step, over all devices.
+      run_dir: folder that the run is written to, on a disk or in a bucket of gs:// or s3://.
+      seed: seed of the initialisation, the order of the data and the restarts.
+      steps: optimizer steps of the run.
+      batch_size: sequences per optimizer step, over all devices.
       microbatches: parts that a batch is computed in, one after another (gradient accumulation).
       init_from: Hugging Face folder or run to start from instead of random weights; empty for none.
-      model: what the model is.
-      compute: how it is computed.
-      data: where the prepared text is.
-      method: what is done with adapted kernels. The flags are those of the method that --method.name names,
-        or else the config file, and of its operator. If the command line changes either, the file's fields
-        that the new one lacks are dropped.
+      model: architecture and sizes.
+      compute: how the model is computed.
+      data: the prepared text.
+      method: how adapted kernels are updated. The flags are those of the method that --method.name or the
+        config file names, and of its operator. If a flag changes the method or the operator, the file's
+        fields that the new one lacks are dropped.
       params: which parameters are adapted, and which are trained themselves.
       optimizer: AdamW.
-      schedule: how the learning rate goes.
-      restart: ReMoRA's and ReLoRA's restarts.
-      bad_steps: which updates are skipped.
+      schedule: the learning rate over the run.
+      restart: restarts of ReMoRA and ReLoRA.
+      bad_steps: updates that are skipped.
       eval: perplexity on the validation split.
-      checkpoint: what is kept.
-      deterministic: the same bits on a GPU, too, after going on from a checkpoint; programs are then kept in
-        the run's folder, some are slower, and attention is not cuDNN's. Elsewhere it is so in any case.
-      compilation: how programs are compiled.
-      log: who is told.
-      mesh: how the devices are laid out.
-      distributed: the processes that the run is made of.
+      checkpoint: how often checkpoints are saved, and which are kept.
+      deterministic: a resumed run computes the same bits on a GPU, too, as it always does elsewhere. Compiled
+        programs are then kept in the run's folder, some are slower, and attention is not cuDNN's.
+      compilation: the cache of compiled programs.
+      log: logs besides JSON lines and TensorBoard.
+      mesh: the devices in three axes.
+      distributed: the processes of the run.
       rules: (regex of paths, method | "train" | "frozen"), first match wins; YAML and Python only, instead
         of `method` and `params`.
     """
@@ -101,7 +101,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         reachable("run_dir", self.run_dir)
-        if not 0 <= self.seed < 2**32:  # what JAX's keys can tell apart
+        if not 0 <= self.seed < 2**32:  # JAX's keys distinguish no more
             raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         at_least("steps", self.steps, 1)
         at_least("batch_size", self.batch_size, 1, MOST_SEQUENCES)
@@ -130,10 +130,10 @@ class RunConfig:
                 "deterministic keeps compiled programs in the run's folder; leave compilation.cache at auto"
             )
         if self.deterministic and self.compute.attention == "cudnn":
-            # With jaxlib 0.11.2 the first step of every head width tried ends in an IndexError of XLA.
+            # With jaxlib 0.11.2 the first step ends in an IndexError of XLA at every head width tried.
             raise InputError(
-                "deterministic excludes compute.attention cudnn, whose backward pass is another each time, "
-                "and which XLA cannot run deterministically; use xla"
+                "deterministic excludes compute.attention cudnn, whose backward pass is not, and which XLA "
+                "cannot run deterministically; use xla"
             )
         self._check_restarts()
 
@@ -152,7 +152,7 @@ class RunConfig:
             raise InputError(f"restart.every needs methods with an update to merge: {additive}")
 
     def warnings(self) -> list[str]:
-        """What is allowed but probably not meant, a sentence each."""
+        """Returns a sentence for each setting that is allowed but probably not meant."""
         operators = (
             {c.operator for _, c in self.parameter_rules() if isinstance(c, MoRA)}
             if self.restart.every
@@ -165,13 +165,14 @@ class RunConfig:
         ]
         if 0 < self.restart.every <= self.bad_steps.window:
             told.append(
-                f"no spike of the gradient can be seen: bad_steps.window {self.bad_steps.window} is not full "
-                f"before the next restart; choose one below restart.every {self.restart.every}"
+                "no spike of the gradient can be detected: bad_steps.window "
+                f"{self.bad_steps.window} is not full before the next restart; "
+                f"choose one below restart.every {self.restart.every}"
             )
         return told
 
     def parameter_rules(self) -> transform.Rules:
-        """The rules for `mora_jax.assign`, from `rules` or from `method`."""
+        """Returns the rules for `mora_jax.assign`, from `rules` or from `method` and `params`."""
         if self.rules:
             return self.rules  # pyright: ignore[reportReturnType]
         if self.method == "full":
@@ -181,15 +182,15 @@ class RunConfig:
         return (*adapt, *train, (".*", "frozen"))
 
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step reads."""
+        """Returns the tokens of one optimizer step."""
         return self.batch_size * self.data.sequence_length
 
     def restarts_before(self, step: int) -> int:
-        """How many restarts happened before the restart, if any, of optimizer step `step` (from 0)."""
+        """Returns the number of restarts before that of optimizer step `step` (from 0), if it has one."""
         return max(step - 1, 0) // self.restart.every if self.restart.every else 0
 
     def restarts_at(self, step: int) -> bool:
-        """Whether a restart happens just before optimizer step `step` (from 0)."""
+        """Returns whether a restart precedes optimizer step `step` (from 0)."""
         return bool(self.restart.every) and 0 < step < self.steps and step % self.restart.every == 0
 
 

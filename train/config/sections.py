@@ -1,4 +1,4 @@
-"""The sections of a run's config: frozen dataclasses, each checked where it is built."""
+"""The sections of a run's config: frozen dataclasses that check their values."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,7 @@ REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
 # Fields of a config that have no flag.
 YAML_ONLY = ("rules", "groups")
 
-
-# What JAX's int32 holds; no count of a run is near it.
+# The largest int32 of JAX; no count of a run comes near it.
 MOST = 2**31 - 1
 MOST_SEQUENCES = 2**24
 
@@ -46,12 +45,12 @@ def number(name: str, value: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where the prepared text is.
+    """The prepared text.
 
     Attributes:
-      directory: data set made by `mora prepare-data`; one of gs:// or s3:// is copied to this machine's disk
-        first, into MORA_CACHE or ~/.cache/mora_jax.
-      sequence_length: tokens of a row; must be the data set's.
+      directory: data set made by `mora prepare-data`; one in gs:// or s3:// is first downloaded to this
+        machine's disk, into MORA_CACHE or ~/.cache/mora_jax.
+      sequence_length: tokens per row; must be that of the data set.
     """
 
     directory: str = "data/c4"
@@ -67,8 +66,8 @@ class Params:
     """Which parameters are adapted and which are trained themselves. All others are frozen.
 
     Attributes:
-      adapt: regex of the kernels that get an adapter; not used by full and frozen.
-      train: regex of the parameters that are trained themselves; empty for none; full trains all.
+      adapt: regex of the paths of kernels that get an adapter; not used by full and frozen.
+      train: regex of the paths of parameters that are trained themselves; empty for none; full trains all.
     """
 
     adapt: str = LINEARS
@@ -101,10 +100,9 @@ class Optimizer:
       learning_rate: the peak rate.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled decay of all trained arrays but the scales of norms and DoRA's magnitudes, per
-        unit of learning rate.
-      clip_norm: largest global norm of the gradient; 0 does not clip.
+      eps: added to the square root of the second moment.
+      weight_decay: decoupled weight decay per unit of learning rate; scales of norms and the like have none.
+      clip_norm: largest global norm of the gradient; 0 for no clipping.
       groups: (regex of paths, GroupRule), first match wins; YAML and Python only.
     """
 
@@ -128,12 +126,12 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How the learning rate goes over the run.
+    """The learning rate over the run.
 
     Attributes:
       kind: shape after the warm-up; jagged-cosine warms up again after every restart.
       warmup: optimizer steps of linear warm-up from 0.
-      min_ratio: the rate at the end, as a share of the peak.
+      min_ratio: rate at the end as a fraction of the peak.
     """
 
     kind: Literal["linear", "cosine", "jagged-cosine"] = "cosine"
@@ -148,13 +146,13 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class BadSteps:
-    """Which updates are skipped: those of a loss or gradient that is not finite, or a spike.
+    """Updates that are skipped: those whose loss or gradient is not finite or spikes.
 
     Attributes:
-      window: good steps before, whose median is what is normal; no spike is seen before there are as many
-        (gradients: since the last restart). 0 looks for no spikes.
-      factor: a spike is a perplexity or a gradient norm above this many times the median.
-      patience: bad steps in a row that stop the run.
+      window: number of preceding good steps whose median is compared with; no spike is detected before there
+        are as many (for gradients, since the last restart). 0 detects no spikes.
+      factor: a spike is a perplexity or a gradient norm above this multiple of the median.
+      patience: consecutive bad steps that stop the run.
     """
 
     window: int = 100
@@ -169,14 +167,14 @@ class BadSteps:
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """Merge, re-initialise, switch the group type: ReMoRA and ReLoRA.
+    """Restarts of ReMoRA and ReLoRA: merge, initialise again, switch the pattern.
 
     Attributes:
       every: optimizer steps between restarts; 0 for none.
       warmup: optimizer steps of linear warm-up after a restart.
       optimizer: the adapters' Adam state: "reset" zeroes moments and count; "magnitude" and "random" zero a
-        share of the entries of each moment, the smallest or any, and keep the count.
-      prune: that share, in (0, 1]; not used by "reset".
+        fraction of each moment's entries, the smallest or random ones, and keep the count.
+      prune: that fraction, in (0, 1]; not used by "reset".
     """
 
     every: int = 0
@@ -199,8 +197,8 @@ class Evaluation:
 
     Attributes:
       every: optimizer steps between evaluations; 0 for the end only.
-      batch_size: sequences a batch.
-      max_batches: batches an evaluation reads; 0 for the whole split.
+      batch_size: sequences per batch.
+      max_batches: most batches that an evaluation reads; 0 for the whole split.
     """
 
     every: int = 1000
@@ -215,12 +213,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is kept.
+    """Checkpoints.
 
     Attributes:
       every: optimizer steps between checkpoints; 0 for the end only.
-      keep: newest checkpoints to keep; 0 for all.
-      keep_every: steps between checkpoints that are kept for good, a multiple of every; 0 for none.
+      keep: number of newest checkpoints to keep; 0 for all.
+      keep_every: steps between checkpoints that are never deleted, a multiple of every; 0 for none.
     """
 
     every: int = 1000
@@ -240,12 +238,11 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """How programs are compiled.
+    """Compilation.
 
     Attributes:
-      cache: folder of compiled programs, which spares a restart the compiler; "auto" for jax_cache beside
-        the run's folder, or what JAX_COMPILATION_CACHE_DIR names; "off" for none. Who can write to it can
-        run code.
+      cache: folder of compiled programs, so that a resumed run compiles nothing; "auto" for jax_cache beside
+        the run's folder, or JAX_COMPILATION_CACHE_DIR; "off" for none. Whoever can write to it can run code.
     """
 
     cache: str = "auto"
@@ -257,7 +254,7 @@ class Compilation:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Who is told. JSON lines and TensorBoard are always written.
+    """Logs besides JSON lines and TensorBoard, which are always written.
 
     Attributes:
       wandb: Weights & Biases project; empty for none.
@@ -268,12 +265,12 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How the devices are laid out, in three axes. One of the sizes may be -1: all the devices that are left.
+    """The devices in three axes. One of the sizes may be -1, for all remaining devices.
 
     Attributes:
-      data: devices among which a batch is divided, each with a copy of the state.
-      fsdp: devices among which a batch and each copy of the state are divided.
-      tensor: devices that share the attention heads and the MLP's width of each token.
+      data: devices that a batch is sharded over; each has a copy of the state.
+      fsdp: devices that a batch and each copy of the state are sharded over.
+      tensor: devices that the attention heads and the MLP's width of each token are sharded over.
     """
 
     data: int = -1
@@ -291,15 +288,14 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """The processes that a run is made of. Slurm, Open MPI and TPU pods are known by their environment.
+    """The processes of a run. Slurm, Open MPI and TPU pods are detected from the environment.
 
     Attributes:
-      coordinator_address: host:port of process 0, where the processes meet; empty for what the environment
-        says.
-      num_processes: processes, with a coordinator_address.
-      process_id: which of them this is, from 0, with a coordinator_address.
+      coordinator_address: host:port of process 0; empty to detect the processes.
+      num_processes: number of processes; needs a coordinator_address.
+      process_id: index of this process, from 0; needs a coordinator_address.
       initialization_timeout: seconds that the processes wait for each other at the start.
-      heartbeat_timeout: seconds of silence after which a process counts as gone.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
     """
 
     coordinator_address: str = ""
