@@ -79,7 +79,7 @@ def stop(config):
 HOLD = """
 import sys
 from train.storage import lock
-with lock.alone(sys.argv[1]):
+with lock.lock_run(sys.argv[1]):
     print(flush=True)
     input()
 """

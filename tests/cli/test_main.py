@@ -337,7 +337,7 @@ def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_p
     done = program("pretrain", str(tiny_yaml), "--run-dir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, *progress = done.stderr.splitlines()
-    assert first == "mora: run holds a run: going on after 9 of 22 updates"
+    assert first == "mora: run holds a run: resuming after 9 of 22 updates"
     assert all(line.startswith("training ") for line in progress), done.stderr
     assert {"run", "steps", "restarts", "device"} <= set(re.findall(r"\w+", done.stdout))
     metas = []

@@ -14,7 +14,7 @@ from typing import TextIO
 import pytest
 from rich.console import Console
 
-from train.console.streams import PATIENCE, unheard
+from train.console.streams import PATIENCE, lossy_output
 
 FULL = Path("/dev/full")
 MUCH = "x" * (1 << 18)  # more than what a pipe and a stream hold back
@@ -44,7 +44,7 @@ def tell(told: str, drawn: bool) -> None:
 def test_what_nobody_reads_any_more_is_dropped(monkeypatch, told, drawn, result):
     reading, writing = os.pipe()
     with replaced(monkeypatch, os.fdopen(writing, "w")):
-        with unheard(result):
+        with lossy_output(result):
             print("heard", flush=True)
             assert os.read(reading, 100) == b"heard\n"
             os.close(reading)
@@ -57,7 +57,7 @@ def test_what_nobody_reads_any_more_is_dropped(monkeypatch, told, drawn, result)
 @pytest.mark.parametrize("drawn", [False, True])
 @needs_full
 def test_what_no_disk_has_room_for_is_dropped(monkeypatch, told, drawn):
-    with replaced(monkeypatch, FULL.open("w")), unheard():
+    with replaced(monkeypatch, FULL.open("w")), lossy_output():
         tell(told, drawn)
         sys.stdout.flush()
 
@@ -65,13 +65,13 @@ def test_what_no_disk_has_room_for_is_dropped(monkeypatch, told, drawn):
 def test_what_a_lost_terminal_is_told_is_dropped(monkeypatch):
     screen, terminal = os.openpty()
     os.close(screen)
-    with replaced(monkeypatch, os.fdopen(terminal, "w")), unheard():
+    with replaced(monkeypatch, os.fdopen(terminal, "w")), lossy_output():
         tell("a little", drawn=True)
         sys.stdout.flush()
 
 
 def test_streams_that_were_closed_are_none(monkeypatch):
-    with replaced(monkeypatch, None), unheard():
+    with replaced(monkeypatch, None), lossy_output():
         tell("a little", drawn=True)
         assert not sys.stderr.isatty()
 
@@ -80,7 +80,7 @@ def test_a_reader_that_reads_nothing_is_waited_for_once_and_not_long(monkeypatch
     reading, writing = os.pipe()
     with replaced(monkeypatch, os.fdopen(writing, "w")):
         began = time.monotonic()
-        with unheard():
+        with lossy_output():
             for _ in range(3):
                 tell(MUCH, drawn=True)
         assert PATIENCE <= time.monotonic() - began < 3 * PATIENCE  # two streams
@@ -91,7 +91,7 @@ def test_a_reader_that_reads_nothing_is_waited_for_once_and_not_long(monkeypatch
 def test_a_reader_that_comes_back_hears_what_is_told_then(monkeypatch):
     reading, writing = os.pipe()
     with replaced(monkeypatch, os.fdopen(writing, "w")):
-        with unheard():
+        with lossy_output():
             print(MUCH, flush=True)
             print("dropped", flush=True)
             left = len(MUCH) + 1
@@ -114,7 +114,7 @@ def test_a_result_waits_for_a_slow_reader(monkeypatch):
 
     thread = threading.Thread(target=read_late)
     thread.start()
-    with replaced(monkeypatch, os.fdopen(writing, "w")), unheard(result=True):
+    with replaced(monkeypatch, os.fdopen(writing, "w")), lossy_output(result=True):
         print(MUCH)
     thread.join()
     assert heard == [MUCH + "\n"]
@@ -122,7 +122,7 @@ def test_a_result_waits_for_a_slow_reader(monkeypatch):
 
 @pytest.mark.parametrize("result", [False, True])
 def test_what_is_read_arrives(capsys, result):
-    with unheard(result):
+    with lossy_output(result):
         print("out")
         print("err", end="", file=sys.stderr)
     assert capsys.readouterr() == ("out\n", "err")
@@ -130,7 +130,7 @@ def test_what_is_read_arrives(capsys, result):
 
 @needs_full
 def test_a_result_that_cannot_be_written_is_an_error(monkeypatch):
-    with replaced(monkeypatch, FULL.open("w")), unheard(result=True):
+    with replaced(monkeypatch, FULL.open("w")), lossy_output(result=True):
         print(MUCH)
         with pytest.raises(OSError, match="No space left"):
             sys.stdout.flush()
@@ -138,8 +138,8 @@ def test_a_result_that_cannot_be_written_is_an_error(monkeypatch):
 
 CLOSED = """
 import os
-from train.console.streams import unheard
-with unheard():
+from train.console.streams import lossy_output
+with lossy_output():
     with open("file", "w") as file:
         assert file.fileno() > 2
     print("nothing")

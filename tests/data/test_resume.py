@@ -217,7 +217,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from train.storage import lock
-with lock.held(Path(sys.argv[1]), "out", ""):
+with lock.lock_file(Path(sys.argv[1]), "--out", ""):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -240,15 +240,15 @@ def test_a_second_program_is_refused(text: Path, tmp_path: Path, bucket: str, pl
 
 
 def test_another_program_finishes_it_meanwhile(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = lock.held
+    real = lock.lock_file
 
     def late(*args: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(lock, "held", real)
+            patch.setattr(lock, "lock_file", real)
             prepared(text, tmp_path / "d")
         return real(*args)
 
-    monkeypatch.setattr(lock, "held", late)
+    monkeypatch.setattr(lock, "lock_file", late)
     done = []
     monkeypatch.setattr(workers, "write_shard", lambda job, _: (done.append(job), shard.write_shard(job, _)))
     prepared(text, tmp_path / "d")
@@ -259,7 +259,7 @@ def test_another_program_finishes_it_meanwhile(text: Path, tmp_path: Path, monke
 def test_a_finished_data_set_needs_no_lock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It may lie on a read-only disk."""
     first = prepared(text, tmp_path / "d")
-    monkeypatch.setattr(lock, "held", None)
+    monkeypatch.setattr(lock, "lock_file", None)
     assert prepared(text, tmp_path / "d") == first
 
 

@@ -17,6 +17,7 @@ from tiny_runs import (
 from train.config.sections import BadSteps, Restart, Schedule
 from train.console import exits
 from train.jobs import pretrain as loop
+from train.run import session
 from train.run.checkpoint import Checkpoints
 from train.run.step_log import IN_FLIGHT
 
@@ -101,7 +102,7 @@ def test_a_run_that_was_killed_before_it_said_that_it_diverged_says_so_first(fre
     config = diverging(free)
     folder = Path(config.run_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "note_diverged", killed)
+        patch.setattr(session, "note_diverged", killed)
         with pytest.raises(Interrupted):
             loop.pretrain(config)
     told = lines(folder)

@@ -11,6 +11,7 @@ from mora_jax.errors import InputError
 from train.config import flags
 from train.data.rows.info import load_info
 from train.jobs import pretrain as loop
+from train.run import session
 from train.run.checkpoint import Checkpoints
 from train.run.folder import read_config
 
@@ -103,4 +104,4 @@ def test_bad_input_leaves_no_run_behind(tiny_yaml, tmp_path, message, changes):
 )
 def test_what_is_due_after_which_update(tiny_run, every, updates):
     config = dataclasses.replace(tiny_run.config, steps=8)
-    assert [step - 1 for step in range(9) if loop.due(every, step, config)] == updates
+    assert [step - 1 for step in range(9) if session.due(every, step, config)] == updates

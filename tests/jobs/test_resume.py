@@ -20,6 +20,7 @@ from tiny_runs import (
 
 from mora_jax.errors import InputError
 from train.jobs import pretrain as loop
+from train.run import resume
 from train.run.checkpoint import Checkpoints, SaveError
 from train.step.step import train_step
 
@@ -78,7 +79,7 @@ def test_a_run_none_of_whose_checkpoints_is_good_is_not_begun_anew(free, tiny_ru
             (checkpoint / "manifest.json").unlink()
     before = contents(folder)
     message = (
-        "has 8 checkpoints and none is good" if lost == "damaged" else "22 updates, saved every 3, and has no"
+        "has 8 checkpoints and none is good" if lost == "damaged" else "22 updates, saved every 3, but has no"
     )
     with pytest.raises(InputError, match=message):
         loop.pretrain(free)
@@ -102,7 +103,7 @@ def test_a_run_killed_before_its_folder_tells_of_it_is_begun_anew(free, tiny_run
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "claim", killed)
+        patch.setattr(resume, "claim", killed)
         with pytest.raises(Interrupted):
             loop.pretrain(free)
     assert (Path(free.run_dir) / "metrics.jsonl").exists()
@@ -169,7 +170,7 @@ def test_a_run_whose_folder_is_removed_stops_at_the_next_save(free, monkeypatch,
             yield batch
 
     monkeypatch.setattr(loop, "train_batches", removing)
-    with pytest.raises(InputError, match="was removed while it was in use; nothing is saved"):
+    with pytest.raises(InputError, match="was removed during the run; nothing is saved"):
         loop.pretrain(free)
     assert folder.exists() == bool(what)
 

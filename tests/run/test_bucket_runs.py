@@ -156,9 +156,7 @@ def test_lines_are_taken_up_before_a_checkpoint_is_sealed(bucket: str):
 
 def test_several_processes_are_sent_to_another_store(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(
-        InputError, match=r"several processes cannot write checkpoints to s3://; give them gs://"
-    ):
+    with pytest.raises(InputError, match=r"several processes cannot write checkpoints to s3://; use gs://"):
         Checkpoints(f"{bucket}/c")
     Checkpoints("gs://bucket/c")
 
@@ -273,7 +271,7 @@ def test_what_cannot_go_on_is_refused_as_on_a_disk(config, tiny_run):
         if not name.startswith("checkpoints/"):
             (epath.Path(config.run_dir) / name).write_bytes((tiny_run.folder / name).read_bytes())
     config = dataclasses.replace(config, data=tiny_run.config.data)
-    with pytest.raises(InputError, match="tells of 22 updates, saved every 3, and has no checkpoint"):
+    with pytest.raises(InputError, match="has logged 22 updates, saved every 3, but has no checkpoint"):
         loop.pretrain(config)
     with pytest.raises(InputError, match="already holds a run"):
         loop.pretrain(config, resume=False)

@@ -139,7 +139,7 @@ def test_files_made_to_harm_are_an_input_error(directory: Path):
         ),
         (
             lambda a: a.replace(adapters={"m": jax.ShapeDtypeStruct((), jnp.float32)}),
-            "adapters/m is not there",
+            "adapters/m is missing",
         ),
         (lambda a: a.replace(opt_state=()), "opt_state/0/count is .* must be absent"),
     ],

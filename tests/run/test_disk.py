@@ -132,7 +132,7 @@ def test_a_read_only_folder_is_refused_and_nothing_in_it_changes(config, tiny_ru
     finally:
         disk.read_only(False)
     assert stopped.value.code == exits.BAD_INPUT
-    line = f"mora: run_dir {config.run_dir} cannot be written to: Read-only file system\n"
+    line = f"mora: --run-dir {config.run_dir} cannot be written to: Read-only file system\n"
     *warnings, told = capsys.readouterr().err.splitlines(keepends=True)
     assert told == line
     assert all("mora: warning: " in warning for warning in warnings)
@@ -153,7 +153,7 @@ def test_a_full_disk_has_a_status_of_its_own(config, disk, tiny_yaml, capsys):
 HOLD = """
 import sys
 from train.storage import lock
-with lock.alone(sys.argv[1]):
+with lock.lock_run(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """

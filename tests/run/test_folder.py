@@ -263,8 +263,8 @@ def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
 )
 def test_the_widest_mesh_for_a_model(tiny_run, hf_folder, batch_size, mlp, devices):
     """The widths of the MLP need not divide, the hidden size does."""
-    config = json.loads((hf_folder / hf.CONFIG).read_text())
-    (hf_folder / hf.CONFIG).write_text(json.dumps(config | {"intermediate_size": mlp}))
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"intermediate_size": mlp}))
     assert dict(widest_mesh(str(hf_folder), batch_size).shape) == {
         "data": 1,
         "fsdp": devices,

@@ -53,7 +53,7 @@ def test_a_link_is_found_whatever_it_leads_to(folder: epath.Path, tmp_path: Path
     outside.write_bytes((folder / "a").read_bytes())
     (folder / "a").unlink()
     Path(folder / "a").symlink_to(outside)
-    assert damage(folder) == [f"{folder / 'a'} is damaged: it is no plain file"]
+    assert damage(folder) == [f"{folder / 'a'} is damaged: it is not a regular file"]
     (folder / "a").unlink()
     Path(folder / "a").write_bytes(outside.read_bytes())
     assert damage(folder) == []
@@ -79,7 +79,7 @@ def test_a_link_to_a_folder_is_found(folder: epath.Path, tmp_path: Path):
 def test_a_pipe_is_not_waited_for(folder: epath.Path, name: str):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert [line for line in damage(folder) if "no plain file" in line and name in line]
+    assert [line for line in damage(folder) if "not a regular file" in line and name in line]
 
 
 def test_a_file_of_another_size_is_not_read(folder: epath.Path):
@@ -131,5 +131,5 @@ def test_a_manifest_of_endless_nesting_or_size_is_refused(
     assert damage(folder) == [f"{folder / MANIFEST} is damaged: its content is not what was saved"]
     monkeypatch.setattr(manifest, "_LIMIT", 100)
     (folder / MANIFEST).write_text(json.dumps({"step": "2" * 100}))
-    with pytest.raises(InputError, match="no plain file of at most 100 bytes"):
+    with pytest.raises(InputError, match="not a regular file of at most 100 bytes"):
         manifest.read(folder, 7)

@@ -83,10 +83,10 @@ def test_a_resumed_run_tells_no_update_twice(tmp_path: Path):
     ("left", "told"),
     [
         (range(6), ""),
-        (range(2), "does not tell of updates 2 to 5, which are done and not done again"),
-        ((0, 1, 2, 4, 5), "does not tell of updates 3, which"),
-        ((1, 4), "does not tell of updates 0, 2 to 3, 5, which"),
-        ((), "does not tell of updates 0 to 5, which"),
+        (range(2), "lacks updates 2 to 5; they are done and not repeated"),
+        ((0, 1, 2, 4, 5), "lacks updates 3; they"),
+        ((1, 4), "lacks updates 0, 2 to 3, 5; they"),
+        ((), "lacks updates 0 to 5; they"),
     ],
 )
 def test_what_is_missing_of_the_updates_done_is_told(tmp_path: Path, capsys, left, told: str):

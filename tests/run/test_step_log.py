@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.run import step_log
-from train.run.step_log import IN_FLIGHT, Watch
+from train.run.step_log import IN_FLIGHT, StepLog
 
 
 class Lines(list):
@@ -34,24 +34,24 @@ def clock(monkeypatch):
     return Clock
 
 
-def follow(watch: Watch, step: int, bad: int = 0) -> None:
+def add(log: StepLog, step: int, bad: int = 0) -> None:
     scalars = {"loss": step / 2, "grad_norm": 0.5, "skipped_steps": 2 * bad, "bad_in_a_row": bad}
-    watch.follow(step, {name: jnp.float32(value) for name, value in scalars.items()}, 0.125 * step)
+    log.add(step, {name: jnp.float32(value) for name, value in scalars.items()}, 0.125 * step)
 
 
 def test_steps_are_told_of_late_and_in_order(lines, clock):
-    w = Watch(lines, 100)
+    log = StepLog(lines, 100)
     for step in range(5):
-        follow(w, step)
+        add(log, step)
         assert len(lines) == max(0, step + 1 - IN_FLIGHT)
-    w.drain()
+    log.drain()
     assert [step for step, _ in lines] == [0, 1, 2, 3, 4]
 
 
 def test_what_a_line_holds(lines, clock):
-    w = Watch(lines, 100)
-    follow(w, 3)
-    w.drain()
+    log = StepLog(lines, 100)
+    add(log, 3)
+    log.drain()
     expected = {"loss": 1.5, "grad_norm": 0.5, "skipped_steps": 0, "bad_in_a_row": 0}
     expected |= {"data_wait": 0.375, "tokens": 400}
     assert lines == [(3, expected)]
@@ -59,60 +59,60 @@ def test_what_a_line_holds(lines, clock):
 
 
 def test_the_rate_is_that_of_undisturbed_steps(lines, clock):
-    w = Watch(lines, 100)
+    log = StepLog(lines, 100)
     for step, seconds in enumerate([50.0, 50.0, 50.0, 4.0, 2.0]):  # the first one compiles
         clock.now += seconds
-        follow(w, step)
+        add(log, step)
     rates = [values.get("tokens_per_second") for _, values in lines]
     # Step 0 is read after step 2 is dispatched, 1 after 3, and 2 after 4.
     assert rates[0] is None
     assert rates[1:] == pytest.approx([100 / 4.0, 100 / 2.0], rel=1e-2)
-    assert w.rates == rates[1:]
+    assert log.rates == rates[1:]
 
 
 def test_a_pause_counts_for_no_rate(lines, clock):
-    w = Watch(lines, 100)
+    log = StepLog(lines, 100)
     for step in range(10):
         if step == 5:
-            w.drain()
+            log.drain()
             clock.now += 1000.0  # an evaluation
         clock.now += 2.0
-        follow(w, step)
-    w.drain()
+        add(log, step)
+    log.drain()
     assert [step for step, _ in lines] == list(range(10))
-    assert min(w.rates) > 100 / 3.0
+    assert min(log.rates) > 100 / 3.0
     assert "tokens_per_second" not in dict(lines)[5]
 
 
 def test_steps_that_were_done_before_they_are_looked_at_count_for_no_rate(lines, clock):
-    w = Watch(lines, 100)
+    log = StepLog(lines, 100)
     for step in range(5):
         clock.now += 2.0
-        follow(w, step)
-    w.drain()  # reads steps 3 and 4 one right after the other
+        add(log, step)
+    log.drain()  # reads steps 3 and 4 one right after the other
     assert [("tokens_per_second" in values) for _, values in lines] == [False, True, True, False, False]
 
 
 def test_the_median_rate(lines, clock):
-    w = Watch(lines, 100)
+    log = StepLog(lines, 100)
     clock.now += 20.0
-    follow(w, 0)
-    assert w.median_rate() == pytest.approx(100 / 20.0, rel=1e-2)  # no step was timed by itself
-    w.rates = [1.0, 100.0, 3.0]
-    assert w.median_rate() == 3.0
+    add(log, 0)
+    assert log.median_rate() == pytest.approx(100 / 20.0, rel=1e-2)  # no step was timed by itself
+    log.rates = [1.0, 100.0, 3.0]
+    assert log.median_rate() == 3.0
 
 
 def test_a_note_is_a_line_of_its_own(lines, clock):
-    w = Watch(lines, 100)
-    w.note(7, {"restart": 1})
+    log = StepLog(lines, 100)
+    log.note(7, {"restart": 1})
     assert lines == [(7, {"restart": 1})]
 
 
 def test_the_last_bad_step_is_told_of(lines, clock):
-    w = Watch(lines, 100)
+    log = StepLog(lines, 100)
     for step, bad in enumerate([0, 1, 2, 0, 0]):
-        follow(w, step, bad)
-        assert w.bad_in_a_row == (0, 0, 0, 1, 2)[step]  # late, as all that is read of a step
-    assert w.last_bad == "update 2: loss 1, gradient norm 0.5; 4 skipped so far"
-    w.drain()
-    assert w.bad_in_a_row == 0
+        add(log, step, bad)
+        assert log.bad_in_a_row == (0, 0, 0, 1, 2)[step]  # late, as all that is read of a step
+    assert log.last_bad == "update 2: loss 1, gradient norm 0.5; 4 skipped so far"
+    log.drain()
+    assert log.bad_in_a_row == 0

@@ -10,7 +10,7 @@ from etils import epath
 from mora_jax.errors import InputError
 from train.run import upload
 from train.run.metrics import LINES, Metrics, read_metrics
-from train.run.upload import mirrored
+from train.run.upload import uploading
 from train.storage import buckets
 
 
@@ -24,9 +24,9 @@ def steps_in(folder: str) -> list[int]:
 
 
 def test_on_a_disk_it_is_the_folder_itself(tmp_path: Path):
-    with mirrored(str(tmp_path)) as here:
-        assert here.folder == tmp_path
-        here.take_up()
+    with uploading(str(tmp_path)) as here:
+        assert here.log_dir == tmp_path
+        here.upload()
     assert not list(tmp_path.iterdir())
 
 
@@ -34,20 +34,20 @@ def test_another_machine_goes_on_where_the_checkpoint_is(bucket: str, monkeypatc
     run = f"{bucket}/runs/a"
 
     def killed() -> None:
-        with mirrored(run) as here, Metrics(str(here.folder), 10) as metrics:
+        with uploading(run) as here, Metrics(str(here.log_dir), 10) as metrics:
             tell(metrics, range(4))
-            here.take_up()  # as before a checkpoint is sealed
+            here.upload()  # as before a checkpoint is sealed
             tell(metrics, range(4, 6))
-            patch.setattr(upload.Mirror, "take_up", lambda self: None)  # nothing more is taken up
+            patch.setattr(upload.Upload, "upload", lambda self: None)  # nothing more is taken up
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         killed()
     assert steps_in(run) == [0, 1, 2, 3]
     monkeypatch.setenv(buckets.CACHE, str(tmp_path / "another machine"))
-    with mirrored(run) as here:
-        assert steps_in(str(here.folder)) == [0, 1, 2, 3]
-        with Metrics(str(here.folder), 10, 3) as metrics:
+    with uploading(run) as here:
+        assert steps_in(str(here.log_dir)) == [0, 1, 2, 3]
+        with Metrics(str(here.log_dir), 10, 3) as metrics:
             tell(metrics, range(3, 10))
     assert steps_in(run) == list(range(10))
     events = [name for name in buckets.objects(run) if name.startswith("tensorboard/")]
@@ -61,28 +61,28 @@ def test_metrics_that_are_not_there_are_told_of(bucket: str):
 
 def test_what_is_left_on_this_machine_does_not_count(bucket: str):
     run = f"{bucket}/run"
-    with mirrored(run) as here, Metrics(str(here.folder), 10) as metrics:
+    with uploading(run) as here, Metrics(str(here.log_dir), 10) as metrics:
         tell(metrics, range(3))
     elsewhere = epath.Path(run) / LINES
     elsewhere.write_text(json.dumps({"step": 0, "loss": 7.0}) + "\n")
-    (here.folder / "tensorboard/old").write_text("of a run that went on elsewhere")
-    with mirrored(run) as here:
-        assert read_metrics(str(here.folder / LINES)) == [{"step": 0, "loss": 7.0}]
-        assert not (here.folder / "tensorboard/old").exists()
+    (here.log_dir / "tensorboard/old").write_text("of a run that went on elsewhere")
+    with uploading(run) as here:
+        assert read_metrics(str(here.log_dir / LINES)) == [{"step": 0, "loss": 7.0}]
+        assert not (here.log_dir / "tensorboard/old").exists()
 
 
 def test_only_what_is_new_is_taken_up_and_only_what_grows(bucket: str):
     run, puts = f"{bucket}/run", []
-    with mirrored(run) as here:
-        (here.folder / "lock").write_text("of this machine")
-        (here.folder / LINES).write_text('{"step": 0}\n')
-        (here.folder / "wandb").mkdir()
-        (here.folder / "wandb/log").write_text("long")
-        here.take_up()
+    with uploading(run) as here:
+        (here.log_dir / "lock").write_text("of this machine")
+        (here.log_dir / LINES).write_text('{"step": 0}\n')
+        (here.log_dir / "wandb").mkdir()
+        (here.log_dir / "wandb/log").write_text("long")
+        here.upload()
         first = buckets.objects(run)
-        here.take_up()
+        here.upload()
         puts.append(buckets.objects(run) == first)
-        with (here.folder / LINES).open("a") as file:
+        with (here.log_dir / LINES).open("a") as file:
             file.write('{"step": 1}\n')
     assert puts == [True]
     assert set(first) == {LINES}
@@ -91,10 +91,10 @@ def test_only_what_is_new_is_taken_up_and_only_what_grows(bucket: str):
 
 def test_it_is_taken_up_every_so_often(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upload, "EVERY", 0.01)
-    real, done = upload.Mirror.take_up, [threading.Event() for _ in range(3)]
+    real, done = upload.Upload.upload, [threading.Event() for _ in range(3)]
     taken = iter(done)
 
-    def take_up(self) -> None:
+    def again(self) -> None:
         event = next(taken, threading.Event())
         if event is done[0]:
             event.set()
@@ -102,9 +102,9 @@ def test_it_is_taken_up_every_so_often(bucket: str, monkeypatch: pytest.MonkeyPa
         real(self)
         event.set()
 
-    monkeypatch.setattr(upload.Mirror, "take_up", take_up)
-    with mirrored(f"{bucket}/run") as here:
-        (here.folder / LINES).write_text('{"step": 0}\n')
+    monkeypatch.setattr(upload.Upload, "upload", again)
+    with uploading(f"{bucket}/run") as here:
+        (here.log_dir / LINES).write_text('{"step": 0}\n')
         assert all(event.wait(10) for event in done)
         assert steps_in(f"{bucket}/run") == [0]
 
@@ -114,8 +114,8 @@ def test_a_store_out_of_reach_at_the_end(bucket: str, monkeypatch: pytest.Monkey
         raise TimeoutError(110, "Connection timed out")
 
     def run(error: type[BaseException] | None) -> None:
-        with mirrored(f"{bucket}/run") as here:
-            (here.folder / LINES).write_text('{"step": 0}\n')
+        with uploading(f"{bucket}/run") as here:
+            (here.log_dir / LINES).write_text('{"step": 0}\n')
             monkeypatch.setattr(epath.Path, "write_bytes", out_of_reach)
             if error:
                 raise error

@@ -123,7 +123,7 @@ def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
         raise OSError
 
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "_look", fail)
+        patch.setattr(backend, "_verify", fail)
         compile_something(config, 7)
     assert (folder / "cut-cache").exists()
     compile_something(config, 7)
@@ -143,17 +143,16 @@ def test_a_program_that_cannot_be_unpacked_here_is_left_alone(config, tmp_path, 
 def gpu_expected(monkeypatch):
     """As if a GPU's plugin were installed, and JAX had not started."""
     monkeypatch.setattr(backend, "_gpu_expected", lambda: True)
-    monkeypatch.setattr(backend.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(backend.workarounds, "jax_has_started", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     return monkeypatch
 
 
 def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
-    deterministic = dataclasses.replace(config, deterministic=True)
     flags = " ".join(["--xla_dump_to=x", *backend._PRODUCTS])
-    for told, expected in ((config, flags), (deterministic, f"{flags} {backend._DETERMINISTIC}")):
+    for deterministic, expected in ((False, flags), (True, f"{flags} {backend._DETERMINISTIC}")):
         for _ in range(2):
-            backend.set_flags(told)
+            backend.set_flags(deterministic)
             assert os.environ["XLA_FLAGS"] == expected
 
 
@@ -161,16 +160,16 @@ def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
 def test_what_the_user_chose_stays_but_not_against_determinism(config, gpu_expected, value):
     own = f"--xla_gpu_enable_triton_gemm={value} --xla_gpu_exclude_nondeterministic_ops=false"
     gpu_expected.setenv("XLA_FLAGS", own)
-    backend.set_flags(config)
+    backend.set_flags(deterministic=False)
     flags = f"{own} {backend._PRODUCTS[1]}"
     assert os.environ["XLA_FLAGS"] == flags
-    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    backend.set_flags(deterministic=True)
     assert os.environ["XLA_FLAGS"] == f"{flags} {backend._DETERMINISTIC}"  # XLA goes by the last
 
 
 def test_flags_are_known_to_this_xla(config, gpu_expected):
     gpu_expected.setenv("XLA_FLAGS", "")
-    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    backend.set_flags(deterministic=True)
     code = "import jax; jax.jit(lambda: 1)()"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
@@ -178,21 +177,20 @@ def test_flags_are_known_to_this_xla(config, gpu_expected):
 
 
 def test_once_jax_has_started_determinism_comes_too_late_and_nothing_else_is_told(config, gpu_expected):
-    deterministic = dataclasses.replace(config, deterministic=True)
-    gpu_expected.setattr(backend.xla_bridge, "backends_are_initialized", lambda: True)
-    backend.set_flags(config)
+    gpu_expected.setattr(backend.workarounds, "jax_has_started", lambda: True)
+    backend.set_flags(deterministic=False)
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
     with pytest.raises(
         InputError, match="deterministic comes too late, JAX has started: set XLA_FLAGS=--xla_gpu"
     ):
-        backend.set_flags(deterministic)
+        backend.set_flags(deterministic=True)
     gpu_expected.setenv("XLA_FLAGS", backend._DETERMINISTIC)
-    backend.set_flags(deterministic)
+    backend.set_flags(deterministic=True)
 
 
 def test_without_a_gpu_no_flag_is_set(config, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    backend.set_flags(dataclasses.replace(config, deterministic=True))
+    backend.set_flags(deterministic=True)
     assert os.environ["XLA_FLAGS"] == ""
 
 

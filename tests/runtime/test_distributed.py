@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(run_of_two: Path, conf
         shutil.rmtree(folder / "checkpoints" / later)
     (folder / "summary.json").unlink()
     told = finished(launched(config, processes, devices, "--run-dir", str(folder), *mesh))
-    assert "going on after 3 of 7 updates" in told[0][1]
+    assert "resuming after 3 of 7 updates" in told[0][1]
     assert_same(folder, run_of_two)
     assert (folder / "checkpoints/7/manifest.json").exists()
 
@@ -323,15 +323,15 @@ def test_what_began_in_jax_is_known_behind_other_errors():
     lost = jax.errors.JaxRuntimeError("a task died")
     saving, restoring = OSError("could not be saved"), InputError("cannot be restored")
     saving.__cause__, restoring.__context__ = lost, saving
-    assert all(map(distributed._begins_in_jax, (lost, saving, restoring)))
-    assert not distributed._begins_in_jax(OSError("disk"))
+    assert all(map(distributed._came_from_jax, (lost, saving, restoring)))
+    assert not distributed._came_from_jax(OSError("disk"))
 
 
 def test_a_failure_without_a_reason_of_the_system_may_be_a_lost_process():
     """Such as a save that waited for it; a full disk is none."""
     for number, unclear in ((None, True), (errno.EIO, True), (errno.ENOSPC, False)):
-        assert distributed._unclear(OSError(number, "could not be saved")) == unclear
-    assert not distributed._unclear(ValueError("a bug"))
+        assert distributed._has_no_reason(OSError(number, "could not be saved")) == unclear
+    assert not distributed._has_no_reason(ValueError("a bug"))
 
 
 def test_one_process_joins_nobody_and_its_errors_go_on():

@@ -35,7 +35,7 @@ def test_a_bucket_that_is_not_there(bucket: str, monkeypatch: pytest.MonkeyPatch
         raise FileNotFoundError(2, "The specified bucket does not exist")
 
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "find", missing)
-    with pytest.raises(InputError, match="none/a cannot be looked into: The specified bucket"):
+    with pytest.raises(InputError, match="none/a cannot be listed: The specified bucket"):
         buckets.objects("s3://none/a")
 
 
@@ -63,7 +63,7 @@ def test_what_is_not_there_as_it_was_written(bucket: str, tmp_path: Path, monkey
         put(f"s3://{remote.removeprefix('s3://')}", b"who")
 
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "put_file", cut)
-    with pytest.raises(OSError, match=r"not there as it was written: 's3://bucket/f/x'"):
+    with pytest.raises(OSError, match=r"not stored as it was uploaded: 's3://bucket/f/x'"):
         buckets.upload(tmp_path, f"{bucket}/f", ["x"], lambda n: None)
 
 
@@ -82,7 +82,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(bucket: str, tmp_path: Path, monk
 
 def test_a_disk_without_room(tmp_path: Path):
     buckets.check_room(1000, tmp_path / "cache")
-    with pytest.raises(InputError, match=r"cache has room for .* GB, and 1000000000.0 GB are needed"):
+    with pytest.raises(InputError, match=r"cache has room for .* GB, but 1000000000.0 GB are needed"):
         buckets.check_room(10**18, tmp_path / "cache")
 
 
@@ -133,7 +133,7 @@ def test_other_errors_are_bugs(monkeypatch: pytest.MonkeyPatch, capsys):
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     fsspec.filesystem.__globals__["_registry"].pop("gs", None)
-    with pytest.raises(InputError, match=r"gcsfs is missing: pip install 'mora_jax\[cloud\]'"):
+    with pytest.raises(InputError, match=r"need the package gcsfs: pip install 'mora_jax\[cloud\]'"):
         buckets.objects("gs://bucket/a")
 
 

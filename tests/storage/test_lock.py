@@ -18,7 +18,7 @@ from train.storage import lock
 HOLD = """
 import sys, time
 from train.storage import lock
-with lock.alone(sys.argv[1]):
+with lock.lock_run(sys.argv[1]):
     print("held", flush=True)
     if len(sys.argv) > 2:  # a child that outlives this program
         import os
@@ -39,7 +39,7 @@ def holder(folder, *more: str) -> subprocess.Popen:
 
 
 def enter(folder) -> None:
-    with lock.alone(str(folder)):
+    with lock.lock_run(str(folder)):
         pass
 
 
@@ -50,7 +50,7 @@ def test_a_folder_is_held_until_the_program_is_killed(tmp_path, child):
             enter(tmp_path)
         time.sleep(0.2)
         os.kill(process.pid, signal.SIGKILL)
-    with lock.alone(str(tmp_path)):
+    with lock.lock_run(str(tmp_path)):
         assert f"process {os.getpid()}" in (tmp_path / lock.LOCK).read_text()
     enter(tmp_path)
 
@@ -73,11 +73,11 @@ def test_a_disk_without_room_is_no_bad_input(tmp_path, monkeypatch):
 
 def test_a_bucket_has_no_lock_and_this_machine_has(bucket, capfd):
     run = f"{bucket}/runs/a"
-    with lock.alone(run):
+    with lock.lock_run(run):
         assert f"process {os.getpid()} on " in (epath.Path(run) / lock.LOCK).read_text()
-        assert (lock.place(run) / lock.LOCK).exists()
+        assert (lock.local_folder(run) / lock.LOCK).exists()
     assert not (epath.Path(run) / lock.LOCK).exists()
-    with holder(lock.place(run)) as process:
+    with holder(lock.local_folder(run)) as process:
         with pytest.raises(InputError, match=rf"{run} is in use by process {process.pid} on "):
             enter(run)
         process.kill()
@@ -91,7 +91,7 @@ def test_a_note_in_the_bucket_tells_of_another_machine(bucket, capfd, host):
     (epath.Path(run) / lock.LOCK).write_text(f"process 7 on {host}")
     enter(run)
     told = capfd.readouterr().err
-    assert ("was not left by process 7 on another-host" in told) == (host == "another-host")
+    assert ("process 7 on another-host did not release" in told) == (host == "another-host")
     assert "warning" in told or host == socket.gethostname()
 
 
@@ -104,7 +104,7 @@ def test_what_a_note_says_is_one_line_that_no_terminal_obeys(bucket, capfd):
 
 def test_a_note_of_a_program_that_began_meanwhile_stays(bucket):
     note = epath.Path(f"{bucket}/run") / lock.LOCK
-    with lock.alone(f"{bucket}/run"):
+    with lock.lock_run(f"{bucket}/run"):
         note.write_text("process 7 on another-host")
     assert note.read_text() == "process 7 on another-host"
 

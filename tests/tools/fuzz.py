@@ -206,7 +206,7 @@ def write_manifest(rng: random.Random, folder: Path) -> None:
 
 def read_manifest(folder: Path) -> None:
     with Checkpoints(str(folder)) as saved:
-        entries = inventory.look_through(saved)
+        entries = inventory.entries_of(saved)
         check_shown(entries)
         assert [entry.state for entry in entries] == ["damaged"]  # inner/b is never there
         json.dumps(saved.read_meta(7))

@@ -175,7 +175,7 @@ def disturb(
         figures.disturbed_seconds = round(figures.disturbed_seconds + time.monotonic() - started, 1)
         figures.starts += 1
         if identity(run_dir) != file_before:  # else it was killed before it told of anything
-            resumed = int((re.findall(r"going on after (\d+) of", err) or [0])[0])
+            resumed = int((re.findall(r"resuming after (\d+) of", err) or [0])[0])
             figures.resumes += resumed > 0
             figures.replayed_steps += max(0, min(updates(run_dir), furthest) - resumed)
             compare(run_dir, resumed, expected, figures)

@@ -201,7 +201,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. Errors become one line on stderr and an exit status of `train.console.exits`."""
     words = sys.argv[1:] if args is None else list(args)
-    with streams.unheard(result=not set(words[:1]) & set(_WORK)):
+    buckets.configure()
+    with streams.lossy_output(result=not set(words[:1]) & set(_WORK)):
         try:
             run(words)
             sys.stdout.flush()
@@ -223,7 +224,7 @@ def explain(error: BaseException) -> int:
             status = exits.DISK
         case KeyboardInterrupt():
             line, status = "interrupted", exits.INTERRUPTED
-        case _ if line := buckets.trouble(error):
+        case _ if line := buckets.describe_error(error):
             status = exits.BAD_INPUT if isinstance(error, ImportError) else exits.DISK
         case _:
             traceback.print_exception(error)

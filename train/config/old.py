@@ -17,6 +17,7 @@ LAYERS = {
     "remat": {"layers": "scan", "remat": "full"},
 }
 METHOD_FIELDS = {"lora": {"train": "train_factors"}}
+STATE_FIELDS = {"spikes": "guard"}  # of TrainState: today's name -> that of format 1
 
 
 def check_key(key: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a bar on a terminal, a short line every so often anywhere else."""
+"""Progress of long work on stderr: a bar on a terminal, and a line from time to time anywhere else."""
 
 import contextlib
 import time
@@ -21,23 +21,23 @@ QUIET = 10.0
 def progress(
     description: str, total: float | None, unit: str, console: Console | None = None
 ) -> Iterator[Callable[[float], None]]:
-    """Shows how far a long piece of work is; may be used inside another one.
+    """Shows the progress of long work. May be nested.
 
     Args:
-      description: what is being done, such as "evaluating".
-      total: units of all the work; None where that is not known.
+      description: the work, such as "evaluating".
+      total: units of all the work; None if that is not known.
       unit: what is counted, in the plural.
       console: where to; stderr by default.
 
     Yields:
-      advance(n): says that n more units are done.
+      advance(n): counts n more units as done.
     """
     with Bar(description, total, unit, console) as bar:
         yield lambda n: bar.advance(n)
 
 
 class Bar:
-    """One piece of work: how much is done, the time left, and its speed or other facts. A context manager."""
+    """One piece of work: what is done, the time left, and its speed or other facts. A context manager."""
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class Bar:
         console: Console | None = None,
         start: float = 0,
     ) -> None:
-        """As `progress`; `start` is what was done before, which counts for no speed."""
+        """Takes the arguments of `progress`, and `start`: units done earlier, which count for no speed."""
         self._console = console or terminal.console(stderr=True)
         self._drawn = self._console.is_terminal
         self._unit = unit
-        self._started = self._told_at = time.monotonic()
-        self._untold = False
-        # Where nothing is drawn, rich still keeps count of speed and time left.
+        self._started = self._printed_at = time.monotonic()
+        self._unprinted = False
+        # Even if nothing is drawn, rich counts speed and time left.
         columns = (
             BarColumn(bar_width=20),
             TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
@@ -62,17 +62,17 @@ class Bar:
         self._id = self._rich.add_task(description, total=total, completed=start, line=description)  # pyright: ignore[reportArgumentType]
 
     def advance(self, n: float, facts: str = "") -> None:
-        """Says that n more units are done.
+        """Counts n more units as done.
 
         Args:
-          n: units done since.
+          n: units since the last call.
           facts: shown in place of the speed.
         """
         self._rich.advance(self._id, n)
         self._rich.update(self._id, line=self._line(facts))
-        self._untold = not self._drawn
-        if self._untold and time.monotonic() - self._told_at >= QUIET:
-            self._tell()
+        self._unprinted = not self._drawn
+        if self._unprinted and time.monotonic() - self._printed_at >= QUIET:
+            self._print()
 
     def _line(self, facts: str) -> str:
         task = self._rich.tasks[0]
@@ -85,8 +85,8 @@ class Bar:
         )
         return " · ".join(part for part in parts if part)
 
-    def _tell(self) -> None:
-        self._told_at, self._untold = time.monotonic(), False
+    def _print(self) -> None:
+        self._printed_at, self._unprinted = time.monotonic(), False
         self._console.print(self._rich.tasks[0].fields["line"], highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
@@ -97,6 +97,6 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._rich.stop()
-        # Work that was over before a line was due stays silent.
-        if self._untold and time.monotonic() - self._started >= QUIET:
-            self._tell()
+        # Work that ends before its first line is due prints nothing.
+        if self._unprinted and time.monotonic() - self._started >= QUIET:
+            self._print()

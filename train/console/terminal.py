@@ -1,4 +1,4 @@
-"""What is said on the terminal: text as it is, sentences of the program on stderr."""
+"""Output on the terminal: consoles that print text verbatim, and one-line messages on stderr."""
 
 import sys
 from collections.abc import Iterable
@@ -10,23 +10,28 @@ from mora_jax.errors import spelled_out
 
 
 def console(stderr: bool = False, width: int | None = None, highlight: bool = True) -> Console:
-    """A console of rich that takes no text for markup: names of files and what files say may look like it.
+    """Returns a rich console that ignores markup, since names and contents of files may look like it.
 
     Args:
-      stderr: whether it is standard error; else it is standard output.
+      stderr: whether to write to standard error instead of standard output.
       width: in characters; None for the terminal's.
       highlight: whether numbers and the like are coloured.
     """
     return Console(stderr=stderr, width=width, highlight=highlight, markup=False, emoji=False)
 
 
-def warn(sentences: Iterable[str]) -> None:
-    """Tells what is not as it should be, a line each."""
-    for sentence in sentences:
-        tell(f"warning: {sentence}")
+def log(sentence: str, every_process: bool = False) -> None:
+    """Prints a sentence as one line on stderr.
 
-
-def tell(sentence: str) -> None:
-    """Says something on stderr, in one line, once for all processes."""
-    if jax.process_index() == 0:
+    Args:
+      sentence: the message; control characters are escaped.
+      every_process: whether all processes print it, or process 0 alone. If true, JAX is not started.
+    """
+    if every_process or jax.process_index() == 0:
         print(f"mora: {spelled_out(sentence)}", file=sys.stderr, flush=True)
+
+
+def warn(sentences: Iterable[str], every_process: bool = False) -> None:
+    """Logs each sentence as a warning."""
+    for sentence in sentences:
+        log(f"warning: {sentence}", every_process)

@@ -23,10 +23,10 @@ from train.step.step import eval_step
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-      loss: mean next-token loss, nats.
+      loss: mean next-token loss in nats.
       predictions: tokens predicted.
     """
 
@@ -35,12 +35,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Returns exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
 
 class Abandoned(Exception):
-    """An evaluation was stopped before its end."""
+    """An evaluation was stopped early."""
 
 
 def evaluate(
@@ -53,13 +53,20 @@ def evaluate(
     mesh: Mesh,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """The mean loss over the validation split, or over its first `how.max_batches` batches.
+    """Returns the mean loss over the validation split, or over its first `how.max_batches` batches.
 
     Args:
-      stopping: asked before each batch; whether to give up.
+      model: the model.
+      methods: what is done with each parameter.
+      params: its parameters.
+      adapters: the adapters' arrays.
+      info: the data set.
+      how: batch size and number of batches.
+      mesh: the devices.
+      stopping: called before each batch; whether to give up.
 
     Raises:
-      Abandoned: if `stopping` says so.
+      Abandoned: if `stopping` returned true.
       InputError: if the data set's vocabulary is larger than the model's, a batch does not divide among the
         devices, or the split is empty.
     """
@@ -86,7 +93,7 @@ def evaluate(
 
 
 def check_vocabulary(info: DataInfo, vocab_size: int) -> None:
-    """Raises InputError if the data set has tokens that the model does not know."""
+    """Raises InputError if the data set has tokens that the model lacks."""
     if info.vocab_size > vocab_size:
         raise InputError(
             f"{info.directory} has a vocabulary of {info.vocab_size} tokens, "

@@ -1,4 +1,4 @@
-"""A run into a Hugging Face folder: merged float32 weights, config and tokenizer."""
+"""Exports a run as a Hugging Face folder: merged float32 weights, config and tokenizer."""
 
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from train.run.model import load_model, widest_mesh
 def export(
     run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> tuple[Any, LlamaConfig]:
-    """Writes config.json, model.safetensors and the tokenizer's files, from one process with any devices.
+    """Writes config.json, model.safetensors and the tokenizer's files, from one process.
 
-    The state is read divided over them, and the host holds one layer of one kernel at a time.
+    The state is sharded over all devices. The host holds one layer of one kernel at a time.
 
     Args:
-      run_dir: the run; its newest good checkpoint is taken and its adapters are merged in float32.
+      run_dir: the run, whose newest good checkpoint is used; its adapters are merged in float32.
       out: the folder to write.
       dtype: type of the stored weights; bfloat16 rounds after merging.
 
@@ -27,7 +27,7 @@ def export(
       The merged parameters and the model's config.
 
     Raises:
-      InputError: if the run has no complete checkpoint, its data set is gone, or its tokenizer cannot be
+      InputError: if the run has no complete checkpoint, its data set is missing, or its tokenizer cannot be
         written as tokenizer.json exactly.
     """
     info = load_info(read_config(run_dir).data.directory, splits=())

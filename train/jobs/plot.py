@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn from their metrics.jsonl."""
+"""Plots of runs, drawn from their metrics.jsonl."""
 
 import dataclasses
 import io
@@ -16,7 +16,7 @@ from mora_jax.errors import InputError
 from train.run.metrics import read_metrics
 from train.storage.files import make_folder, write_whole
 
-# Told apart also by the colour-blind; the first is for what matters most.
+# Distinguishable by the colour-blind; the first is for what matters most.
 COLORS = ("#0b5fa5", "#d1495b", "#2e8b57", "#8e5ea2", "#e08e0b", "#5c6670")
 PALE, GREY = "#9fc3e0", "#8a8f98"
 # More restarts than this are drawn, but not each labelled.
@@ -25,7 +25,7 @@ LABELLED = 16
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """What is drawn of a run: pairs of (steps, values), and (step, group type) of each restart."""
+    """The curves of a run as pairs (steps, values), and (step, group type) of each restart."""
 
     loss: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -53,16 +53,16 @@ def plot_loss(metrics_path: str, png_path: str) -> None:
 
 
 def plot_runs(runs: Mapping[str, str], png_path: str) -> None:
-    """Draws several runs in one picture: loss above, learning rate below, a colour for each run.
+    """Draws several runs in one plot: loss above, learning rate below, a colour for each run.
 
-    Validation losses are drawn where every run has them, training losses (smoothed) elsewhere.
+    Validation losses are drawn if every run has them, else smoothed training losses.
 
     Args:
       runs: name -> path of its metrics.jsonl.
-      png_path: the picture.
+      png_path: the file to write.
 
     Raises:
-      InputError: as `plot_loss`.
+      InputError: if the metrics of a run cannot be read or hold neither a loss nor an evaluation.
     """
     curves = {name: _read(path) for name, path in runs.items()}
     validated = all(c.validation[0].size for c in curves.values())
@@ -91,12 +91,12 @@ def _read(path: str) -> Curves:
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     steps = np.array([line["step"] for line in lines if name in line], int)
     values = np.array([line[name] for line in lines if name in line], float)
-    # A gap where a value is not finite; limits are then those of the others.
+    # A value that is not finite becomes a gap, and does not affect the limits.
     return steps, np.where(np.isfinite(values), values, np.nan)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of about 1% of the run, shorter at both ends; gaps count for nothing."""
+    """Returns means over a centred window of about 1% of the run, shorter at both ends; gaps are ignored."""
     half = len(values) // 200
     known = np.isfinite(values)
     kernel = np.ones(2 * half + 1)
@@ -106,7 +106,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def style(axes: Axes) -> None:
-    """The look of every picture: a pale grid behind what is drawn, and no frame above and on the right."""
+    """Sets the style of every plot: a pale grid behind the curves, no frame above and on the right."""
     axes.grid(color="#e4e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -130,7 +130,7 @@ def _figure() -> tuple[Figure, Axes, Axes]:
 
 
 def _mark_restarts(upper: Axes, lower: Axes, restarts: tuple[tuple[int, str], ...]) -> None:
-    """Dashed lines through both panels, with the group type that follows above each where it is known."""
+    """Draws a dashed line through both panels at each restart, and the following group type above it."""
     for i, (step, group) in enumerate(restarts):
         for axes in (upper, lower):
             label = "restart" if i == 0 and axes is upper else None
@@ -143,7 +143,7 @@ def _mark_restarts(upper: Axes, lower: Axes, restarts: tuple[tuple[int, str], ..
 
 def _save(figure: Figure, upper: Axes, png_path: str) -> None:
     low, high = upper.dataLim.intervaly
-    if low > 0 and high > 2 * low:  # most of a run happens in the last part of the range
+    if low > 0 and high > 2 * low:  # most of a run happens in the lower part of the range
         upper.set_yscale("log")
     upper.yaxis.set_major_locator(ticker.MaxNLocator(9))
     upper.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))

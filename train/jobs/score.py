@@ -1,4 +1,4 @@
-"""The validation score of what lies in a folder: a run or an exported model."""
+"""The validation score of a run or of an exported model."""
 
 from typing import Literal
 
@@ -13,12 +13,18 @@ from train.run.model import load_model, widest_mesh
 
 
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
-    """Evaluates the merged model in `path` on the validation split of `data`, or of the run's own data set.
+    """Returns the score of a merged model on the validation split of a data set.
 
-    Model and batches are divided over all devices, or over as many as divide both.
+    Model and batches are sharded over all devices, or over as many as divide both.
+
+    Args:
+      path: folder of a run, or Hugging Face folder.
+      data: the data set; empty for the run's own.
+      how: batch size and number of batches.
+      dtype: type of products.
 
     Raises:
-      InputError: if the folder holds no model, or is no run and `data` is empty.
+      InputError: if the folder holds no model, or is not a run and `data` is empty.
     """
     if not data:
         try:

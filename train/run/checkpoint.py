@@ -1,15 +1,14 @@
-"""Checkpoints that can be trusted: written by orbax in the background, each sealed with a manifest.
+"""Checkpoints, written by orbax in the background and each sealed by a manifest.
 
-A checkpoint is a folder `<directory>/<step>`: orbax's files, and `manifest.json`, which is written last and
-holds the size and hash of every file, what was saved beside the arrays, and a hash of itself. A folder
-without a manifest is a save that did not finish, and is never loaded.
+A checkpoint is a folder `<directory>/<step>` with orbax's files and `manifest.json`. The manifest is written
+last. It holds the size and hash of every file, what was saved beside the arrays, and a hash of itself. A
+folder without a manifest is an unfinished save and is never loaded.
 """
 
 import concurrent.futures
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -29,28 +28,30 @@ from mora_jax.errors import InputError, some
 from train.console.progress import progress
 from train.run import manifest
 from train.run.manifest import MANIFEST, Advance, Json
+from train.runtime.workarounds import without_logged_tracebacks
 from train.storage import buckets
 from train.storage.files import make_folder
 
-# In the name of the folder that orbax writes to before it moves it into place.
+# Part of the name of the folder that orbax writes to before it moves it into place.
 _UNFINISHED = "orbax-checkpoint-tmp"
 _LARGEST_STEP = 2**31 - 1
-# Where orbax cannot write: a checkpoint is saved on this machine's disk and sent there, and brought back.
-_SENT = "s3://"
+# Where orbax cannot write: a checkpoint is saved on this machine's disk and uploaded, and downloaded to be
+# read.
+_UPLOADED = "s3://"
 
 
 class SaveError(OSError):
-    """A checkpoint that could not be saved, by a full disk for instance; those before it are untouched."""
+    """A checkpoint could not be saved, for instance on a full disk. Earlier ones are untouched."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; leaving the context waits for the save under way.
+    """The checkpoints of one run. Leaving the context waits for the current save.
 
-    Every process calls every method. Nothing is written or removed before the first `save` or
-    `remove_unfinished`, so that a run's checkpoints can be read while it trains.
+    Every process must call every method. Nothing is written or removed before the first `save` or
+    `remove_unfinished`, so a run's checkpoints can be read while it trains.
 
-    Orbax's own manager of checkpoints is not used: it would count what is not yet sealed as complete, and
-    remove older ones for it.
+    Orbax's own checkpoint manager is not used: it would count a folder that is not yet sealed as complete,
+    and remove older checkpoints for it.
     """
 
     def __init__(
@@ -61,27 +62,28 @@ class Checkpoints:
         before_sealing: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
-          directory: the folder of the checkpoints, on a disk or in a bucket; made by the first save.
+          directory: the folder of the checkpoints, on a disk or in a bucket. The first save makes it.
           keep: how many of the newest are kept; None for all.
-          keep_every: those of steps that this divides are kept too; 0 for none.
-          before_sealing: called in the background, on process 0, when all of a checkpoint but its manifest
-            is there.
+          keep_every: checkpoints of steps that this divides are kept too; 0 for none.
+          before_sealing: called in the background on process 0, when a checkpoint is complete but for its
+            manifest.
 
         Raises:
-          InputError: if none is to be kept, what lies there is no folder, or several processes are to write
-            to s3://.
+          InputError: if none is to be kept, the directory is not a folder, or several processes are to
+            write to s3://.
         """
         if keep is not None and keep < 1:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
-        # Orbax asks for absolute paths.
+        buckets.configure()
         bucket = buckets.in_bucket(directory)
+        # Orbax requires absolute paths.
         self._directory = epath.Path(directory if bucket else Path(directory).absolute())
         if not bucket and os.path.lexists(directory) and not Path(directory).is_dir():
-            raise InputError(f"{directory} is no folder, as it must be; remove it")
-        self._sent = directory.startswith(_SENT)
-        if self._sent and jax.process_count() > 1:
+            raise InputError(f"{directory} is not a folder; remove it")
+        self._uploaded = directory.startswith(_UPLOADED)
+        if self._uploaded and jax.process_count() > 1:
             raise InputError(
-                f"{directory}: several processes cannot write checkpoints to {_SENT}; give them gs:// or a "
+                f"{directory}: several processes cannot write checkpoints to {_UPLOADED}; use gs:// or a "
                 "disk that they share"
             )
         self._before_sealing = before_sealing
@@ -89,13 +91,13 @@ class Checkpoints:
         self._keep_every = keep_every
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-        self._damaged: set[int] = set()  # what `latest_good` passed over
+        self._damaged: set[int] = set()  # found by `latest_good`
 
     def save(self, step: int, state: Any, meta: Json) -> None:
-        """Saves in the background, after the save before is done; never skips.
+        """Saves in the background, after the previous save is done. Never skips a save.
 
-        When it returns, the arrays have been copied: they may be donated. A checkpoint that the step already
-        has is replaced.
+        When it returns, the arrays have been copied and may be donated. An existing checkpoint of the step is
+        replaced.
 
         Args:
           step: the number of the checkpoint, at least 0.
@@ -104,7 +106,7 @@ class Checkpoints:
 
         Raises:
           ValueError: if `meta` holds NaN or infinity.
-          SaveError: if the save before failed.
+          SaveError: if the previous save failed.
         """
         self.wait()
         folder = self.folder(step)
@@ -121,31 +123,31 @@ class Checkpoints:
         self._pending = self._thread.submit(self._finish, response, sealed)
 
     def folder(self, step: int) -> epath.Path:
-        """Where the checkpoint of a step lies, or would."""
+        """Returns the folder of a step's checkpoint, which need not exist."""
         return self._directory / str(step)
 
     def folders(self) -> list[int]:
-        """The steps of all folders in place, oldest first, whether or not their save was finished."""
+        """Returns the steps of all folders in place, oldest first, whether or not their save is finished."""
         if not self._directory.exists():
             return []
         steps = (_step(path.name) for path in self._directory.iterdir())
         return sorted(step for step in steps if step is not None)
 
     def unfinished(self) -> list[tuple[int, epath.Path]]:
-        """Step and folder of saves that are not in place yet, or never will be since they were killed."""
+        """Returns step and folder of saves that are not in place: in progress, or killed."""
         found = ((_step(path.name.partition(".")[0]), path) for path in self._unfinished())
         return sorted((step, path) for step, path in found if step is not None)
 
     def steps(self) -> list[int]:
-        """The steps whose save was finished, oldest first."""
+        """Returns the steps whose save is finished, oldest first."""
         return [step for step in self.folders() if manifest.is_sealed(self.folder(step))]
 
     def damage(self, step: int, advance: Advance | None = None) -> list[str]:
-        """What of a checkpoint is not as it was saved, a line for each file; empty where it is good.
+        """Returns a line for each damaged file of a checkpoint; empty if it is good.
 
         Args:
           step: the checkpoint.
-          advance: told of every so many bytes that were read; None for a progress bar here.
+          advance: called with the number of bytes of each chunk that was read; None for a progress bar.
         """
         folder = self.folder(step)
         if advance is not None:
@@ -153,12 +155,13 @@ class Checkpoints:
         return _damage(folder, step)
 
     def latest_good(self) -> tuple[int | None, list[str]]:
-        """The newest step that is wholly as it was saved, None if there is none.
+        """Finds the newest checkpoint of which every byte is as it was saved.
 
-        Newer ones, which are damaged, stay where they are until a newer one than they is saved.
+        Damaged newer ones are kept until a still newer one is saved.
 
         Returns:
-          The step, and a line for each thing that is wrong with newer ones (on process 0, which alone looks).
+          The step, None if there is none, and a line for each damaged file of newer ones. Process 0 alone
+          verifies and has these lines.
         """
         good, problems = -1, []
         for step in reversed(self.folders()) if jax.process_index() == 0 else ():
@@ -172,41 +175,41 @@ class Checkpoints:
         return (None if good < 0 else good), problems
 
     def read_meta(self, step: int) -> Json:
-        """What was saved beside the arrays.
+        """Returns what was saved beside the arrays.
 
         Raises:
-          InputError: if there is no such checkpoint, its save did not finish, or its manifest is damaged.
+          InputError: if there is no such checkpoint, its save is unfinished, or its manifest is damaged.
         """
         return manifest.read(self.folder(step), step)["meta"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The saved arrays, bit for bit, with the shardings asked for.
+        """Returns the saved arrays, bit for bit, with the given shardings.
 
         Args:
           step: one of `steps()`.
-          abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may be others than when saved.
+          abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may differ from those saved.
 
         Raises:
-          InputError: if any file is not as it was saved, or names, shapes or types of the arrays are others.
+          InputError: if any file is damaged, or names, shapes or types of the arrays differ.
         """
-        with self._brought(step) as folder:
+        with self._readable(step) as folder:
             problems = _damage(folder, step) if jax.process_index() == 0 else []
             if _from_first_process(len(problems)):
                 raise InputError(f"checkpoint {step} cannot be restored: {some(problems) or 'see process 0'}")
             _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
             try:
                 return ocp.load(folder, abstract_state)
-            # Orbax and TensorStore raise what they come upon in files made to harm.
+            # Files made to harm can make orbax and TensorStore raise anything.
             except Exception as error:
-                raise InputError(f"{folder} cannot be restored: {_reason(error)[1]}") from error
+                raise InputError(f"{folder} cannot be restored: {_system_reason(error)[1]}") from error
 
     def remove_unfinished(self) -> None:
-        """Removes what saves that were killed or failed left behind. No other process may be saving."""
+        """Removes what killed or failed saves left behind. No other process may be saving."""
         if jax.process_index():
             return
         self.wait()
-        if self._sent:
-            shutil.rmtree(self._unsent(), ignore_errors=True)
+        if self._uploaded:
+            shutil.rmtree(self._local(), ignore_errors=True)
         if not self._directory.exists():
             return
         for path in self._unfinished():
@@ -215,22 +218,22 @@ class Checkpoints:
             _remove(self.folder(step))
 
     def poll(self) -> None:
-        """Raises SaveError if the save under way has failed by now; waits for nothing."""
+        """Raises SaveError if the current save has failed. Does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way. Raises SaveError if it failed."""
+        """Waits for the current save. Raises SaveError if it failed."""
         if self._pending is None:
             return
         try:
             self._pending.result()
         finally:
-            if self._pending.done():  # not so where a signal ended the waiting
+            if self._pending.done():  # false if a signal interrupted the wait
                 self._pending = None
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the thread."""
+        """Waits for the current save and ends the thread. Raises SaveError if it failed."""
         try:
             self.wait()
         finally:
@@ -246,31 +249,31 @@ class Checkpoints:
 
     def _finish(self, response: ocp.AsyncResponse[None], sealed: Json) -> None:
         step = sealed["step"]
-        with _told(self.folder(step), "could not be saved"):
+        with _save_errors(self.folder(step), "could not be saved"):
             response.result()
             if jax.process_index() == 0:
                 self._before_sealing()
                 manifest.seal(self._place(step), sealed)
-                if self._sent:
-                    self._send(step)
+                if self._uploaded:
+                    self._upload(step)
         if jax.process_index() == 0:
             self._damaged.discard(step)
-            with _told(self.folder(step), "was saved, but older ones could not be removed"):
+            with _save_errors(self.folder(step), "was saved, but older ones could not be removed"):
                 self._remove_old(step)
 
     def _unfinished(self) -> list[epath.Path]:
         there = self._directory.iterdir() if self._directory.exists() else ()
         return [path for path in there if _UNFINISHED in path.name]
 
-    def _unsent(self) -> Path:
+    def _local(self) -> Path:
         return buckets.stand_in("checkpoints", str(self._directory))
 
     def _place(self, step: int) -> epath.Path:
-        """Where orbax writes a checkpoint."""
-        return epath.Path(self._unsent() / str(step)) if self._sent else self.folder(step)
+        """Returns where orbax writes a checkpoint."""
+        return epath.Path(self._local() / str(step)) if self._uploaded else self.folder(step)
 
-    def _send(self, step: int) -> None:
-        """Takes a sealed checkpoint to where it belongs, its manifest last."""
+    def _upload(self, step: int) -> None:
+        """Uploads a sealed checkpoint, its manifest last."""
         place, folder = Path(self._place(step)), str(self.folder(step))
         names = set(buckets.files(place)) - {MANIFEST}
         for these in (names, {MANIFEST}):
@@ -278,23 +281,23 @@ class Checkpoints:
         shutil.rmtree(place)
 
     @contextlib.contextmanager
-    def _brought(self, step: int) -> Iterator[epath.Path]:
-        """A checkpoint where orbax can read it."""
+    def _readable(self, step: int) -> Iterator[epath.Path]:
+        """Yields a checkpoint's folder where orbax can read it."""
         folder = self.folder(step)
-        if not self._sent:
+        if not self._uploaded:
             yield folder
             return
         there = {name: found.size for name, found in buckets.objects(folder).items()}
         buckets.check_room(sum(there.values()), buckets.cache_folder())
         with tempfile.TemporaryDirectory(prefix="reading-", dir=buckets.cache_folder()) as here:
             place = Path(here) / str(step)
-            with progress(f"copying checkpoint {step}", sum(there.values()) / 1e6, "MB") as megabytes:
+            with progress(f"downloading checkpoint {step}", sum(there.values()) / 1e6, "MB") as megabytes:
                 for _ in buckets.download(str(folder), place, there, lambda n: megabytes(n / 1e6)):
                     pass
             yield epath.Path(place)
 
     def _remove_old(self, saved: int) -> None:
-        """Removes what is not to be kept of what is not newer than the saved one."""
+        """Removes checkpoints up to the saved one that are not to be kept."""
         complete = [step for step in self.steps() if step <= saved and step not in self._damaged]
         kept = set(complete[0 if self._keep is None else -self._keep :])
         kept |= {step for step in complete if self._keep_every and step % self._keep_every == 0}
@@ -305,7 +308,7 @@ class Checkpoints:
 
 
 def _step(name: str) -> int | None:
-    """The step that a folder's name is the number of, as it is written here."""
+    """Returns the step that a folder's name gives, None unless it is spelled as here."""
     number = int(name) if name.isascii() and name.isdigit() and len(name) <= 10 else -1
     return number if str(number) == name and 0 <= number <= _LARGEST_STEP else None
 
@@ -317,45 +320,38 @@ def _damage(folder: epath.Path, step: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _told(folder: epath.Path, what: str) -> Iterator[None]:
-    """Turns whatever orbax and the disk may raise into one clear SaveError."""
-    logger, untold = logging.getLogger("absl"), _without_traceback
-    logger.addFilter(untold)  # orbax logs pages of what is raised here
-    try:
-        yield
-    except Exception as error:
-        number, reason = _reason(error)
-        raise SaveError(number, f"{what}: {reason}", str(folder)) from error
-    finally:
-        logger.removeFilter(untold)
+def _save_errors(folder: epath.Path, what: str) -> Iterator[None]:
+    """Turns any error of orbax or the disk into one SaveError."""
+    with without_logged_tracebacks():
+        try:
+            yield
+        except Exception as error:
+            number, words = _system_reason(error)
+            raise SaveError(number, f"{what}: {words}", str(folder)) from error
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    return record.exc_info is None
-
-
-def _reason(error: Exception) -> tuple[int, str]:
-    """The operating system's number and words for what went wrong; TensorStore has the number in its text."""
+def _system_reason(error: Exception) -> tuple[int, str]:
+    """Returns the system's number and words for an error. TensorStore has the number in its text."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(found[1]) if found else error.errno if isinstance(error, OSError) else None
     if number:
         return number, os.strerror(number)
-    told = str(error).partition("[tensorstore_spec")[0]  # pages, of no use
-    return errno.EIO, " ".join(told.split()) or type(error).__name__
+    without_spec = str(error).partition("[tensorstore_spec")[0]  # pages of no use
+    return errno.EIO, " ".join(without_spec.split()) or type(error).__name__
 
 
 def _remove(path: epath.Path) -> None:
-    """Removes a folder, or what lies in the place of one; a link is removed, not what it leads to."""
+    """Removes a folder, or a file in its place. Of a link, only the link is removed."""
     if manifest.is_link(path) or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
-        # Without its manifest a half removed checkpoint is an unfinished one.
+        # The manifest first: a half removed checkpoint then counts as unfinished.
         (path / MANIFEST).unlink(missing_ok=True)
         path.rmtree(missing_ok=True)
 
 
 def _layout(tree: Any) -> dict[str, str]:
-    """Path of each array -> its type and shape, such as `float32[2, 3]`."""
+    """Returns the type and shape of each array, such as `float32[2, 3]`, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
@@ -366,7 +362,7 @@ def _layout(tree: Any) -> dict[str, str]:
 def _check_layout(folder: epath.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     names = sorted(saved.keys() | wanted.keys())
     problems = [
-        f"{n} is {saved.get(n, 'not there')} and must be {wanted.get(n, 'absent')}"
+        f"{n} is {saved.get(n, 'missing')} and must be {wanted.get(n, 'absent')}"
         for n in names
         if saved.get(n) != wanted.get(n)
     ]
@@ -375,7 +371,7 @@ def _check_layout(folder: epath.Path, saved: dict[str, str], wanted: dict[str, s
 
 
 def _from_first_process(value: int) -> int:
-    """Process 0's value, on every process: all must go the same way."""
+    """Returns process 0's value on every process, so that all take the same branch."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -16,6 +16,7 @@ from train.config import run as run_config
 from train.config.run import RunConfig
 from train.run.checkpoint import Checkpoints
 from train.storage.files import make_folder, writable, write_whole
+from train.storage.format import FORMAT, KEY
 
 CONFIG = "config.yaml"
 DIVERGED = "diverged.json"
@@ -52,7 +53,7 @@ def claim(config: RunConfig) -> None:
     if jax.process_index() > 0:
         return
     path = epath.Path(config.run_dir) / CONFIG
-    text = yaml.safe_dump(run_config.to_plain(config), sort_keys=False)
+    text = yaml.safe_dump({KEY: FORMAT} | run_config.to_plain(config), sort_keys=False)
     if not path.exists() or path.read_text() != text:
         write_whole(path, text)
 
@@ -61,7 +62,7 @@ def read_config(run_dir: str) -> RunConfig:
     """Returns the config of the run in a folder, which may have been moved.
 
     Raises:
-      InputError: if the folder holds no run.
+      InputError: if the folder holds no run, or one of a newer format.
     """
     path = epath.Path(run_dir) / CONFIG
     if not path.exists():

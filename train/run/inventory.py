@@ -1,4 +1,4 @@
-"""The checkpoints that a run has, and whether they are as they were saved: `mora checkpoints`."""
+"""The checkpoints of a run and their state, for `mora checkpoints`."""
 
 import dataclasses
 import datetime
@@ -22,16 +22,16 @@ State = Literal["good", "not verified", "unfinished", "damaged"]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One checkpoint. `restarts` and `group_type` are empty where its manifest does not tell.
+    """One checkpoint. `restarts` and `group_type` are empty if its manifest cannot be used.
 
     Attributes:
       step: updates done.
       restarts: restarts done.
       group_type: of MoRA's share.
       bytes: of all files.
-      saved: when the save was finished, local time; None for an unfinished one.
+      saved: when the save was finished, in local time; None for an unfinished one.
       state: what was found.
-      problems: what is damaged, a line for each file.
+      problems: a line for each damaged file.
     """
 
     step: int
@@ -44,22 +44,22 @@ class Entry:
 
 
 def inventory(run_dir: str, verify: bool = True) -> list[Entry]:
-    """The checkpoints of a run, oldest first, which may be training meanwhile.
+    """Returns the checkpoints of a run, oldest first. The run may be training.
 
     Args:
       run_dir: the run's folder.
-      verify: whether every file is read and compared with the manifest; else only the manifests are read.
+      verify: whether to read every file and compare it with the manifest, or only the manifests.
 
     Raises:
       InputError: if the folder holds no run.
     """
     with open_checkpoints(read_config(run_dir)) as saved:
-        return look_through(saved, verify)
+        return entries_of(saved, verify)
 
 
-def look_through(saved: Checkpoints, verify: bool = True) -> list[Entry]:
-    """What `inventory` returns, of a run's checkpoints."""
-    unfinished = saved.unfinished()  # looked at first: one that is moved into place now is found there
+def entries_of(saved: Checkpoints, verify: bool = True) -> list[Entry]:
+    """Returns what `inventory` does, for opened checkpoints."""
+    unfinished = saved.unfinished()  # first: one that is moved into place now is then found below
     steps = saved.folders()
     total = sum(_bytes(saved.folder(step)) for step in steps) / 1e6 if verify else 0
     with progress("verifying", total, "MB") as advance:
@@ -69,7 +69,7 @@ def look_through(saved: Checkpoints, verify: bool = True) -> list[Entry]:
 
 
 def print_inventory(run_dir: str, verify: bool = True) -> bool:
-    """Prints `inventory`; whether no checkpoint is damaged."""
+    """Prints `inventory`. Returns whether no checkpoint is damaged."""
     entries = inventory(run_dir, verify)
     screen, title = console(), spelled_out(run_dir)
     shown = table(entries, title) if entries else f"{title} has no checkpoints yet"
@@ -80,27 +80,33 @@ def print_inventory(run_dir: str, verify: bool = True) -> bool:
 
 
 def table(entries: list[Entry], title: str) -> Table:
-    """A row for each checkpoint."""
+    """Returns a table with a row for each checkpoint."""
     made = Table("step", "restarts", "group type", "MB", "saved", "state", title=title, title_justify="left")
     for e in entries:
         date = e.saved.strftime("%Y-%m-%d %H:%M:%S") if e.saved else ""
-        told = (spelled_out(text) for text in (e.restarts, e.group_type))
-        made.add_row(f"{e.step:,}", *told, f"{e.bytes / 1e6:,.1f}", date, e.state)
+        made.add_row(
+            f"{e.step:,}",
+            spelled_out(e.restarts),
+            spelled_out(e.group_type),
+            f"{e.bytes / 1e6:,.1f}",
+            date,
+            e.state,
+        )
     return made
 
 
 def problems(entries: list[Entry]) -> list[str]:
-    """What is damaged, a line for each file, whatever it is called."""
+    """Returns a printable line for each damaged file, whatever its name."""
     return [spelled_out(problem) for entry in entries for problem in entry.problems]
 
 
 def _unfinished(step: int, folder: epath.Path) -> Entry | None:
-    """None for one that the run has removed, or moved into place, in the meantime."""
+    """Returns None for a save that the run has removed or moved into place meanwhile."""
     return Entry(step, "", "", _bytes(folder), None, "unfinished") if folder.exists() else None
 
 
 def _entry(saved: Checkpoints, step: int, verify: bool, advance: manifest.Advance) -> Entry | None:
-    """None for one that the run has removed in the meantime."""
+    """Returns None for a checkpoint that the run has removed meanwhile."""
     folder = saved.folder(step)
     if not manifest.is_sealed(folder):
         return _unfinished(step, folder)
@@ -108,19 +114,14 @@ def _entry(saved: Checkpoints, step: int, verify: bool, advance: manifest.Advanc
     damage = saved.damage(step, advance) if verify else []
     restarts = groups = ""
     try:
-        restarts, groups = _told(saved, step)
-    except InputError as error:  # the manifest's own damage was found above, where all is verified
+        meta = read_meta(saved, step)
+        restarts, groups = str(meta["restarts"]), group_type(Methods.from_json(meta["methods"]))
+    except InputError as error:  # a damaged manifest was found above if all is verified
         damage = damage or [str(error)]
-    if not manifest.is_sealed(folder):  # once more, at last: a run removes the manifest first
+    if not manifest.is_sealed(folder):  # asked again: a run that removes a checkpoint removes this first
         return _unfinished(step, folder)
     state: State = "damaged" if damage else "good" if verify else "not verified"
     return Entry(step, restarts, groups, size, date, state, tuple(damage))
-
-
-def _told(saved: Checkpoints, step: int) -> tuple[str, str]:
-    """Restarts and group type. Raises InputError where the manifest does not tell them."""
-    meta = read_meta(saved, step)
-    return str(meta["restarts"]), group_type(Methods.from_json(meta["methods"]))
 
 
 def _bytes(folder: epath.Path) -> int:

@@ -1,6 +1,6 @@
-"""A folder sealed with a manifest: the size and hash of every file in it, and a hash of the manifest itself.
+"""A folder sealed by a manifest: the size and hash of every file in it, and a hash of the manifest itself.
 
-The manifest is written last, and in one piece: a folder without one was not finished.
+The manifest is written last and atomically. A folder without one is unfinished.
 """
 
 import concurrent.futures
@@ -16,12 +16,11 @@ from etils import epath
 
 from mora_jax.errors import InputError
 from train.storage import buckets
-from train.storage.files import sync, write_whole
+from train.storage.files import sha256, sync, write_whole
 
 MANIFEST = "manifest.json"
-# A manifest is read whole; a larger file is not one of ours.
+# Bytes of a manifest, which is read into memory; a larger file is not one of ours.
 _LIMIT = 1 << 26
-_CHUNK = 1 << 22
 _HASHERS = 4
 
 Json = dict[str, Any]
@@ -31,7 +30,7 @@ Advance = Callable[[float], None]
 def seal(folder: epath.Path, content: Json) -> None:
     """Writes the manifest: `content` (step, meta, arrays) and the size and hash of every file.
 
-    On a local disk all files are on the disk before the manifest is, and the manifest when this returns.
+    On a local disk, all files are synced before the manifest, and the manifest before this returns.
     """
     files = [folder / name for name in sizes(folder)]
     with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
@@ -43,7 +42,7 @@ def seal(folder: epath.Path, content: Json) -> None:
 
 
 def read(folder: epath.Path, step: int) -> Json:
-    """The manifest. Raises InputError unless it is, to the letter, what was written for this step."""
+    """Returns the manifest. Raises InputError unless it is exactly what was written for this step."""
     path = folder / MANIFEST
     if is_link(folder):
         raise InputError(f"{folder} is a link, not a folder")
@@ -53,10 +52,10 @@ def read(folder: epath.Path, step: int) -> Json:
         raise InputError(f"{path} is missing: the save did not finish, or the file was removed")
     size = _size(path)
     if size is None or size > _LIMIT:
-        raise InputError(f"{path} is damaged: it is no plain file of at most {_LIMIT} bytes")
+        raise InputError(f"{path} is damaged: it is not a regular file of at most {_LIMIT} bytes")
     try:
         manifest = parse(path.read_bytes())
-    except _harm(path) as error:
+    except _damage_errors(path) as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     if manifest is None:
         raise InputError(f"{path} is damaged: its content is not what was saved")
@@ -66,21 +65,22 @@ def read(folder: epath.Path, step: int) -> Json:
 
 
 def is_sealed(folder: epath.Path) -> bool:
-    """Whether there is a manifest, of whatever content."""
-    if buckets.in_bucket(folder):  # a listing fails where the bucket is out of reach; a question would say no
+    """Whether there is a manifest, whatever its content."""
+    # If the bucket is out of reach, a listing raises. Asking whether the object exists would return False.
+    if buckets.in_bucket(folder):
         return MANIFEST in buckets.objects(folder)
     return os.path.lexists(folder / MANIFEST)
 
 
 def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
-    """What is not as it was sealed, a line for each file; empty where all is good.
+    """Returns a line for each file that differs from what was sealed; empty if all are good.
 
-    A file of another size than it was saved with is not read at all.
+    A file of another size than when it was saved is not read.
 
     Args:
       folder: the folder.
       step: the step that it must hold.
-      advance: told of every so many bytes that were hashed.
+      advance: called with the number of bytes of each chunk that was hashed.
     """
     try:
         want = read(folder, step)["files"]
@@ -100,9 +100,9 @@ def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
 
 
 def sizes(folder: epath.Path) -> dict[str, int | None]:
-    """Relative path of every file but the manifest -> its bytes; None for a link, a pipe or a device.
+    """Returns the bytes of every file but the manifest, by relative path; None for a link, pipe or device.
 
-    A folder that is a link has none.
+    A folder that is a link has no files.
     """
     if buckets.in_bucket(folder):
         found = {name: there.size for name, there in buckets.objects(folder).items()}
@@ -112,19 +112,19 @@ def sizes(folder: epath.Path) -> dict[str, int | None]:
 
 
 def is_link(path: epath.Path) -> bool:
-    """Whether a path is a symbolic link, which no save makes."""
+    """Whether a path is a symbolic link. No save makes one."""
     return not buckets.in_bucket(path) and Path(path).is_symlink()
 
 
 def render(manifest: Json) -> str:
-    """The one text that a manifest can have, its own hash included: any change of it is seen."""
+    """Returns the only text that a manifest can have, its own hash included: any change is detected."""
     body = json.dumps(manifest, sort_keys=True, allow_nan=False)
     seal = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps(manifest | {"sha256": seal}, sort_keys=True, indent=1) + "\n"
 
 
 def parse(content: bytes) -> Json | None:
-    """None unless it is well formed and its own hash is right."""
+    """Returns the manifest, None unless it is well formed and its own hash is right."""
     try:
         manifest = json.loads(content)
         del manifest["sha256"]
@@ -138,13 +138,13 @@ def parse(content: bytes) -> Json | None:
     return manifest if intact and well_formed else None
 
 
-def _harm(path: epath.Path) -> type[OSError]:
-    """The errors that say that a file is not what it was; in a bucket most tell of the way there."""
+def _damage_errors(path: epath.Path) -> type[OSError]:
+    """Returns the errors that mean damage. In a bucket, most others mean that it is out of reach."""
     return FileNotFoundError if buckets.in_bucket(path) else OSError
 
 
 def _walk(folder: epath.Path) -> list[epath.Path]:
-    """Every file below a folder and every link, sorted; links are not followed."""
+    """Returns every file and link below a folder, sorted. Links are not followed."""
     found = []
     for root, folders, names in folder.walk() if not is_link(folder) else ():
         found += [root / name for name in names] + [root / n for n in folders if is_link(root / n)]
@@ -152,7 +152,7 @@ def _walk(folder: epath.Path) -> list[epath.Path]:
 
 
 def _size(path: epath.Path) -> int | None:
-    """Bytes of a plain file; None for anything else, and what has gone in the meantime."""
+    """Returns the bytes of a regular file; None for anything else, and for what was removed meanwhile."""
     if buckets.in_bucket(path):
         try:
             return path.stat().length
@@ -172,27 +172,18 @@ def _fingerprint(path: epath.Path) -> Json:
         nonlocal size
         size += int(n)
 
-    digest = _sha256(path, count)
+    digest = sha256(path, count)
     sync(path)
     return {"bytes": size, "sha256": digest}
 
 
 def _problem(path: epath.Path, want: Json, size: int | None, advance: Advance) -> str:
     if size is None:
-        return "is damaged: it is no plain file"
+        return "is damaged: it is not a regular file"
     if want["bytes"] != size:
         return f"is damaged: it has {size} bytes and was saved with {want['bytes']}"
     try:
-        same = _sha256(path, advance) == want["sha256"]
-    except _harm(path) as error:
+        same = sha256(path, advance) == want["sha256"]
+    except _damage_errors(path) as error:
         return f"cannot be read: {error.strerror or error}"
     return "" if same else "is damaged: its content is not what was saved"
-
-
-def _sha256(path: epath.Path, advance: Advance) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()

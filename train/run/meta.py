@@ -5,13 +5,14 @@ from typing import Any
 from mora_jax.errors import InputError
 from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
-from train.config import flags
+from train.config import flags, old
 from train.config import run as run_config
 from train.config.run import RunConfig
 from train.data.rows.info import DataInfo
 from train.data.rows.read import first_rows
 from train.run.checkpoint import Checkpoints
 from train.step.step import random_state
+from train.storage.format import FORMAT, KEY, check_format
 
 
 def build_meta(
@@ -29,6 +30,7 @@ def build_meta(
     text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
     derived = _derived(config, step, info.rows["train"])
     return derived | {
+        KEY: FORMAT,
         "config": run_config.to_plain(config),
         "methods": methods.to_json(),
         "data": derived["data"] | text,
@@ -37,13 +39,17 @@ def build_meta(
 
 
 def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
-    """Returns what `build_meta` built for a checkpoint.
+    """Returns what `build_meta` built for a checkpoint; that of format 1 with today's names.
 
     Raises:
-      InputError: if the checkpoint holds anything else, whoever wrote it.
+      InputError: if the checkpoint has a newer format, or holds anything else, whoever wrote it.
     """
     found = saved.read_meta(step)
+    number = check_format(found, str(saved.folder(step)))
     try:
+        if number == 1:
+            config, methods = old.upgrade_config(found["config"]), old.upgrade_methods(found["methods"])
+            found = found | {KEY: number, "config": config, "methods": methods}
         Methods.from_json(found["methods"])
         data, score, restarts = found["data"], found["evaluation"], found["restarts"]
         valid = isinstance(found["config"], dict)
@@ -54,7 +60,7 @@ def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
             "loss": float,
             "predictions": int,
         }
-    except (InputError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{saved.folder(step)} was not saved by a run of this version: {error!r}") from error
     if not valid:
         raise InputError(f"{saved.folder(step)} was not saved by a run of this version")

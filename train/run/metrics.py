@@ -1,8 +1,8 @@
-"""What a run says of itself: JSON lines, TensorBoard events, Weights & Biases by choice, the progress bar.
+"""A run's log: metrics.jsonl, TensorBoard's events, optionally Weights & Biases, and the progress bar.
 
-`metrics.jsonl` is the source of truth. A line is one JSON object; its `step` is n where it tells of update n
-(from 0), of the restart just before it or of the evaluation just after it. JSON has no NaN: numbers that are
-not finite are the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns these into floats again.
+`metrics.jsonl` is the source of truth. Each line is one JSON object. Its `step` is n for update n (from 0),
+for the restart just before that update, and for the evaluation just after it. JSON has no NaN: numbers that
+are not finite are the strings "NaN", "Infinity" and "-Infinity", which `read_metrics` turns back into floats.
 """
 
 import contextlib
@@ -24,21 +24,20 @@ from tensorboardX.record_writer import RecordWriter
 
 from mora_jax.errors import InputError
 from mora_jax.io import is_plain_file, read_text
-from train.console.exits import naming
 from train.console.progress import Bar
 from train.console.terminal import warn
-from train.storage.files import writable, write_whole
+from train.storage.files import naming_errors, writable, write_whole
 
 LINES = "metrics.jsonl"
 EVENTS = "tensorboard"
 _WANDB_ID = "wandb_id.txt"
-# What is written bit by bit, and so cannot lie in a bucket while it is.
-GROWING = (LINES, EVENTS, _WANDB_ID)
-# Seconds between two times that TensorBoard's events are brought to the disk.
+# Files and folders that are appended to, and so cannot be written in a bucket.
+LOG_FILES = (LINES, EVENTS, _WANDB_ID)
+# Seconds between two flushes of TensorBoard's events.
 EVENTS_EVERY = 30.0
-# Gaps in the lines of an earlier program that are named.
-_FEW = 3
-# Bytes of a line; the run's own have some hundred.
+# Gaps in the lines of an earlier program that a warning names.
+_NAMED_GAPS = 3
+# Bytes of a line; the run's own have a few hundred.
 _LONGEST = 1 << 20
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -47,11 +46,11 @@ Sink = Callable[[int, Values], None]
 
 
 class Metrics:
-    """Takes a run's metrics to all places they go to; a context manager.
+    """Writes a run's metrics to all their places. A context manager.
 
-    A run that goes on from step `start` forgets what was written of later ones: no update is told of twice.
-    What cannot be written, as on a full disk, is an OSError that names the file: a run does not train on
-    without telling what it does.
+    A run that resumes at step `start` first drops what was written of later steps, so that no update is
+    logged twice. A failed write, as on a full disk, raises an OSError that names the file: a run does not
+    train without its log.
     """
 
     def __init__(
@@ -69,10 +68,10 @@ class Metrics:
           start: updates done before.
           wandb: project in Weights & Biases; empty for none.
           writes: whether this process writes and shows anything; None for process 0 alone.
-          evaluated: whether the evaluation just before `start` counts; else it is forgotten and told again.
+          evaluated: whether the evaluation just before `start` is kept; else it is dropped and repeated.
 
         Raises:
-          InputError: if Weights & Biases is asked for and not installed, metrics.jsonl cannot be read, or one
+          InputError: if Weights & Biases is asked for but not installed, metrics.jsonl cannot be read, or one
             of the places cannot be written to.
         """
         self._closing = contextlib.ExitStack()
@@ -92,7 +91,7 @@ class Metrics:
         """Writes one line.
 
         Args:
-          step: the update told of, from 0.
+          step: the update, from 0.
           values: scalars; only numbers go to TensorBoard and Weights & Biases.
         """
         for sink in self._sinks:
@@ -108,16 +107,16 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Where the disk is full, files cannot be closed either; what was met first is what is told.
+        # On a full disk, files cannot be closed either. The first error is the one to report.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             self.close()
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; a last line that was cut off is left out.
+    """Returns all complete lines of a metrics.jsonl. A truncated last line is ignored.
 
     Raises:
-      InputError: if there is no such file, it is no plain one (a pipe, a device), or another line is not a
+      InputError: if there is no such file, it is not a plain one (a pipe, a device), or another line is not a
         JSON object with a step.
     """
     file = epath.Path(path)
@@ -125,13 +124,13 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
         raise InputError(f"{path} is not a regular file")
     try:
         with file.open("rb") as stream:
-            return [_parse(path, number, line) for number, line in enumerate(_whole_lines(stream), 1)]
+            return [_parse(path, number, line) for number, line in enumerate(_complete_lines(stream), 1)]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _whole_lines(stream: Any) -> Iterator[bytes]:
-    """Lines with their ends; what follows the last end was cut off, or is nothing. A long one is cut here."""
+def _complete_lines(stream: Any) -> Iterator[bytes]:
+    """Yields lines with their ends. A line that is too long is cut, and then is not JSON."""
     while (line := stream.readline(_LONGEST)).endswith(b"\n") or len(line) == _LONGEST:
         yield line
 
@@ -160,52 +159,53 @@ def _legal(value: float | int | str) -> float | int | str:
 
 def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
     with writable(path, f"{path} cannot be written to"):
-        told = _forget(path, start, evaluated) if path.exists() else set()
-        file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail once more at the end
-    if missing := _spans(sorted(set(range(start)) - told)):
-        warn([f"{path} does not tell of updates {missing}, which are done and not done again"])
+        logged = _drop_later_lines(path, start, evaluated) if path.exists() else set()
+        file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail again at the end
+    if missing := _spans(sorted(set(range(start)) - logged)):
+        warn([f"{path} lacks updates {missing}; they are done and not repeated"])
 
     def write(step: int, values: Values) -> None:
         line = _render(step, values).encode()
-        with naming(path):
+        with naming_errors(path):
             while line:
                 line = line[file.write(line) :]
 
     return write
 
 
-def _forget(path: Path, start: int, evaluated: bool) -> set[int]:
-    """Drops what will be told again, and a last line cut off; a kill leaves the old or the new.
+def _drop_later_lines(path: Path, start: int, evaluated: bool) -> set[int]:
+    """Drops lines that will be written again, and a truncated last line. A kill leaves the old or new file.
 
     Returns:
-      The updates that what is left tells of.
+      The updates in the lines that are left.
     """
-    kept = [line for line in read_metrics(str(path)) if _stays(line, start, evaluated)]
-    told = {line["step"] for line in kept if "loss" in line}
+
+    def stays(line: dict[str, Any]) -> bool:
+        repeated = not evaluated and line["step"] == start - 1 and "validation_loss" in line
+        return line["step"] < start and not repeated
+
+    kept = [line for line in read_metrics(str(path)) if stays(line)]
+    logged = {line["step"] for line in kept if "loss" in line}
     write_whole(path, "".join(_render(line.pop("step"), line) for line in kept))
-    return told
+    return logged
 
 
 def _spans(steps: list[int]) -> str:
-    """Ascending numbers in few words, such as `3, 20 to 41`."""
+    """Returns ascending numbers in a short form, such as `3, 20 to 41`."""
     spans: list[list[int]] = []
     for step in steps:
         if spans and spans[-1][1] == step - 1:
             spans[-1][1] = step
         else:
             spans.append([step, step])
-    told = [f"{first} to {last}" if first < last else str(first) for first, last in spans[:_FEW]]
-    return ", ".join(told) + (" and more" if len(spans) > _FEW else "")
-
-
-def _stays(line: dict[str, Any], start: int, evaluated: bool) -> bool:
-    told_again = not evaluated and line["step"] == start - 1 and "validation_loss" in line
-    return line["step"] < start and not told_again
+    named = [f"{first} to {last}" if first < last else str(first) for first, last in spans[:_NAMED_GAPS]]
+    return ", ".join(named) + (" and more" if len(spans) > _NAMED_GAPS else "")
 
 
 def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
-    # Events are written here and not in tensorboardX's thread, which would die of a full disk unheard, and
-    # then block the run. TensorBoard reads a run's files in the order of their names.
+    # tensorboardX's SummaryWriter writes in a thread, which a full disk ends without an error; the run then
+    # blocks on its queue. Its EventsWriter leaves the file open if the last flush fails. So only its
+    # RecordWriter is used. TensorBoard reads files in the order of their names.
     with writable(folder, f"{folder} must be a folder that can be written to"):
         folder.mkdir(exist_ok=True)
         number = len(list(folder.glob("*")))
@@ -215,45 +215,43 @@ def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sin
     flushed = time.monotonic()
 
     def close() -> None:
-        with naming(folder):
+        with naming_errors(folder):
             events.close()
 
     def put(**event: Any) -> None:
         nonlocal flushed
-        with naming(folder):
+        with naming_errors(folder):
             events.write(Event(wall_time=time.time(), **event).SerializeToString())
             if time.monotonic() - flushed > EVENTS_EVERY:
                 events.flush()
                 flushed = time.monotonic()
 
     def write(step: int, values: Values) -> None:
+        # Numbers that are not finite cannot be drawn.
         finite = {name: value for name, value in _numbers(values).items() if math.isfinite(value)}
-        if finite:  # others cannot be drawn
-            put(step=step, summary=Summary(value=[_scalar(*item) for item in finite.items()]))
+        if finite:
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+            put(step=step, summary=Summary(value=scalars))
 
     closing.callback(close)
     put(file_version="brain.Event:2")
-    # Hides, in TensorBoard, the events of an earlier process that are told again.
+    # Makes TensorBoard hide events of an earlier process that are written again.
     put(step=start, session_log=SessionLog(status=SessionLog.START))
     return write
-
-
-def _scalar(name: str, value: float | int) -> Any:
-    return Summary.Value(tag=name, simple_value=value)
 
 
 def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError("log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
-    named = folder / _WANDB_ID
-    if not named.exists():
-        write_whole(named, uuid.uuid4().hex)
-    same = read_text(named, 1000)
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=same, resume="allow")
+        raise InputError("--log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
+    path = folder / _WANDB_ID
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex)
+    run_id = read_text(path, 1000)
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow")
     closing.callback(run.finish)
-    # Its own step can only grow, and would drop what is told again after a resume.
+    # Its own step can only grow, which would drop updates that are logged again after resuming.
     run.define_metric("*", step_metric="update")
 
     def write(step: int, values: Values) -> None:

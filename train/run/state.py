@@ -1,5 +1,6 @@
 """The state of a run: a fresh one, its shapes and shardings, and the one that a checkpoint holds."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ from mora_jax import sharding, transform
 from mora_jax.errors import InputError
 from mora_jax.models.llama import abstract_params
 from mora_jax.transform import Methods
+from train.config import old
 from train.config.run import RunConfig
 from train.run.checkpoint import Checkpoints
 from train.run.folder import check_same_config
 from train.run.meta import check_derived, read_meta
 from train.step.step import TrainState, init_params, init_state
+from train.storage.format import KEY
 
 
 def assign_methods(config: RunConfig) -> Methods:
@@ -79,7 +82,17 @@ def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) 
             f"{config.run_dir}: the methods saved at step {step} are not those that the config gives for it"
         )
     check_derived(config, step, found)
-    state = saved.restore(step, abstract_state(config, methods, mesh))
+    state = _load(saved, step, abstract_state(config, methods, mesh), found[KEY])
     if int(state.step) != step:
         raise InputError(f"{config.run_dir}: checkpoint {step} holds the state of {int(state.step)} updates")
     return state, methods
+
+
+def _load(saved: Checkpoints, step: int, abstract: TrainState, number: int) -> TrainState:
+    """Returns the state in a checkpoint. In format 1 some of its fields have other names."""
+    if number > 1:
+        return saved.restore(step, abstract)
+    fields = [field.name for field in dataclasses.fields(abstract)]
+    names = {name: old.STATE_FIELDS.get(name, name) for name in fields}
+    arrays = saved.restore(step, {names[name]: getattr(abstract, name) for name in fields})
+    return TrainState(**{name: arrays[names[name]] for name in fields})

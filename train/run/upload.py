@@ -1,8 +1,8 @@
-"""The files of a run that are appended to, which a bucket cannot hold while they grow.
+"""Log files of a run in a bucket.
 
-An object cannot be appended to. So metrics.jsonl and TensorBoard's events of a run in a bucket are written on
-this machine's disk, brought down from the bucket before, and taken up every so often as a whole: always
-before a checkpoint is sealed, so that no line of an update that a checkpoint counts is ever lost.
+An object cannot be appended to. So metrics.jsonl and TensorBoard's events of a run in a bucket are downloaded
+to this machine's disk, written there, and uploaded periodically: always before a checkpoint is sealed, so
+that no line of an update that a checkpoint counts is lost.
 """
 
 import contextlib
@@ -14,98 +14,94 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from train.run.metrics import GROWING
+from train.run.metrics import LOG_FILES
 from train.storage import buckets, lock
 
-# Seconds between two times that files are taken up, and how many times longer than it takes.
+# Seconds between two uploads, and how many times longer than an upload the pause is.
 EVERY = 30.0
 _PAUSE = 20.0
 
 
-class Mirror:
-    """Where the files of a run that grow are written.
+class Upload:
+    """The folder that a run's log files are written to, and their upload.
 
     Attributes:
-      folder: on a disk.
+      log_dir: the folder, on a disk.
     """
 
-    def __init__(self, folder: Path, bucket: str = "") -> None:
+    def __init__(self, log_dir: Path, bucket: str = "") -> None:
         """Args:
-        folder: on a disk.
-        bucket: the folder in a bucket that it stands in for; empty for none.
+        log_dir: the folder, on a disk.
+        bucket: the run's folder in a bucket; empty if the run is on a disk.
         """
-        self.folder = folder
+        self.log_dir = log_dir
         self._bucket = bucket
-        self._taken: dict[Path, tuple[int, int]] = {}  # size and age of each file, as it is in the bucket
-        self._one = threading.Lock()
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # size and time of each file as uploaded
+        self._lock = threading.Lock()
 
-    def bring_down(self) -> None:
-        """Makes the stand-in what the bucket holds."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        there = [name for name in buckets.objects(self._bucket) if _grows(name)]
+    def download(self) -> None:
+        """Replaces the log files on the disk by those in the bucket."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        names = [name for name in buckets.objects(self._bucket) if _is_log(name)]
         for path in self._files():
             path.unlink()
-        for name in buckets.download(self._bucket, self.folder, there, lambda n: None):
-            self._taken[self.folder / name] = _state(self.folder / name)
+        for name in buckets.download(self._bucket, self.log_dir, names, lambda n: None):
+            self._uploaded[self.log_dir / name] = _state(self.log_dir / name)
 
-    def take_up(self) -> None:
-        """Writes to the bucket what is new. A file may grow meanwhile: a reader leaves half a line out."""
+    def upload(self) -> None:
+        """Uploads changed files. A file may grow meanwhile: a reader ignores half a line at its end."""
         if not self._bucket:
             return
-        with self._one:
+        with self._lock:
             for path in self._files():
                 state = _state(path)
-                if self._taken.get(path) != state:
-                    name = path.relative_to(self.folder).as_posix()
-                    with buckets.told(f"{self._bucket}/{name}"):
+                if self._uploaded.get(path) != state:
+                    name = path.relative_to(self.log_dir).as_posix()
+                    with buckets.store_errors(f"{self._bucket}/{name}"):
                         epath.Path(f"{self._bucket}/{name}").write_bytes(path.read_bytes())
-                    self._taken[path] = state
+                    self._uploaded[path] = state
 
     def _files(self) -> list[Path]:
-        return [self.folder / name for name in buckets.files(self.folder) if _grows(name)]
+        return [self.log_dir / name for name in buckets.files(self.log_dir) if _is_log(name)]
 
 
 @contextlib.contextmanager
-def mirrored(run_dir: str) -> Iterator[Mirror]:
-    """The place for a run's growing files: every so often, and at the end, they are in the run's folder.
+def uploading(run_dir: str) -> Iterator[Upload]:
+    """Uploads a run's log files to its bucket, periodically and at the end. Does nothing for a disk.
 
-    Only what process 0 holds is taken to a bucket, which alone writes such files; `lock.alone` must have
-    the run.
+    Only process 0 writes log files and uploads them. It must hold `lock.lock_run`.
     """
     if not buckets.in_bucket(run_dir) or jax.process_index() > 0:
-        yield Mirror(Path(run_dir))
+        yield Upload(Path(run_dir))
         return
-    mirror, over = Mirror(lock.place(run_dir), run_dir), threading.Event()
-    mirror.bring_down()
-    thread = threading.Thread(target=_keep_up, args=(mirror, over), name="mirror", daemon=True)
+    upload, finished = Upload(lock.local_folder(run_dir), run_dir), threading.Event()
+    upload.download()
+    thread = threading.Thread(target=_repeat, args=(upload, finished), name="upload", daemon=True)
     thread.start()
     try:
-        yield mirror
+        yield upload
     except BaseException:
-        _end(thread, over)
-        with contextlib.suppress(OSError):  # what was met first is what is told
-            mirror.take_up()
+        finished.set()
+        thread.join()
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            upload.upload()
         raise
-    _end(thread, over)
-    mirror.take_up()
-
-
-def _keep_up(mirror: Mirror, over: threading.Event) -> None:
-    pause = EVERY
-    while not over.wait(pause):
-        began = time.monotonic()
-        with contextlib.suppress(OSError):  # a store out of reach is told of by the next checkpoint
-            mirror.take_up()
-        pause = max(EVERY, _PAUSE * (time.monotonic() - began))
-
-
-def _end(thread: threading.Thread, over: threading.Event) -> None:
-    over.set()
+    finished.set()
     thread.join()
+    upload.upload()
 
 
-def _grows(name: str) -> bool:
-    return name.partition("/")[0] in GROWING
+def _repeat(upload: Upload, finished: threading.Event) -> None:
+    pause = EVERY
+    while not finished.wait(pause):
+        started = time.monotonic()
+        with contextlib.suppress(OSError):  # the next checkpoint reports a store that is out of reach
+            upload.upload()
+        pause = max(EVERY, _PAUSE * (time.monotonic() - started))
+
+
+def _is_log(name: str) -> bool:
+    return name.partition("/")[0] in LOG_FILES
 
 
 def _state(path: Path) -> tuple[int, int]:

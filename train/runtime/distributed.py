@@ -1,16 +1,14 @@
-"""Several processes as one program: how they find each other, and what is said when one of them is gone.
+"""Several processes as one program: how they find each other, and what happens if one of them is gone.
 
-JAX's own runtime does it. Its processes meet at a coordinator, which is in process 0, and send it heartbeats.
-Where one stays silent, or the coordinator does, the runtime aborts all others in the middle of whatever they
-do; that they are one program is over, and they can only be started again together.
+JAX's own runtime does it. The processes meet at a coordinator in process 0 and send it heartbeats. If a
+process or the coordinator falls silent, the runtime aborts all others wherever they are. They can only be
+started again together.
 """
 
 import contextlib
-import ctypes
 import errno
 import importlib.util
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,26 +20,26 @@ import jax
 from mora_jax.errors import InputError
 from train.config.sections import Distributed
 from train.console import exits
+from train.runtime.workarounds import on_abort
 
-_GONE = (
-    "another process of this run is gone, or out of reach: this one cannot go on alone. Start all of them "
-    "again with the same command, and the run goes on from its newest checkpoint"
+_LOST = (
+    "another process of this run is gone or out of reach, and this one cannot continue alone. Start all of "
+    "them again with the same command; the run resumes from its newest checkpoint"
 )
-# Seconds beyond the heartbeats' timeout in which the runtime tells of a silent process.
+# Seconds beyond the heartbeats' timeout within which the runtime reports a silent process.
 _GRACE = 5
-_ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 @contextlib.contextmanager
 def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iterator[None]:
-    """Makes this process one of several, if it is to be, for as long as the context lasts.
+    """Makes this process one of several, if the config or the environment says so.
 
-    It must be entered before JAX is asked for a device. An error inside ends the process at once: were it
-    to leave as usual, it would wait for the others, and these for it.
+    Must be entered before JAX is asked for a device. An error inside ends the process at once: a regular exit
+    would wait for the other processes, and they for it.
 
     Args:
-      config: who the others are.
-      explain: tells what an error means, and gives the status to exit with.
+      config: the other processes.
+      explain: prints what an error means, and returns the exit status.
 
     Raises:
       InputError: if the processes do not find each other.
@@ -49,38 +47,26 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
     if not several(config, os.environ):
         yield
         return
-    handler = _say_who_aborts()
-    _initialize(config)
-    try:
-        yield
-    except exits.Stopped:  # on all processes alike
+    with on_abort(lambda: print(f"\nmora: {_LOST}", file=sys.stderr, flush=True), exits.LOST):
+        _initialize(config)
+        try:
+            yield
+        except exits.Stopped:  # raised on all processes
+            jax.distributed.shutdown()
+            raise
+        except BaseException as error:
+            if _came_from_jax(error) or _has_no_reason(error):
+                # If another process is gone, the runtime aborts this one meanwhile.
+                time.sleep(config.heartbeat_timeout + _GRACE)
+            _exit(explain(error))
         jax.distributed.shutdown()
-        raise
-    except BaseException as error:
-        if _begins_in_jax(error) or _unclear(error):
-            time.sleep(config.heartbeat_timeout + _GRACE)  # if a process is gone, this one ends meanwhile
-        _leave(explain(error))
-    jax.distributed.shutdown()
-    del handler
-
-
-def _begins_in_jax(error: BaseException | None) -> bool:
-    """Whether JAX's runtime raised an error, or one that led to it: then another process may be gone."""
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _unclear(error: BaseException) -> bool:
-    """Whether input or output failed, and the system has no reason for it: a save waits for all processes."""
-    return isinstance(error, OSError) and error.errno in (None, errno.EIO)
 
 
 def several(config: Distributed, environment: Mapping[str, str]) -> bool:
-    """Whether the flags or the environment say that this is one of several processes.
+    """Returns whether the flags or the environment say that this is one of several processes.
 
-    Slurm's and Open MPI's variables count where there is more than one task, `TPU_WORKER_HOSTNAMES` where it
-    names more than one host. On a TPU VM JAX asks the metadata server, whatever their number is.
+    The variables of Slurm and Open MPI count if there is more than one task, `TPU_WORKER_HOSTNAMES` if it
+    names more than one host. On a TPU VM JAX asks the metadata server, however many hosts there are.
     """
     if config.coordinator_address:
         return config.num_processes > 1
@@ -90,13 +76,13 @@ def several(config: Distributed, environment: Mapping[str, str]) -> bool:
         on_tpu = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or _is_tpu_vm(environment)
     slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environment.keys()
     return (
-        (slurm and _count(environment, "SLURM_NTASKS") > 1)
-        or ("OMPI_MCA_orte_hnp_uri" in environment and _count(environment, "OMPI_COMM_WORLD_SIZE") > 1)
+        (slurm and _number(environment, "SLURM_NTASKS") > 1)
+        or ("OMPI_MCA_orte_hnp_uri" in environment and _number(environment, "OMPI_COMM_WORLD_SIZE") > 1)
         or on_tpu
     )
 
 
-def _count(environment: Mapping[str, str], name: str) -> int:
+def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
     return int(value) if value.isdigit() else 0
 
@@ -119,28 +105,24 @@ def _initialize(config: Distributed) -> None:
             initialization_timeout=config.initialization_timeout,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
         )
-    except (ValueError, RuntimeError) as error:  # JaxRuntimeError is one
+    except (ValueError, RuntimeError) as error:  # JaxRuntimeError is a RuntimeError
         line = " ".join(str(error).split())
         raise InputError(f"the processes of this run do not find each other: {line[:300]}") from error
 
 
-def _say_who_aborts() -> object:
-    """The runtime knows no other way out than abort(), behind a page of its own: this has the last word.
-
-    JAX takes a callback for it, and cannot call it: it has no way to hand over the reason.
-    """
-
-    def last_word(_: int) -> None:
-        print(f"\nmora: {_GONE}", file=sys.stderr, flush=True)
-        os._exit(exits.LOST)
-
-    handler = _ABORT_HANDLER(last_word)
-    # Python's own handlers wait for the main thread, which may be in a call that never ends.
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
-    return handler
+def _came_from_jax(error: BaseException | None) -> bool:
+    """Whether JAX's runtime raised an error or one of its causes. Another process may then be gone."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
-def _leave(status: int) -> NoReturn:
+def _has_no_reason(error: BaseException) -> bool:
+    """Whether input or output failed without a reason of the system: a save waits for all processes."""
+    return isinstance(error, OSError) and error.errno in (None, errno.EIO)
+
+
+def _exit(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

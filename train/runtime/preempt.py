@@ -1,6 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP ask the run to stop after the update it is in; a second ends it at once.
+"""SIGTERM, SIGINT and SIGHUP ask the run to stop after its current update; a second signal ends it at once.
 
-Only SIGHUP never does: a terminal that goes away sends it more than once, by the kernel and by the shell.
+SIGHUP never counts as the second signal: a terminal that closes causes it more than once, from the kernel and
+from the shell.
 """
 
 import collections
@@ -9,7 +10,6 @@ import functools
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -21,17 +21,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.console.exits import SIGNALLED
+from train.console.terminal import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# With several processes an answer is that of so many questions before: it is there, and nobody waits for it.
+# With several processes, the answer is that of this many questions before, so that nobody waits for it.
 LAG = 2
 
 
 @contextlib.contextmanager
 def ended_at_once() -> Iterator[None]:
-    """SIGINT ends the program as SIGTERM does, until `Stop` hears them.
+    """Makes SIGINT end the program as SIGTERM does, until `Stop` handles it.
 
-    Python makes an exception of it, which is lost where it is raised in a callback, such as those of JAX.
+    Python raises an exception for SIGINT, which is lost if it is raised in a callback, such as JAX's.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,24 +45,24 @@ def ended_at_once() -> Iterator[None]:
 
 
 class Stop:
-    """Whether the run is asked to stop; a context manager, for the main thread of a program.
+    """Whether the run is asked to stop. A context manager, for the main thread of a program.
 
-    Signals are heard by a thread of its own, through a socket that the interpreter writes them to at once:
-    the main thread may be in a long call that no handler can interrupt, such as a compilation.
+    A separate thread receives the signals, through a socket that the interpreter writes to at once: the main
+    thread may be in a long call that no handler can interrupt, such as a compilation.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._asked = threading.Event()
-        self._last_chance = False  # whether the next signal ends the program
+        self._ends_next = False  # whether the next signal ends the program
         self._votes: collections.deque[jax.Array] = collections.deque()
 
     def asked(self) -> bool:
-        """Whether to stop now. Every process asks equally often, and all get the same answer.
+        """Returns whether to stop now. Every process must ask equally often, and all get the same answer.
 
-        A signal may reach some processes only, or each at another time. So with several of them each question
-        is a vote: the devices take the maximum over all processes, in their turn among the updates, and what
-        is answered is the outcome of the question `LAG` before.
+        A signal may reach only some processes, each at another time. With several processes, each question is
+        a vote: the devices compute the maximum over all processes, queued among the updates. The answer is
+        the outcome of the question `LAG` before.
         """
         if jax.process_count() == 1:
             return self._asked.is_set()
@@ -69,56 +70,47 @@ class Stop:
         return len(self._votes) > LAG and bool(self._votes.popleft())
 
     def __enter__(self) -> Self:
-        self._heard = threading.current_thread() is threading.main_thread()
-        if self._heard:
-            ear, mouth = self._sockets = socket.socketpair()
-            mouth.setblocking(False)
-            self._before = {number: signal.signal(number, _leave_it) for number in SIGNALS if _minded(number)}
-            self._fd_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(ear,), daemon=True).start()
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            receiver, sender = self._sockets = socket.socketpair()
+            sender.setblocking(False)
+            # nohup ignores SIGHUP, which must stay ignored.
+            handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, lambda *_: None) for number in handled}
+            self._fd_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._receive, args=(receiver,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._heard:
+        if self._installed:
             signal.set_wakeup_fd(self._fd_before)
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            self._sockets[1].close()  # the thread reads the end, and closes its own
+            self._sockets[1].close()  # the thread then reads the end, and closes its own
 
-    def _listen(self, ear: socket.socket) -> None:
-        with ear:
-            while number := ear.recv(1):
+    def _receive(self, receiver: socket.socket) -> None:
+        with receiver:
+            while number := receiver.recv(1):
                 if number[0] in SIGNALS:
-                    self._hear(signal.Signals(number[0]))
+                    self._handle(signal.Signals(number[0]))
 
-    def _hear(self, number: signal.Signals) -> None:
-        hanging_up = number == signal.SIGHUP
-        if self._last_chance and not hanging_up:
+    def _handle(self, number: signal.Signals) -> None:
+        hangup = number == signal.SIGHUP
+        if self._ends_next and not hangup:
             os._exit(SIGNALLED + number)
-        self._last_chance |= not hanging_up
+        self._ends_next |= not hangup
         self._asked.set()
-        # Elsewhere: where nobody reads it, that waits, and the next signal must be heard.
-        threading.Thread(target=_say_so, args=(number, hanging_up), daemon=True).start()
-
-
-def _minded(number: signal.Signals) -> bool:
-    """Whether a signal is heard: nohup has SIGHUP ignored, and that stays."""
-    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-
-
-def _say_so(number: signal.Signals, hanging_up: bool) -> None:
-    last = "" if hanging_up else "; once more to stop at once"
-    print(f"mora: {number.name}: stopping with a checkpoint{last}", file=sys.stderr, flush=True)
-
-
-def _leave_it(number: int, frame: object) -> None:
-    """The thread hears it."""
+        message = (
+            f"{number.name}: stopping with a checkpoint{'' if hangup else '; once more to stop at once'}"
+        )
+        # In another thread: printing blocks if nobody reads it, and the next signal must be received.
+        threading.Thread(target=log, args=(message, True), daemon=True).start()
 
 
 def _any(mine: bool, mesh: Mesh) -> jax.Array:
-    """Whether it is so on any process, as it will be known on all of them."""
+    """Returns whether any process says so, as an array on all of them."""
     votes = np.full(len(mesh.local_devices), mine)
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return _maximum(mesh)(jax.make_array_from_process_local_data(place, votes, (mesh.size,)))

@@ -1,8 +1,8 @@
-"""Folders in object stores, gs:// and s3://, and the disk of this machine that stands in for them.
+"""Folders in object stores, gs:// and s3://, and the folders on this machine's disk that stand in for them.
 
-A bucket has no folders, no renames, no appending and no locks; an object is put in one piece or not at all.
-Small files are read and written through `etils.epath`. What epath cannot do is here: whole folders, and what
-tells one version of an object from another. Both reach the stores through fsspec.
+A bucket has no folders, no renames, no appending and no locks. An object is written completely or not at all.
+Small files are read and written through `etils.epath`. This module has what epath lacks: whole folders, and
+versions of objects. Both reach the stores through fsspec.
 """
 
 import concurrent.futures
@@ -22,24 +22,19 @@ import fsspec.config
 from etils import epath
 from fsspec.callbacks import Callback
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 
 # Scheme -> the package that fsspec reaches it with.
 STORES = {"gs": "gcsfs", "s3": "s3fs"}
 CACHE = "MORA_CACHE"
-# Files under way at once.
+# Concurrent transfers.
 _TRANSFERS = 8
-# What in an object's description changes whenever its content does.
+# The fields of an object's description that change whenever its content does.
 _VERSIONS = ("generation", "ETag", "mtime", "created")
-# Packages whose errors, none of which is an OSError, tell of a store or of the way there.
+# Packages whose errors, none of which is an OSError, concern a store or the way there.
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3")
 
 Advance = Callable[[float], None]
-
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs pages of what it raises as well
-# Listings that are kept would miss what TensorStore and other processes write.
-for _scheme in ("gs", "gcs", "s3"):
-    fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
 
 class Object(NamedTuple):
@@ -54,29 +49,37 @@ class Object(NamedTuple):
     version: str
 
 
+def configure() -> None:
+    """Sets up fsspec for this process; must be called before a bucket is used. May be called again."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs pages about errors that it also raises
+    # A cached listing would miss what TensorStore and other processes write.
+    for scheme in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
 def in_bucket(path: Any) -> bool:
-    """Whether a path leads into an object store."""
+    """Whether a path is in an object store."""
     return "://" in str(path)
 
 
 def reachable(name: str, path: str) -> None:
-    """Raises InputError for a place in a store that is not known; `name` is what the place is for."""
+    """Raises InputError if a path is in an unknown kind of store. `name` is the config's key."""
     scheme, found, _ = path.partition("://")
     if found and scheme not in STORES:
         raise InputError(f"{name} {path} must be a folder, or one in a bucket of gs:// or s3://")
 
 
 def cache_folder() -> Path:
-    """Where what lies in buckets is kept on this machine's disk: MORA_CACHE, or the user's own cache."""
+    """Returns the folder on this machine's disk for copies of buckets: MORA_CACHE, or the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get(CACHE) or f"{home}/mora_jax").expanduser().absolute()
 
 
 def stand_in(kind: str, path: str) -> Path:
-    """The folder on this machine's disk that stands for one in a bucket; of the same name, and its own.
+    """Returns the folder on this machine's disk that stands in for one in a bucket, with the same name.
 
     Args:
-      kind: what it is for: two kinds never share a folder.
+      kind: the purpose: two kinds never share a folder.
       path: the folder in a bucket.
     """
     place = str(epath.Path(path))
@@ -84,20 +87,20 @@ def stand_in(kind: str, path: str) -> Path:
 
 
 def objects(folder: epath.PathLike) -> dict[str, Object]:
-    """Every object below a folder, by its name relative to it; none where there is no such folder.
+    """Returns all objects below a folder by their relative names. A missing folder has none.
 
     Raises:
-      InputError: if there is no such bucket, or no right to look into it.
+      InputError: if the bucket does not exist, or may not be listed.
       OSError: if the store is out of reach.
     """
     place = str(folder)
     try:
-        with told(place):
+        with store_errors(place):
             store = _store(place)
             root = store._strip_protocol(place).rstrip("/") + "/"
             found = store.find(place, detail=True)
     except (FileNotFoundError, PermissionError) as error:
-        raise InputError(f"{place} cannot be looked into: {error.strerror}") from error
+        raise InputError(f"{place} cannot be listed: {error.strerror}") from error
     return {
         name.removeprefix(root): _object(facts)
         for name, facts in found.items()
@@ -106,98 +109,97 @@ def objects(folder: epath.PathLike) -> dict[str, Object]:
 
 
 def modified(path: epath.Path) -> datetime.datetime:
-    """When a file or an object was written."""
+    """Returns when a file or an object was written."""
     if not in_bucket(path):
         return datetime.datetime.fromtimestamp(path.stat().mtime).astimezone()
-    with told(str(path)):
+    with store_errors(str(path)):
         return _store(str(path)).modified(str(path))
 
 
 def download(folder: str, local: Path, names: Iterable[str], advance: Advance) -> Iterator[str]:
-    """Copies objects of a folder to the disk, several at once, each there whole or not at all.
+    """Downloads objects of a folder, several at once. Each file appears only when it is complete.
 
     Args:
       folder: in a bucket.
-      local: the folder to copy into.
+      local: the folder to write to.
       names: what to copy, relative to both.
-      advance: told of every so many bytes.
+      advance: called with the number of bytes of each part that arrived.
 
     Yields:
-      Each name, once it is there.
+      Each name, once its file is complete.
     """
     store = _store(folder)
 
-    def bring(name: str) -> str:
+    def get(name: str) -> str:
         target = local / name
         part = target.with_name(f"{target.name}.part")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with told(f"{folder}/{name}"):
+        with store_errors(f"{folder}/{name}"):
             store.get_file(f"{folder}/{name}", str(part), callback=_Counting(advance))
         part.replace(target)
         return name
 
-    yield from _at_once(bring, names)
+    yield from _concurrently(get, names)
 
 
 def upload(local: Path, folder: str, names: Iterable[str], advance: Advance) -> None:
-    """Copies files of the disk into a folder of a bucket, several at once, and compares the sizes there.
+    """Uploads files into a folder of a bucket, several at once, and compares their sizes there.
 
     Raises:
-      OSError: for what is not there as it should be.
+      OSError: naming an object that is not there as it was written.
     """
     store, names = _store(folder), list(names)
 
     def put(name: str) -> str:
-        with told(f"{folder}/{name}"):
+        with store_errors(f"{folder}/{name}"):
             store.put_file(str(local / name), f"{folder}/{name}", callback=_Counting(advance))
         return name
 
-    for _ in _at_once(put, names):
+    for _ in _concurrently(put, names):
         pass
     there = objects(folder)
     for name in names:
         if name not in there or there[name].size != (local / name).stat().st_size:
-            raise OSError(errno.EIO, "is not there as it was written", f"{folder}/{name}")
+            raise OSError(errno.EIO, "was not stored as it was uploaded", f"{folder}/{name}")
 
 
 def files(local: Path) -> dict[str, int]:
-    """Every file below a folder of the disk, by its name relative to it, and its bytes."""
+    """Returns the sizes in bytes of all files below a folder on a disk, by their relative names."""
     found = (path for path in local.rglob("*") if path.is_file())
     return {path.relative_to(local).as_posix(): path.stat().st_size for path in found}
 
 
 def check_room(needed: int, folder: Path) -> None:
-    """Raises InputError where a disk has fewer bytes left than are needed."""
+    """Raises InputError if a disk has fewer bytes left than are needed."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{folder} has room for {free / 1e9:.1f} GB, and {needed / 1e9:.1f} GB are needed; make room, or "
-            f"name a folder of another disk in {CACHE}"
+            f"{folder} has room for {free / 1e9:.1f} GB, but {needed / 1e9:.1f} GB are needed; free some, or "
+            f"set {CACHE} to a folder on another disk"
         )
 
 
 @contextlib.contextmanager
-def told(place: str) -> Iterator[None]:
-    """Turns errors of the packages into OSErrors that name the place; a missing package is an InputError."""
+def store_errors(place: str) -> Iterator[None]:
+    """Turns errors of the packages into OSErrors that name the place, a missing package into InputError."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        line = trouble(error) or said
+        line = describe_error(error) or reason(error)
         if isinstance(error, ImportError):
             raise InputError(line) from error
         kind = type(error) if isinstance(error, FileNotFoundError | PermissionError) else OSError
         raise kind(getattr(error, "errno", None) or errno.EIO, line, place) from error
 
 
-def trouble(error: BaseException) -> str | None:
-    """What an error of the packages says, in one line; None for one that is none of theirs."""
+def describe_error(error: BaseException) -> str | None:
+    """Returns an error of a store's package as one line, None if it is not one."""
     missing = getattr(error.__cause__, "name", None) if isinstance(error, ImportError) else None
     if missing in STORES.values():
-        return f"gs:// and s3:// need more packages, {missing} is missing: pip install 'mora_jax[cloud]'"
+        return f"gs:// and s3:// need the package {missing}: pip install 'mora_jax[cloud]'"
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in _CLIENTS:
         return None
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -209,22 +211,23 @@ def _object(facts: dict[str, Any]) -> Object:
 
 
 def _store(path: str) -> Any:
+    configure()
     return fsspec.filesystem(path.partition("://")[0])
 
 
-def _at_once(work: Callable[[str], str], names: Iterable[str]) -> Iterator[str]:
+def _concurrently(work: Callable[[str], str], names: Iterable[str]) -> Iterator[str]:
     with concurrent.futures.ThreadPoolExecutor(_TRANSFERS, "transfer") as pool:
-        under_way = [pool.submit(work, name) for name in names]
+        futures = [pool.submit(work, name) for name in names]
         try:
-            for done in concurrent.futures.as_completed(under_way):
+            for done in concurrent.futures.as_completed(futures):
                 yield done.result()
         finally:
-            for waiting in under_way:
+            for waiting in futures:
                 waiting.cancel()
 
 
 class _Counting(Callback):
-    """Passes on how many bytes more a transfer has done, however the store counts them."""
+    """Passes on how many more bytes a transfer has done, however the store counts them."""
 
     def __init__(self, advance: Advance) -> None:
         super().__init__()

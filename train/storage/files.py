@@ -1,36 +1,37 @@
-"""Small files that are there whole or not at all, and what it means where nothing can be written."""
+"""Files that are written completely or not at all, and what their errors mean."""
 
 import contextlib
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from mora_jax.errors import InputError
-from train.console.exits import naming
-from train.storage.buckets import in_bucket, told
+from train.storage.buckets import in_bucket, store_errors
 
-# What some mounted file systems answer where they cannot sync.
+# What some mounted file systems answer if they cannot sync.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
-# The same command will fail again; anything else, such as a full disk, may be mended beside it.
+# The same command will fail again. Any other error, such as a full disk, may be mended meanwhile.
 _BAD_PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_CHUNK = 1 << 22
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file or replaces one: a kill or a loss of power leaves the old one or the new one.
+    """Writes or replaces a file: a kill or a power failure leaves the old file or the new one.
 
     Raises:
-      OSError: naming the file, which is then as it was.
+      OSError: naming the file, which is unchanged.
     """
     path, data = epath.Path(path), content.encode() if isinstance(content, str) else content
-    if in_bucket(path):  # an object is put whole or not at all
-        with told(str(path)):
+    if in_bucket(path):  # an object is written completely or not at all
+        with store_errors(str(path)):
             path.write_bytes(data)
         return
     part = path.parent / f"{path.name}.part"
-    with naming(part):
+    with naming_errors(part):
         part.write_bytes(data)
         sync(part)
         part.replace(path)
@@ -38,13 +39,13 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def make_folder(path: epath.PathLike) -> None:
-    """Makes a folder and those above it. In a bucket there are none; a bucket that is missing is not made."""
+    """Makes a folder and its parents. A bucket has no folders, and a missing bucket is not made."""
     if not in_bucket(path):
         epath.Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def sync(path: epath.PathLike) -> None:
-    """Brings a file or folder onto the disk, where it outlives a loss of power; remote stores see to it."""
+    """Syncs a file or folder to the disk, so that it survives a power failure. Does nothing in a bucket."""
     if in_bucket(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -57,15 +58,39 @@ def sync(path: epath.PathLike) -> None:
         os.close(descriptor)
 
 
+def sha256(path: epath.PathLike, advance: Callable[[float], None] = lambda n: None) -> str:
+    """Returns the SHA-256 of a file's content in hexadecimal.
+
+    Args:
+      path: the file.
+      advance: called with the number of bytes of each chunk that was hashed.
+    """
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def naming_errors(path: Any) -> Iterator[None]:
+    """Adds the path to an OSError raised inside. The system names no file once it is open."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 @contextlib.contextmanager
 def writable(path: Any, refusal: str) -> Iterator[None]:
-    """Tells a place that cannot be written to from a disk in trouble.
+    """Separates a place that cannot be written to from a disk in trouble.
 
     Raises:
-      InputError: `refusal` and the reason, for a place where the same command will fail again.
-      OSError: naming `path`, for anything else.
+      InputError: `refusal` and the reason, if the same command will fail again.
+      OSError: naming `path`, for any other error.
     """
-    with naming(path):
+    with naming_errors(path):
         try:
             yield
         except OSError as error:

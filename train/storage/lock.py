@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,103 +11,127 @@ from typing import Any
 import jax
 from etils import epath
 
-from mora_jax.errors import InputError, spelled_out
+from mora_jax.errors import InputError
+from train.console.terminal import log, warn
 from train.storage import buckets
 from train.storage.files import writable
 
 LOCK = "lock"
 
 
-def place(run_dir: str) -> Path:
-    """The folder of a disk that is locked: the run's, or the one that stands in for a bucket's."""
+def local_folder(run_dir: str) -> Path:
+    """Returns the folder on a disk that is locked for a run: its own, or the stand-in of one in a bucket."""
     return buckets.stand_in("runs", run_dir) if buckets.in_bucket(run_dir) else Path(run_dir)
 
 
 @contextlib.contextmanager
-def alone(run_dir: str) -> Iterator[Callable[[], None]]:
-    """Keeps other programs from running in the folder; the system lets go of it however this one ends.
+def lock_run(run_dir: str) -> Iterator[Callable[[], None]]:
+    """Keeps other programs out of a run's folder. The system releases the lock however this program ends.
 
-    Buckets have no locks: there it keeps programs of this machine apart, and warns of one on another.
+    Buckets have no locks. There, programs on this machine are kept out, and one on another machine causes a
+    warning.
 
     Yields:
-      A function that raises InputError if the folder that was locked is there no more.
+      A function that raises InputError if the locked folder was removed.
 
     Raises:
-      InputError: if another program has the folder, or nothing can be written there.
+      InputError: if another program has locked the folder, or it cannot be written to.
       OSError: if the disk or the bucket is in trouble.
     """
     if jax.process_index() > 0:
         yield lambda: None
         return
-    noted = _noted(run_dir) if buckets.in_bucket(run_dir) else contextlib.nullcontext()
-    with held(place(run_dir) / LOCK, "run_dir", run_dir) as check, noted:
-        yield check
+    note = _note(run_dir) if buckets.in_bucket(run_dir) else contextlib.nullcontext()
+    with lock_file(local_folder(run_dir) / LOCK, "--run-dir", run_dir) as check_there, note:
+        yield check_there
 
 
 @contextlib.contextmanager
-def held(path: Path, option: str, folder: str) -> Iterator[Callable[[], None]]:
-    """Keeps other programs of this machine from the file of a lock, which is made with its folder.
+def lock_file(path: Path, flag: str, folder: str) -> Iterator[Callable[[], None]]:
+    """Locks a file, which is made with its folder, against other programs on this machine.
 
     Args:
       path: the file.
-      option: where the user names the folder that the lock is for.
-      folder: it, as the user names it.
+      flag: the flag that names the locked folder, such as "--run-dir".
+      folder: the folder as the user names it.
 
     Yields:
-      A function that raises InputError if that file, with its folder perhaps, was removed.
+      A function that raises InputError if the file was removed, perhaps with its folder.
 
     Raises:
-      InputError: if another program has it, or nothing can be written there.
+      InputError: if another program has locked it, or it cannot be written to.
       OSError: if the disk is in trouble.
     """
-    with writable(path, f"{option} {folder} cannot be written to"):
+    with writable(path, f"{flag} {folder} cannot be written to"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
     with file:
-        _lock(file, option, folder)
-        with contextlib.suppress(OSError):  # on a full disk; it is only for the message
+        if not _try_lock(file, folder):
+            file.seek(0)
+            holder = file.read(1000).decode(errors="replace") or "another program"
+            raise InputError(
+                f"{folder} is in use by {holder}; wait for it, stop it, or choose another {flag}"
+            )
+        with contextlib.suppress(OSError):  # a full disk: the text is only for the message above
             file.truncate(0)
-            file.write(_me().encode())
+            file.write(_this_process().encode())
         yield lambda: _check_there(path, file, folder)
 
 
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+@contextlib.contextmanager
+def wait_for_lock(path: Path, waiting: str) -> Iterator[None]:
+    """Locks a file, which is made with its folder, and waits while another program on this machine has it.
+
+    Args:
+      path: the file.
+      waiting: logged before waiting.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if not _try_lock(file, str(path.parent)):
+            log(waiting, every_process=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _try_lock(file: Any, folder: str) -> bool:
+    """Locks an open file; False if another program has it. A file system without locks causes a warning."""
+    # A POSIX lock belongs to the process. One of the open file (flock, as filelock uses) would be inherited
+    # by a child that outlives the program.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        warn(
+            [f"{folder} cannot be locked: {error.strerror}; make sure that no other program uses it"],
+            every_process=True,
+        )
+    return True
 
 
 @contextlib.contextmanager
-def _noted(run_dir: str) -> Iterator[None]:
-    """Leaves a note in the bucket while the run lasts: a program on another machine reads it and warns."""
-    note, me = epath.Path(run_dir) / LOCK, _me()
+def _note(run_dir: str) -> Iterator[None]:
+    """Leaves a note in the bucket during the run. A program on another machine reads it and warns."""
+    note, me = epath.Path(run_dir) / LOCK, _this_process()
     try:
-        with buckets.told(str(note)):
+        with buckets.store_errors(str(note)):
             holder = note.read_text() if note.exists() else ""
             note.write_text(me)
     except (FileNotFoundError, PermissionError) as error:
-        raise InputError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from error
+        raise InputError(f"--run-dir {run_dir} cannot be written to: {error.strerror}") from error
     if holder and holder.partition(" on ")[2] != socket.gethostname():
-        _warn(f"{run_dir} was not left by {holder}: it was killed, or still runs there and must be stopped")
+        warn([f"{holder} did not release {run_dir}: it was killed, or still runs and must be stopped"])
     try:
         yield
     finally:
         with contextlib.suppress(Exception):
-            if note.read_text() == me:  # not that of a program which began meanwhile
+            if note.read_text() == me:  # not the note of a program that started meanwhile
                 note.unlink()
 
 
-def _lock(file: Any, option: str, folder: str) -> None:
-    # Of the process and not of the open file: a child that outlives the program must not keep it.
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read(1000).decode(errors="replace") or "another program"
-        flag = option.replace("_", "-")
-        raise InputError(
-            f"{folder} is in use by {holder}; wait for it, stop it, or choose another --{flag}"
-        ) from None
-    except OSError as error:  # a file system without locks
-        _warn(f"{folder} cannot be locked: {error.strerror}")
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _check_there(path: Path, file: Any, folder: str) -> None:
@@ -117,10 +140,4 @@ def _check_there(path: Path, file: Any, folder: str) -> None:
     except FileNotFoundError:
         there = False
     if not there:
-        raise InputError(
-            f"{folder}, or the file {LOCK} in it, was removed while it was in use; nothing is saved"
-        )
-
-
-def _warn(sentence: str) -> None:
-    print(f"mora: warning: {spelled_out(sentence)}", file=sys.stderr, flush=True)
+        raise InputError(f"{folder}, or the file {LOCK} in it, was removed during the run; nothing is saved")

@@ -13,7 +13,6 @@ from pathlib import Path
 from etils import epath
 
 from mora_jax.errors import InputError
-from train.console.exits import naming
 from train.console.progress import Bar
 from train.data.rows import layout
 from train.data.rows import workers as pool
@@ -25,7 +24,7 @@ from train.data.text.sources import TextShard, open_text
 from train.data.tokenizer import Tokenizer
 from train.storage import buckets, lock
 from train.storage.buckets import in_bucket, reachable
-from train.storage.files import sync, write_whole
+from train.storage.files import naming_errors, sync, write_whole
 
 
 def prepare(
@@ -67,7 +66,7 @@ def prepare(
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
     if not _is_complete(out, settings):
-        with lock.held(folder / layout.UNFINISHED / lock.LOCK, "out", out):
+        with lock.lock_file(folder / layout.UNFINISHED / lock.LOCK, "--out", out):
             if not _is_complete(out, settings):  # another program may have completed it meanwhile
                 start(folder, settings)
                 _complete(folder, jobs, settings, tokenizer, workers or os.cpu_count() or 1)
@@ -133,7 +132,7 @@ def _complete(
     write_whole(folder / layout.TOKENIZER, epath.Path(tokenizer).read_bytes())
     _run([*jobs["train"], *jobs["validation"]], workers)
     aside = folder / layout.UNFINISHED / "description"
-    with naming(aside):
+    with naming_errors(aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         write_metadata(aside, jobs, settings)

@@ -4,23 +4,20 @@ The copy stays there. The next start downloads only objects that have changed in
 """
 
 import contextlib
-import fcntl
 import json
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from mora_jax.errors import InputError
 from mora_jax.io import read_json
 from train.console.progress import Bar
 from train.data.rows import layout
-from train.storage import buckets
+from train.storage import buckets, lock
 from train.storage.buckets import Object
 from train.storage.files import write_whole
 
 # Beside the copy: the version of each object in it.
 _VERSIONS = "versions.json"
-_LOCK = "lock"
 
 
 def staged(directory: str, splits: Collection[str] = layout.SPLITS) -> Path:
@@ -40,7 +37,8 @@ def staged(directory: str, splits: Collection[str] = layout.SPLITS) -> Path:
     if not buckets.in_bucket(directory):
         return Path(directory)
     place = buckets.stand_in("data", directory)
-    with _alone(place.parent):
+    waiting = f"{place.parent} is being filled by another process; waiting"
+    with lock.wait_for_lock(place.parent / lock.LOCK, waiting):
         _download(directory, place, splits)
     return place
 
@@ -75,22 +73,3 @@ def _keep_current(place: Path, there: dict[str, Object]) -> dict[str, Object]:
     for name in here.keys() - same:
         (place / name).unlink()
     return same
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            print(f"mora: {folder} is being filled by another process; waiting", file=sys.stderr, flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks
-            print(
-                f"mora: warning: {folder} cannot be locked: {error.strerror}; no other process of this "
-                "machine may fill it",
-                file=sys.stderr,
-                flush=True,
-            )
-        yield

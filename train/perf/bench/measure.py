@@ -66,7 +66,7 @@ def matmul_rate(dtype: str) -> dict[str, Any]:
 
 def checked(case: Case, words: tuple[str, ...]) -> dict[str, Any]:
     """Returns the largest error of each path and dtype, and a sentence for each that is too large."""
-    backend.set_flags(case.config)
+    backend.set_flags(case.config.deterministic)
     methods = [with_method(case.config, word).method for word in words]
     adapters = [method for method in methods if isinstance(method, Method)]
     tokens = min(CHECKED_TOKENS, case.config.tokens_per_step())

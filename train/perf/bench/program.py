@@ -68,7 +68,7 @@ def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
       InputError: for rules that do not fit the model, an attention that needs another device, or a
         deterministic config if JAX has started without its flags.
     """
-    backend.set_flags(config)  # before JAX starts
+    backend.set_flags(config.deterministic)  # before JAX starts
     if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError(NO_CUDNN)
     methods = transform.assign(config.parameter_rules(), abstract_params(config.model))

@@ -1,0 +1,80 @@
+"""What needs internals of libraries. Each function names the version, and why no public way serves."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jax._src import xla_bridge
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def jax_has_started() -> bool:
+    """Returns whether JAX has initialised its backends, without initialising them.
+
+    JAX 0.10 to 0.12. XLA reads XLA_FLAGS once, when the backends start. Every public function that would
+    answer, such as `jax.devices`, starts them.
+    """
+    return xla_bridge.backends_are_initialized()
+
+
+def reset_compilation_cache() -> None:
+    """Makes JAX read its options of the compilation cache again.
+
+    JAX 0.10 to 0.12 reads them once, with the first program. The function is in `jax.experimental`.
+    """
+    compilation_cache.reset_cache()
+
+
+def raised_by_compilation_cache(error: BaseException) -> bool:
+    """Returns whether JAX's reading or writing of a cached program raised an error.
+
+    JAX 0.10 to 0.12. The error is the system's OSError without a file name. Only its traceback, which passes
+    through `compilation_cache.py`, says that it concerns the cache.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "compilation_cache.py" for frame in frames)
+
+
+@contextlib.contextmanager
+def on_abort(last_words: Callable[[], None], status: int) -> Iterator[None]:
+    """Calls `last_words` and exits with `status` if the process aborts.
+
+    jaxlib 0.10 to 0.12. If another process is gone, the distributed runtime calls abort() after a page of its
+    own. JAX accepts a callback for this, but cannot call it: it cannot convert the reason. Python's own
+    handlers wait for the main thread, which may never return from a call, so the handler is set by ctypes.
+    """
+
+    def handle(_: int) -> None:
+        last_words()
+        os._exit(status)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)  # must outlive its registration
+    register = ctypes.CDLL(None).signal
+    register(int(signal.SIGABRT), handler)
+    try:
+        yield
+    finally:
+        register(int(signal.SIGABRT), None)  # the default
+
+
+@contextlib.contextmanager
+def without_logged_tracebacks() -> Iterator[None]:
+    """Drops log records of absl that carry a traceback.
+
+    orbax 0.12 logs pages about each exception that it also raises, and has no switch for it.
+    """
+
+    def without_traceback(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(without_traceback)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without_traceback)
