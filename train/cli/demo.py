@@ -62,9 +62,8 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
 
 def _clear(folder: Path) -> None:
     if (folder / MARK).exists():
-        with lock.lock_file(
-            folder / lock.LOCK, "--folder", str(folder)
-        ):  # refuses the folder of a running demo
+        # Refuses the folder of a running demo.
+        with lock.lock_file(folder / lock.LOCK, "--folder", str(folder)):
             shutil.rmtree(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something else than a demo; choose another --folder")
