@@ -1,4 +1,4 @@
-"""Singular values of updates: the rank that a method really used."""
+"""Singular values of updates: the rank that a method used."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,14 +8,14 @@ from mora_jax.transform import Tree
 
 
 def singular_values(before: Tree, after: Tree) -> dict[str, Float[Array, "*L R"]]:
-    """The singular values, largest first, of what changed in every kernel (..., k, d) that changed.
+    """Returns the singular values, largest first, of the update of every kernel (..., k, d) that changed.
 
     Args:
-      before: parameters, such as those a run started from.
+      before: parameters, such as those at the start of a run.
       after: the same tree later, with the adapters merged (`mora_jax.merge`).
 
     Returns:
-      path -> (..., min(k, d)), stacked layers apart from each other.
+      path -> (..., min(k, d)), for each of the stacked layers.
     """
     now = trees.flatten(after)
     changes = {path: now[path] - w for path, w in trees.flatten(before).items() if w.ndim > 1}
@@ -25,5 +25,5 @@ def singular_values(before: Tree, after: Tree) -> dict[str, Float[Array, "*L R"]
 
 
 def numerical_rank(values: Float[Array, "*L R"], relative: float = 1e-4) -> Int[Array, "*L"]:
-    """How many singular values are above `relative` times the largest; 1e-4 suits float32."""
+    """Returns the number of singular values above `relative` times the largest; 1e-4 suits float32."""
     return jnp.sum(values > relative * jnp.max(values, axis=-1, keepdims=True), axis=-1)

@@ -1,13 +1,14 @@
-"""The transform over parameter trees: choose a method for each kernel, attach, bind, merge, restart.
+"""The transform over parameter trees: assign a method to each kernel, attach, bind, merge, restart.
 
 Three things stand side by side. `params` is the model's own tree. `adapters` is a nested dict of arrays and
-nothing else, at the paths of the kernels they adapt. `methods` says what each array means; it is static and
-hashable, travels as an argument of the jitted step and is saved as JSON, so that no pytree's structure ever
+nothing else, at the paths of the kernels they adapt. `methods` says what each array means. It is static and
+hashable, is passed to the jitted step as a static argument and is saved as JSON, so no pytree's structure
 depends on it.
 """
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -23,13 +24,13 @@ from mora_jax.methods.base import Adapter, Method
 Choice: TypeAlias = Method | Literal["train", "frozen"]
 Rules: TypeAlias = Sequence[tuple[str, Choice]]
 Tree: TypeAlias = dict[str, Any]
-# Flax's names of parameters that no layer multiplies its input with; stacked ones have two axes as well.
+# Flax's names of parameters that multiply no input. Stacked ones have two axes as well.
 NO_KERNELS = ("scale", "bias", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """What is done with every parameter: a static map from path to a method, "train" or "frozen"."""
+    """Says what is done with every parameter: a static map from path to a method, "train" or "frozen"."""
 
     choices: tuple[tuple[str, Choice], ...]
 
@@ -37,29 +38,61 @@ class Methods:
         return dict(self.choices)[path]
 
     def adapted(self) -> Iterator[tuple[str, Method]]:
-        """The kernels that have an adapter, each with its method."""
+        """Returns the paths of the adapted kernels, each with its method."""
         return ((path, choice) for path, choice in self.choices if isinstance(choice, Method))
 
     def trained(self) -> frozenset[str]:
-        """The paths of the parameters that are trained themselves."""
+        """Returns the paths of the parameters that are trained themselves."""
         return frozenset(path for path, choice in self.choices if choice == "train")
 
     def after_restart(self) -> "Methods":
-        """The methods that follow a restart."""
+        """Returns the methods that follow a restart."""
         return Methods(tuple((p, c.after_restart() if isinstance(c, Method) else c) for p, c in self.choices))
 
+    def trainable(self) -> dict[str, "Group"]:
+        """Returns the optimizer group of every trainable array, by path under `params/` or `adapters/`."""
+        groups = {f"params/{path}": Group(adapter=False) for path in self.trained()}
+        for path, method in self.adapted():
+            for name, leaf in method.leaves().items():
+                if leaf.trainable:
+                    groups[f"adapters/{path}/{name}"] = Group(True, leaf.lr_scale, leaf.weight_decay)
+        return groups
+
+    def layouts(self) -> sharding.Rules:
+        """Returns how the adapters' arrays may be divided over a mesh."""
+        return tuple(
+            (re.escape(f"{path}/{name}"), leaf.layout)
+            for path, method in self.adapted()
+            for name, leaf in method.leaves().items()
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data, from which `from_json` makes an equal object."""
+        """Returns plain data, from which `from_json` makes an equal object."""
         return {p: method_table.to_json(c) if isinstance(c, Method) else c for p, c in self.choices}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Methods":
-        """The inverse of `to_json`. Raises InputError for what is no choice."""
+        """Returns the methods that `to_json` wrote. Raises InputError for an unknown choice."""
         return Methods(tuple((path, choice_from_json(choice)) for path, choice in data.items()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How the optimizer treats some of the trainable arrays.
+
+    Attributes:
+      adapter: whether the arrays belong to adapters, whose optimizer state a restart resets.
+      lr_scale: multiple of the learning rate.
+      weight_decay: whether weight decay applies.
+    """
+
+    adapter: bool
+    lr_scale: float = 1.0
+    weight_decay: bool = True
+
+
 def choice_from_json(data: Any) -> Choice:
-    """A rule's value as YAML has it: "train", "frozen", or a mapping with a method's name and fields."""
+    """Returns a rule's choice from YAML: "train", "frozen", or a mapping with a method's name and fields."""
     if data in ("train", "frozen"):
         return data
     if isinstance(data, str):
@@ -68,28 +101,27 @@ def choice_from_json(data: Any) -> Choice:
 
 
 def assign(rules: Rules, params: Tree) -> Methods:
-    """Chooses for every parameter by the first rule whose regex matches its whole path.
+    """Assigns a choice to every parameter, by the first rule whose regex matches its full path.
 
     Args:
       rules: pairs of (regex, choice); a choice is a Method, "train" (the parameter itself) or "frozen".
       params: the model's parameters, or their shapes.
 
     Raises:
-      InputError: a rule decides nothing, a parameter is covered by no rule, or a method is given to a
-        parameter that is no kernel (fewer than two axes, or a scale, bias or embedding by its name).
+      InputError: if a rule decides nothing, no rule covers a parameter, or a method is assigned to what is no
+        kernel (fewer than two axes, or named scale, bias or embedding).
     """
     flat = trees.flatten(params)
     choices = trees.first_match(rules, flat)
     for path, choice in choices.items():
-        if isinstance(choice, Method) and (len(flat[path].shape) < 2 or _last(path) in NO_KERNELS):
-            raise InputError(
-                f"{choice.name} adapts kernels (..., in, out); {path!r} has shape {flat[path].shape}"
-            )
+        shape, name = flat[path].shape, path.rpartition("/")[2]
+        if isinstance(choice, Method) and (len(shape) < 2 or name in NO_KERNELS):
+            raise InputError(f"{choice.name} adapts kernels (..., in, out); {path!r} has shape {shape}")
     return Methods(tuple(choices.items()))
 
 
 def attach(key: PRNGKeyArray, params: Tree, methods: Methods) -> Tree:
-    """The adapters' arrays at the start, each stack of layers initialised layer by layer.
+    """Initialises the adapters' arrays, each stack of layers layer by layer.
 
     Returns:
       A nested dict: the paths of the adapted kernels, then the names of the method's arrays.
@@ -106,14 +138,14 @@ def attach(key: PRNGKeyArray, params: Tree, methods: Methods) -> Tree:
 
 
 def bind(adapters: Tree, methods: Methods) -> Tree:
-    """A tree with an `Adapter` at each adapted kernel's path: the model's second variable collection."""
+    """Returns a tree with an `Adapter` at each adapted kernel's path: the model's "adapter" collection."""
     return trees.unflatten({path: Adapter(a, m) for path, m, a in _adapters(adapters, methods)})
 
 
 def merge(params: Tree, adapters: Tree, methods: Methods) -> Tree:
-    """The parameters with every adapter merged into its kernel, in float32.
+    """Merges every adapter into its kernel, in float32, and returns the parameters.
 
-    Kernels are returned in their own type; a base of lower precision than float32 rounds the update.
+    Kernels keep their type, so a base of lower precision than float32 rounds the update.
     """
     flat = trees.flatten(params)
     for path, method, arrays in _adapters(adapters, methods):
@@ -123,9 +155,10 @@ def merge(params: Tree, adapters: Tree, methods: Methods) -> Tree:
 
 
 def restart(key: PRNGKeyArray, params: Tree, adapters: Tree, methods: Methods) -> tuple[Tree, Tree, Methods]:
-    """Merges, initialises the adapters anew and moves every method on (MoRA's share switches its group type).
+    """Merges the adapters, initialises new ones and replaces every method by its successor.
 
-    The model's outputs are unchanged. The optimizer's state of the adapters is the caller's to reset.
+    MoRA's sharing switches its group type. The model's outputs do not change. The caller resets the adapters'
+    optimizer state.
 
     Returns:
       (params, adapters, methods) after the restart.
@@ -138,52 +171,23 @@ def restart(key: PRNGKeyArray, params: Tree, adapters: Tree, methods: Methods) -
 def partition(params: Tree, adapters: Tree, methods: Methods) -> tuple[Tree, Tree]:
     """Splits all arrays into (trainable, frozen), each a tree {"params": ..., "adapters": ...}.
 
-    `trees.combine` of the two gives {"params": params, "adapters": adapters} back.
+    `combine` joins the two to {"params": params, "adapters": adapters} again.
     """
-    trained = trainable_paths(methods)
+    trained = methods.trainable()
     return trees.split({"params": params, "adapters": adapters}, trained.__contains__)
 
 
 def labels(params: Tree, adapters: Tree, methods: Methods) -> Tree:
-    """The optimizer group of every trainable leaf, in the structure of `partition`'s first tree.
-
-    "base" for the model's own parameters; "adapter" for adapters, with the multiple of the learning rate
-    behind it where that is not 1: "adapter*16.0".
-    """
-    groups = trainable_paths(methods)
+    """Returns the optimizer `Group` of every trainable leaf, in the structure of `partition`'s first tree."""
+    groups = methods.trainable()
     flat = trees.flatten({"params": params, "adapters": adapters})
     return trees.unflatten({path: groups[path] for path in flat if path in groups})
-
-
-def trainable_paths(methods: Methods) -> dict[str, str]:
-    """Every trainable leaf's path, under `params/` or `adapters/`, with its optimizer group."""
-    groups = {f"params/{path}": "base" for path in methods.trained()}
-    for path, method in methods.adapted():
-        for name, leaf in method.leaves().items():
-            if leaf.trainable:
-                scale = "" if leaf.lr_scale == 1 else f"*{leaf.lr_scale}"
-                groups[f"adapters/{path}/{name}"] = f"adapter{scale}"
-    return groups
-
-
-def is_adapter_group(label: str) -> bool:
-    """Whether an optimizer group, as `labels` names it, holds adapters."""
-    return label.startswith("adapter")
-
-
-def lr_scale(label: str) -> float:
-    """The multiple of the learning rate of an optimizer group, as `labels` names it."""
-    return float(label.partition("*")[2] or 1.0)
 
 
 def _adapters(adapters: Tree, methods: Methods) -> Iterator[tuple[str, Method, dict[str, Any]]]:
     flat = trees.flatten(adapters)
     for path, method in methods.adapted():
         yield path, method, {name: flat[f"{path}/{name}"] for name in method.leaves()}
-
-
-def _last(path: str) -> str:
-    return path.rpartition("/")[2]
 
 
 def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:
@@ -196,9 +200,9 @@ def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:
 
 
 def _each_layer(function: Callable[..., Array], arrays: dict[str, Array], w: Array) -> Array:
-    """The kernels of a stack after a function of their adapters' arrays and themselves.
+    """Applies a function of an adapter's arrays and a kernel to each kernel of a stack.
 
-    On a mesh layers come one after another, in place: one gathers what it needs at a time.
+    On a mesh the layers are computed one by one, in place, so that only one is all-gathered at a time.
     """
     if w.ndim == 2:
         return function(arrays, w)

@@ -1,4 +1,4 @@
-"""Parameter trees by path name: nested dicts flattened to "a/b/c", first-match rules, split and combine."""
+"""Parameter trees by path: nested dicts flattened to "a/b/c", first-match rules, split and combine."""
 
 import difflib
 import re
@@ -15,26 +15,26 @@ CATCH_ALL = ".*"
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """A nested dict as one flat dict whose keys are paths such as `layers/mlp/up_proj/kernel`."""
+    """Returns a nested dict as one flat dict, whose keys are paths such as `layers/mlp/up_proj/kernel`."""
     return traverse_util.flatten_dict(dict(tree), sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Returns the nested dict that `flatten` flattened."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[str, V]:
-    """For each name the value of the first rule whose regex matches the whole of it.
+    """Returns for each name the value of the first rule whose regex matches the full name.
 
     Args:
       rules: pairs of (regular expression, value); earlier ones win.
-      names: path names, as `flatten` makes them.
+      names: paths, as `flatten` makes them.
 
     Raises:
-      InputError: for a rule that is no regular expression, a rule that decides nothing (it matches no name,
-        or earlier rules take all that it matches; the catch-all `.*` may be idle), and a name that no rule
-        covers. Each is named.
+      InputError: if a rule is no regular expression, a rule decides nothing (it matches no name, or earlier
+        rules match all its names; only the catch-all `.*` may be idle), or no rule covers a name. The message
+        names the rule or the name.
     """
     patterns = [_compiled(regex) for regex, _ in rules]
     names = list(names)
@@ -52,7 +52,7 @@ def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[st
 
 
 def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two trees that together hold the leaves of `tree`: those whose path `keep` accepts, and the rest."""
+    """Returns two trees: the leaves of `tree` whose path `keep` accepts, and the rest."""
     flat = flatten(tree)
     kept = {name: leaf for name, leaf in flat.items() if keep(name)}
     rest = {name: leaf for name, leaf in flat.items() if name not in kept}
@@ -60,7 +60,7 @@ def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[dict[str, Any], dict
 
 
 def combine(*trees: Tree) -> dict[str, Any]:
-    """One tree with the leaves of all; the inverse of `split`. Raises ValueError if two share a path."""
+    """Returns one tree with the leaves of all, as before `split`. Raises ValueError if two share a path."""
     flat: dict[str, Any] = {}
     for tree in trees:
         leaves = flatten(tree)
@@ -84,7 +84,7 @@ def _first(patterns: Sequence[re.Pattern[str]], name: str) -> int | None:
 
 def _idle_rule(pattern: re.Pattern[str], names: Sequence[str]) -> str:
     if any(pattern.fullmatch(name) for name in names):
-        return f"rule {pattern.pattern!r} decides nothing: earlier rules take every parameter that it matches"
+        return f"rule {pattern.pattern!r} decides nothing: earlier rules match all its parameters"
     near = difflib.get_close_matches(pattern.pattern, names, n=1, cutoff=0.3) or list(names[:1])
     hint = f"; the nearest path is {near[0]!r}" if near else ""
-    return f"rule {pattern.pattern!r} matches no parameter (it must match the whole path){hint}"
+    return f"rule {pattern.pattern!r} matches no parameter (it must match the full path){hint}"

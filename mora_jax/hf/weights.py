@@ -19,7 +19,7 @@ from mora_jax.hf.config import CONFIG, config_json, read_config
 from mora_jax.hf.folder import whole_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Place, Shapes, parameter_shapes, places
 from mora_jax.hf.safetensors import Stored
-from mora_jax.models.llama import LlamaConfig
+from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
 
@@ -82,14 +82,15 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
     sources: dict[str, list[tuple[Place, Stored]]] = {}
     for name, place in tensors.items():
         sources.setdefault(place.path, []).append((place, stored[name]))
-    flat = {}
+    shardings = sharding.shardings(abstract_params(config), mesh, LAYOUTS) if mesh else {}
+    flat, lies = {}, flatten(shardings)
     for name, shape in parameter_shapes(config).items():
         fill = functools.partial(_fill, sources[name])
         if mesh is None:
             fill({tuple((0, n) for n in shape): (array := np.empty(shape, np.float32))})
             flat[name] = array
         else:
-            flat[name] = sharding.assembled(name, shape, mesh, fill)
+            flat[name] = sharding.assembled(lies[name], shape, fill)
     return unflatten(flat), config
 
 

@@ -1,10 +1,10 @@
-"""What a method is."""
+"""What a method is: hyper-parameters, pure functions of arrays, and every fact about itself."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,64 +12,81 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
+from mora_jax.sharding import REPLICATED, Layout
 
 Arrays: TypeAlias = Mapping[str, Array]
+RestartEffect: TypeAlias = Literal["no", "same", "switch", "redraw"]
 _LARGEST_RANK = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """How one array of an adapter is trained: at all, and at what multiple of the learning rate."""
+    """How one array of an adapter is trained and sharded.
+
+    Attributes:
+      trainable: whether the array is trained.
+      lr_scale: multiple of the learning rate.
+      weight_decay: whether weight decay applies.
+      layout: how the array may be divided over a mesh.
+    """
 
     trainable: bool = True
     lr_scale: float = 1.0
+    weight_decay: bool = True
+    layout: Layout = REPLICATED
 
 
 class Method:
-    """One way to update a kernel: frozen, hashable hyper-parameters and pure functions of arrays.
+    """One way to update a kernel.
 
-    Subclasses are frozen dataclasses. Everything here speaks of one kernel `(k, d)`, laid out (inputs,
-    outputs); stacked kernels are handled by `jax.vmap` outside.
+    Subclasses are frozen, hashable dataclasses. All functions are about one kernel (k, d), laid out (inputs,
+    outputs). Stacked kernels are handled by `jax.vmap` outside. A subclass states everything that the rest
+    of the project needs to know about it; no other file names a method.
+
+    Attributes:
+      name: the method's name in configs and on the command line.
+      additive: whether the update is linear in the input, so that `delta` exists.
+      merged_min_tokens: from this many tokens on, adding the update to the kernel is faster than computing
+        `delta`. The former costs O(k d) a step, the latter O(tokens (k + d)) (docs/performance.md).
+      float32_gradients: whether the merged path sums the arrays' gradients over devices in float32.
+      gathers_activations: whether gradients need activations that `tensor` divides to be all-gathered.
+      dropout: share of the adapter's inputs that training sets to zero. A field where a method has it.
     """
 
     name: ClassVar[str]
-    additive: ClassVar[bool] = True  # whether `delta` exists
-    # Making the effective kernel costs O(k d) a step whatever the batch, `delta` O(tokens (k + d)): from this
-    # many tokens on the former is the faster (docs/performance.md).
+    additive: ClassVar[bool] = True
     merged_min_tokens: ClassVar[int] = 2048
-    dropout: float = 0.0  # share of the adapter's inputs zeroed in training; a field where a method has it
+    float32_gradients: ClassVar[bool] = False
+    gathers_activations: ClassVar[bool] = False
+    dropout: float = 0.0
+
+    # What the method computes.
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
-        """The adapter's arrays (float32) for a kernel like w, such that `weight(arrays, w) == w`."""
+        """Returns the adapter's arrays (float32) for a kernel like w, such that `weight(arrays, w) == w`."""
         raise NotImplementedError
 
     def leaves(self) -> dict[str, Leaf]:
-        """How each array that `init` makes is trained."""
-        raise NotImplementedError
-
-    def count(self, k: int, d: int) -> int:
-        """The trainable parameters of a (k, d) kernel's adapter, without any padding of stored arrays."""
-        raise NotImplementedError
-
-    def rank_bound(self, k: int, d: int) -> int:
-        """The rank that the update of a (k, d) kernel can have, which it has for almost all arrays."""
+        """Returns how each array that `init` makes is trained and sharded."""
         raise NotImplementedError
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
-        """The effective kernel: the definition of the method."""
+        """Returns the effective kernel: the definition of the method."""
         raise NotImplementedError
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
-        """For additive methods `x @ (weight(arrays, w) - w)` without w: linear in x, computed in x's type."""
+        """Returns `x @ (weight(arrays, w) - w)` without w, in x's type. Only for additive methods."""
         raise NotImplementedError(f"{self.name} is not additive: it has no update that is linear in x alone")
 
     def gradients(
         self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Arrays]:
-        """For additive methods the gradients of the arrays of N kernels of one shape and one input.
+        """Returns the gradients of the arrays of N kernels with one shape and one input.
+
+        Only for additive methods. A method that knows a cheaper way than the vjp of `delta` overrides this.
 
         Args:
-          arrays: those of each kernel's adapter.
+          arrays: the arrays of each kernel's adapter.
           x: the input.
           dy: the gradients of the kernels' outputs.
         """
@@ -78,7 +95,7 @@ class Method:
     def compressed_gradients(
         self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Arrays]:
-        """`gradients` by the vjp of `delta`."""
+        """Returns `gradients`, by the vjp of `delta`."""
 
         def one(i: int) -> Arrays:
             _, vjp = jax.vjp(lambda a: self.delta(a, x, dy.shape[-1]), arrays[i])
@@ -86,9 +103,57 @@ class Method:
 
         return [one(i) for i in range(len(arrays))]
 
+    # What a restart does.
+
     def after_restart(self) -> "Method":
-        """The method that follows once this one's update has been merged."""
+        """Returns the method that follows once this one's update has been merged."""
         return self
+
+    @property
+    def restart_effect(self) -> RestartEffect:
+        """What a restart does: not possible, same pattern, switched pattern, or random arrays redrawn."""
+        return "same" if self.additive else "no"
+
+    @property
+    def pattern(self) -> str:
+        """What a restart switches, such as MoRA's group type, for logs; empty if there is no such thing."""
+        return ""
+
+    def restart_warning(self) -> str:
+        """Returns a sentence for the user if restarts are allowed but of little use; empty otherwise."""
+        return ""
+
+    # What people read.
+
+    def count(self, k: int, d: int) -> int:
+        """Returns the trainable parameters of a (k, d) kernel's adapter, without padding of stored arrays."""
+        raise NotImplementedError
+
+    def rank_bound(self, k: int, d: int) -> int:
+        """Returns the largest rank of a (k, d) kernel's update, which almost all arrays reach."""
+        raise NotImplementedError
+
+    def describe(self, k: int, d: int) -> str:
+        """Returns a few words about the adapter of a (k, d) kernel, such as "lora r 8"."""
+        rank = getattr(self, "rank", None)
+        return self.name if rank is None else f"{self.name} r {rank}"
+
+    def ranks(self, k: int, d: int) -> str:
+        """Returns the attainable rank of a (k, d) kernel's update as a cell of `mora methods`."""
+        return f"{self.rank_bound(k, d)}"
+
+    @classmethod
+    def variants(cls, rank: int) -> "dict[str, Method]":
+        """Returns the rows of `mora methods` for this method, by name."""
+        fields = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        return {cls.name: cls(rank=rank) if "rank" in fields else cls()}  # pyright: ignore[reportCallIssue]
+
+    def example(self, key: PRNGKeyArray, w: Float[Array, "K D"], std: float) -> dict[str, Array]:
+        """Returns `init`'s arrays plus normal noise, for checks: arrays of zeros would prove nothing.
+
+        Padding of stored arrays stays zero.
+        """
+        return {name: a + std * jax.random.normal(key, a.shape) for name, a in self.init(key, w).items()}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["method"])
@@ -101,19 +166,19 @@ class Adapter:
 
 
 def padded(x: Array, axis: int, multiple: int) -> Array:
-    """x with zeros behind it on an axis, up to a multiple."""
+    """Returns x padded with zeros at the end of an axis, up to a multiple."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths)
 
 
 def outer(x: Float[Array, "*B K"], dy: Float[Array, "*B D"]) -> Float[Array, "K D"]:
-    """x^T dy over all of the batch, in float32."""
+    """Returns x^T dy over all of the batch, in float32."""
     return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)
 
 
 def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Float[Array, "G K D"]:
-    """x^T dy over each part of the batch that a mesh makes of it, so that nothing is sent yet."""
+    """Returns x^T dy over each shard of the batch, so that nothing is sent between devices yet."""
     parts = math.gcd(sharding.batch_shards(), x.shape[0])
     if parts == 1:
         return outer(x, dy)[None]
@@ -135,7 +200,7 @@ def check_rank(what: str, rank: int) -> None:
         raise InputError(f"{what} is at most {_LARGEST_RANK:,}, not {rank}")
 
 
-def check_alpha(alpha: float) -> None:
-    """Raises InputError unless alpha is finite."""
-    if not math.isfinite(alpha):
+def check_alpha(alpha: float | None) -> None:
+    """Raises InputError unless alpha is finite, or None."""
+    if alpha is not None and not math.isfinite(alpha):
         raise InputError(f"alpha is finite, not {alpha}")

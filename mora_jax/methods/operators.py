@@ -1,7 +1,7 @@
-"""MoRA's operators: how a width is compressed to r_hat, and r_hat decompressed to a width.
+"""MoRA's operators: they compress a width to r_hat, and decompress r_hat to a width.
 
-All are linear, hold no parameters, and act on the last axis. Besides the two directions each gives `matrix`,
-the dense update that they make of M: `decompress(compress(x) @ m) == x @ matrix(m)`, in O(k d) work.
+All operators are linear, hold no parameters and act on the last axis. Beside the two directions, each gives
+`matrix`, the dense update that M stands for: `decompress(compress(x) @ m) == x @ matrix(m)`, in O(k d) work.
 
 Legend of shapes in names: K inputs (k in the paper), D outputs (d), R the side of M (r_hat), N blocks of
 inputs, M blocks of outputs, P inputs with padding, J pairs of a block.
@@ -24,52 +24,62 @@ Surplus: TypeAlias = Literal["fold", "drop"]
 
 
 class Operator:
-    """One way to compress and decompress; subclasses are frozen dataclasses."""
+    """One way to compress and decompress; subclasses are frozen dataclasses.
+
+    Attributes:
+      name: the operator's name in configs and on the command line.
+      multiple: r_hat is a multiple of this.
+    """
 
     name: ClassVar[str]
-    multiple: ClassVar[int] = 1  # r_hat is a multiple of this
+    multiple: ClassVar[int] = 1
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*BN R"]:
-        """f_comp: what M is applied to, one vector of r_hat or several blocks of it."""
+        """Returns f_comp(x), which M is applied to: one vector of r_hat, or several blocks of it."""
         raise NotImplementedError
 
     def decompress(self, y: Float[Array, "*BN R"], d: int) -> Float[Array, "*B D"]:
-        """f_decomp: what M gives, back to the width d."""
+        """Returns f_decomp(y): what M gives, back at the width d."""
         raise NotImplementedError
 
     def sums(self, r_hat: int, width: int) -> "tuple[GroupSums, GroupSums] | None":
-        """`compress`, and the transpose of `decompress`, both widened with zeros to a width.
+        """Returns `compress` and the transpose of `decompress`, both padded with zeros to a width.
 
-        None for operators that apply M to several blocks.
+        Returns None for operators that apply M to several blocks.
         """
         return None
 
     def blocks(self, r_hat: int, k: int, d: int) -> int:
-        """How many blocks of r_hat inputs are cut to be multiplied by M; 0 for operators that cut none."""
+        """Returns the number of blocks of r_hat inputs that M multiplies; 0 for operators without blocks."""
         return 0
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
-        """The update that M stands for, in the orientation of a kernel: (inputs, outputs)."""
+        """Returns the update that M stands for, laid out as a kernel: (inputs, outputs)."""
         raise NotImplementedError
 
     def rank_bound(self, r_hat: int, k: int, d: int) -> int:
-        """The rank of `matrix` for almost every M: the most that an update can have."""
+        """Returns the rank of `matrix` for almost every M: the largest that an update can have."""
         return min(r_hat, k, d)
 
     def switched(self) -> "Operator":
-        """The operator after a restart; the same where there is no other pattern."""
+        """Returns the operator after a restart: itself if it has one pattern only."""
         return self
+
+    @property
+    def pattern(self) -> str:
+        """What `switched` changes, as text; empty if it changes nothing."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupSums:
-    """Sums over r_hat groups of the last axis, (..., K) -> (..., width), with zeros behind them.
+    """Sums over r_hat groups of the last axis, (..., K) -> (..., width), padded with zeros.
 
     Attributes:
-      r_hat: groups.
-      group: their type, as in `Share`.
+      r_hat: number of groups.
+      group: type of the groups, as in `Share`.
       pad: as in `Share`.
-      width: at least r_hat.
+      width: width of the result, at least r_hat.
     """
 
     r_hat: int
@@ -78,7 +88,7 @@ class GroupSums:
     width: int
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B S"]:
-        x = sharding.whole(x)  # groups do not end where a mesh divides a width
+        x = sharding.whole(x)  # a mesh may divide a width in the middle of a group
         if self.group == 1:
             sums = _contiguous_sums(x, self.r_hat)
         else:
@@ -88,34 +98,34 @@ class GroupSums:
 
 @dataclasses.dataclass(frozen=True)
 class Truncate(Operator):
-    """Truncation (Eq. 4): the first r_hat inputs make the first r_hat outputs, all others are left alone."""
+    """Truncation (Eq. 4): the first r_hat inputs update the first r_hat outputs; the rest is unchanged."""
 
     name: ClassVar[str] = "truncate"
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
-        """The first r_hat inputs."""
+        """Returns the first r_hat inputs."""
         return resized(x, r_hat, axis=x.ndim - 1)
 
     def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
-        """Zeros behind the r_hat outputs."""
+        """Returns the r_hat outputs, padded with zeros."""
         return resized(y, d, axis=y.ndim - 1)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
-        """M in the upper left corner of zeros."""
+        """Returns zeros with M in the upper left corner."""
         return resized(resized(m_RR, k, axis=0), d, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Share(Operator):
-    """Sharing (Eq. 6 and 7): dW[i, j] = M[g_out(i), g_in(j)], groups of inputs and outputs share a row of M.
+    """Sharing (Eq. 6 and 7): dW[i, j] = M[g_out(i), g_in(j)]; inputs and outputs of a group share a row of M.
 
     Attributes:
       group: group type 0 is strided, g(j) = j mod r_hat; type 1 is contiguous, r_hat runs of neighbours whose
         lengths differ by at most one. A pair gives the types of input and output.
-      cycle: the group types that restarts go through: 2 is the paper's, 0 -> 1 -> 0; 4 is that of the
-        authors' code, all pairs: (0, 0) -> (1, 1) -> (1, 0) -> (0, 1) -> (0, 0).
-      pad: where r_hat does not divide the number of inputs, "zero" leaves each input in exactly one group
-        (Eq. 7); "wrap" appends the first inputs again, as the authors' code does. Only for strided inputs.
+      pad: if r_hat does not divide the number of inputs, "zero" keeps each input in one group (Eq. 7);
+        "wrap" appends the first inputs again, as the authors' code does. Only for strided inputs.
+      cycle: group types that restarts cycle through: 2 is the paper's, 0 -> 1 -> 0; 4 is that of the authors'
+        code, all pairs: (0, 0) -> (1, 1) -> (1, 0) -> (0, 1) -> (0, 0).
     """
 
     group: Group | tuple[Group, Group] = 0
@@ -135,30 +145,35 @@ class Share(Operator):
 
     @property
     def groups(self) -> tuple[Group, Group]:
-        """The group types of (input, output)."""
+        """Group types of (input, output)."""
         return self.group if isinstance(self.group, tuple) else (self.group, self.group)
 
     def switched(self) -> "Share":
-        """The same operator with the next group type of its cycle: the pattern after a restart."""
+        """Returns the operator with the next group type of its cycle."""
         g_in, g_out = self.groups
         following = _CYCLE_OF_PAIRS[self.groups] if self.cycle == 4 else (1 - g_in, 1 - g_out)
         return dataclasses.replace(self, group=following[0] if following[0] == following[1] else following)
 
+    @property
+    def pattern(self) -> str:
+        """The group type, such as "0" or "(0, 1)"."""
+        return str(self.group)
+
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
-        """Sums the inputs of each group."""
+        """Returns the sum of the inputs of each group."""
         return GroupSums(r_hat, self.groups[0], self.pad, r_hat)(x)
 
     def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
-        """Copies each group's value to all outputs of the group."""
+        """Returns each group's value, copied to all outputs of the group."""
         return _spread(y, d, self.groups[1], axis=y.ndim - 1)
 
     def sums(self, r_hat: int, width: int) -> "tuple[GroupSums, GroupSums]":
-        """Over the groups of inputs, and over those of outputs."""
+        """Returns sums over the groups of inputs, and over those of outputs."""
         g_in, g_out = self.groups
         return GroupSums(r_hat, g_in, self.pad, width), GroupSums(r_hat, g_out, "zero", width)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
-        """dW[j, i] = M[g_in(j), g_out(i)]: the paper's, transposed as kernels are (inputs, outputs)."""
+        """Returns dW[j, i] = M[g_in(j), g_out(i)]: the paper's, transposed to (inputs, outputs)."""
         m_RD = _spread(m_RR, d, self.groups[1], axis=1)
         if self.pad == "zero" or self.groups[0] == 1:
             return _spread(m_RD, k, self.groups[0], axis=0)
@@ -169,13 +184,13 @@ class Share(Operator):
 class Decouple(Operator):
     """Decoupling (Eq. 8): the inputs are cut into blocks of r_hat, and M maps each to a block of the outputs.
 
-    Where there are more output blocks than input blocks, the outputs are tiled.
+    If there are more output blocks than input blocks, the outputs are tiled.
 
     Attributes:
-      pad: how the last block is filled up, where r_hat does not divide the number of inputs: with "zero", or
-        by "wrap" with the first inputs again, as the authors' code does.
-      surplus: where there are more input blocks than output blocks, "fold" adds the surplus ones onto the
-        output blocks, so that every input counts; "drop" ignores them, as the authors' code does.
+      pad: if r_hat does not divide the number of inputs, the last block is padded with "zero", or by "wrap"
+        with the first inputs again, as the authors' code does.
+      surplus: if there are more input blocks than output blocks, "fold" adds the surplus ones to the output
+        blocks, so that every input counts; "drop" ignores them, as the authors' code does.
     """
 
     pad: Pad = "zero"
@@ -187,8 +202,8 @@ class Decouple(Operator):
         _check_choice(self.name, "surplus", self.surplus, ("fold", "drop"))
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B N R"]:
-        """The blocks, turned; no more than there are output blocks, surplus ones added or dropped."""
-        x_BNR = self._turned(_blocks(x, r_hat, self.pad))
+        """Returns the rotated blocks, at most as many as output blocks; surplus ones are added or dropped."""
+        x_BNR = self._rotated(_blocks(x, r_hat, self.pad))
         wanted = -(-d // r_hat)
         if self.surplus == "drop" or x_BNR.shape[-2] <= wanted:
             return x_BNR[..., :wanted, :]
@@ -196,42 +211,42 @@ class Decouple(Operator):
         return x_BNR.reshape(*x_BNR.shape[:-2], -1, wanted, r_hat).sum(axis=-3)
 
     def decompress(self, y: Float[Array, "*B N R"], d: int) -> Float[Array, "*B D"]:
-        """The blocks one behind the other, again and again as far as d goes."""
+        """Returns the blocks joined, and repeated up to the width d."""
         y = y.reshape(*y.shape[:-2], -1)
         return _spread(y, d, 0, axis=y.ndim - 1)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
-        """Block (i, o) is the turned M where input block i counts for output block o, and zero elsewhere."""
+        """Returns the rotated M in block (i, o) if input block i maps to output block o, else zeros."""
         r_hat = m_RR.shape[0]
         n_in, n_out = -(-k // r_hat), -(-d // r_hat)
         i_N1, o_1M = np.arange(n_in)[:, None], np.arange(n_out)[None, :]
         fold = self.surplus == "fold" and n_in > n_out
         counts_NM = (i_N1 % n_out == o_1M) if fold else (o_1M % n_in == i_N1)
-        m_NRR = self._turned_back(jnp.broadcast_to(m_RR, (n_in, r_hat, r_hat)))
+        m_NRR = self._rotated_back(jnp.broadcast_to(m_RR, (n_in, r_hat, r_hat)))
         dw_NRMR = m_NRR[:, :, None, :] * jnp.asarray(counts_NM, m_RR.dtype)[:, None, :, None]
         dw_PD = dw_NRMR.reshape(n_in * r_hat, n_out * r_hat)[:, :d]
         return _wrapped_rows(dw_PD, k) if self.pad == "wrap" else dw_PD[:k]
 
     def blocks(self, r_hat: int, k: int, d: int) -> int:
-        """Those of the inputs or of the outputs, whichever are fewer."""
+        """Returns the number of input blocks or of output blocks, whichever is smaller."""
         return min(-(-k // r_hat), -(-d // r_hat))
 
     def rank_bound(self, r_hat: int, k: int, d: int) -> int:
-        """Blocks of rank r_hat side by side."""
+        """Returns the rank of blocks of rank r_hat side by side."""
         return min(self.blocks(r_hat, k, d) * r_hat, k, d)
 
-    def _turned(self, x_BNR: Array) -> Array:
-        """What is done to each block before M; nothing here."""
+    def _rotated(self, x_BNR: Array) -> Array:
+        """Returns the blocks as M takes them: unchanged here."""
         return x_BNR
 
-    def _turned_back(self, m_NRR: Array) -> Array:
-        """The matrices whose product with a block is M's with the turned block."""
+    def _rotated_back(self, m_NRR: Array) -> Array:
+        """Returns the matrices whose product with a block equals M's with the rotated block."""
         return m_NRR
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotate(Decouple):
-    """Rotation (Eq. 9-11): as decoupling, with block i (from 0) first turned by i theta_j.
+    """Rotation (Eq. 9-11): decoupling, with block i (from 0) first rotated by i theta_j.
 
     The pairs are (j, j + r_hat / 2), theta_j = 10000^(-2 j / r_hat) with j from 0, as in rotary embeddings.
     """
@@ -239,17 +254,20 @@ class Rotate(Decouple):
     name: ClassVar[str] = "rotate"
     multiple: ClassVar[int] = 2
 
-    def _turned(self, x_BNR: Array) -> Array:
+    def _rotated(self, x_BNR: Array) -> Array:
         cos_NJ, sin_NJ = (a.reshape((1,) * (x_BNR.ndim - 2) + a.shape) for a in _angles(*x_BNR.shape[-2:]))
         x1, x2 = jnp.split(x_BNR.astype(jnp.float32), 2, axis=-1)
-        turned = [x1 * cos_NJ - x2 * sin_NJ, x2 * cos_NJ + x1 * sin_NJ]
-        return jnp.concatenate(turned, axis=-1).astype(x_BNR.dtype)
+        rotated = [x1 * cos_NJ - x2 * sin_NJ, x2 * cos_NJ + x1 * sin_NJ]
+        return jnp.concatenate(rotated, axis=-1).astype(x_BNR.dtype)
 
-    def _turned_back(self, m_NRR: Array) -> Array:
+    def _rotated_back(self, m_NRR: Array) -> Array:
         cos_NJ1, sin_NJ1 = (a[..., None] for a in _angles(*m_NRR.shape[:2]))
         m1, m2 = jnp.split(m_NRR, 2, axis=1)
         return jnp.concatenate([m1 * cos_NJ1 + m2 * sin_NJ1, m2 * cos_NJ1 - m1 * sin_NJ1], axis=1)
 
+
+# A new operator is one class and one entry here, read whenever a name is looked up.
+OPERATORS: dict[str, type[Operator]] = {o.name: o for o in (Truncate, Share, Decouple, Rotate)}
 
 _CYCLE_OF_PAIRS: dict[tuple[Group, Group], tuple[Group, Group]] = {
     (0, 0): (1, 1),
@@ -265,21 +283,21 @@ def _check_choice(operator: str, field: str, value: object, choices: tuple[objec
 
 
 def _angles(blocks: int, r_hat: int) -> tuple[Array, Array]:
-    """cos and sin of i theta_j, each (N, R/2), float32; constants of the compiled program."""
+    """Returns cos and sin of i theta_j, each (N, R/2), float32: constants of the compiled program."""
     theta_J = 10_000.0 ** (-np.arange(0, r_hat, 2) / r_hat)
     angles_NJ = np.arange(blocks)[:, None] * theta_J[None, :]
     return jnp.asarray(np.cos(angles_NJ), jnp.float32), jnp.asarray(np.sin(angles_NJ), jnp.float32)
 
 
 def resized(x: Array, width: int, axis: int) -> Array:
-    """Cut, or filled up with zeros, to `width` entries on `axis`."""
+    """Returns x cut, or padded with zeros, to `width` entries on `axis`."""
     kept = lax.slice_in_dim(x, 0, min(width, x.shape[axis]), axis=axis)
     missing = [(0, width - kept.shape[axis]) if a == axis else (0, 0) for a in range(x.ndim)]
     return jnp.pad(kept, missing)
 
 
 def _blocks(x: Array, r_hat: int, pad: Pad) -> Array:
-    """The last axis cut into blocks of r_hat, (..., N, R), the last one filled up."""
+    """Returns the last axis cut into blocks of r_hat, (..., N, R), the last one padded."""
     surplus = -x.shape[-1] % r_hat
     width, axis = x.shape[-1] + surplus, x.ndim - 1
     x = _spread(x, width, 0, axis) if pad == "wrap" else resized(x, width, axis)
@@ -287,13 +305,13 @@ def _blocks(x: Array, r_hat: int, pad: Pad) -> Array:
 
 
 def _wrapped_rows(dw_PD: Array, k: int) -> Array:
-    """The rows behind the first k added to those whose inputs they hold once more."""
+    """Returns k rows, the rows beyond them added to those whose inputs they repeat."""
     rounds = -(-dw_PD.shape[0] // k)
     return resized(dw_PD, rounds * k, axis=0).reshape(rounds, k, -1).sum(axis=0)
 
 
 def _contiguous_sums(x: Array, r_hat: int) -> Array:
-    """Sums of r_hat runs of neighbours on the last axis; the first `width mod r_hat` runs are one longer."""
+    """Returns sums of r_hat runs on the last axis; the first `width mod r_hat` runs are one longer."""
     length, longer = divmod(x.shape[-1], r_hat)
     cut = longer * (length + 1)
     head = x[..., :cut].reshape(*x.shape[:-1], longer, length + 1).sum(axis=-1)
@@ -302,7 +320,7 @@ def _contiguous_sums(x: Array, r_hat: int) -> Array:
 
 
 def _spread(y: Array, width: int, group: Group, axis: int) -> Array:
-    """Copies entry g(j) of `axis` to place j for all j < width: broadcasts and reshapes, no gather."""
+    """Returns y with entry g(j) of `axis` copied to place j for all j < width, without a gather."""
     r_hat = y.shape[axis]
     if group == 0:
         return lax.slice_in_dim(_copies(y, -(-width // r_hat), axis, axis), 0, width, axis=axis)
@@ -313,7 +331,7 @@ def _spread(y: Array, width: int, group: Group, axis: int) -> Array:
 
 
 def _copies(y: Array, n: int, new_axis: int, axis: int) -> Array:
-    """Repeats y n times along a new axis, which is then folded into `axis`."""
+    """Returns y repeated n times along a new axis, which is then folded into `axis`."""
     folded = (*y.shape[:axis], n * y.shape[axis], *y.shape[axis + 1 :])
     y = jnp.expand_dims(y, new_axis)
     return jnp.broadcast_to(y, (*y.shape[:new_axis], n, *y.shape[new_axis + 1 :])).reshape(folded)

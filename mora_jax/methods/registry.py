@@ -16,10 +16,9 @@ from mora_jax.methods.base import Method
 from mora_jax.methods.dora import DoRA
 from mora_jax.methods.lora import LoRA
 from mora_jax.methods.mora import MoRA
-from mora_jax.methods.operators import Decouple, Operator, Rotate, Share, Truncate
+from mora_jax.methods.operators import OPERATORS, Operator
 
 METHODS: dict[str, type[Method]] = {c.name: c for c in (MoRA, LoRA, DoRA)}
-OPERATORS: dict[str, type[Operator]] = {c.name: c for c in (Truncate, Share, Decouple, Rotate)}
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, by one of three kernels.
+"""Causal grouped-query attention by one of three kernels.
 
 Legend of shapes in names: B batch, T sequence, N query heads, K key/value heads, H head width.
 """
@@ -7,13 +7,17 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
+from mora_jax.sharding import BATCH, Layout
 
 Kernel: TypeAlias = Literal["xla", "cudnn", "splash"]
-# Of queries and of keys that the splash kernel holds at a time: the largest that divides the sequence.
+# Activations with heads: (batch, sequence, heads, head width).
+HEADS = Layout((P(BATCH, None, "tensor", None),))
+# Queries and keys that the splash kernel holds at a time: the largest that divides the sequence.
 SPLASH_BLOCKS = (512, 256, 128)
 _BLOCK_FIELDS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
@@ -24,7 +28,7 @@ def attention(
     v_BTKH: Float[Array, "B T K H"],
     kernel: Kernel = "xla",
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v, where each place sees itself and those before it.
+    """Returns softmax(q k^T / sqrt(H)) v, where each position attends to itself and earlier ones.
 
     Raises:
       InputError: if the splash kernel cannot divide the sequence into blocks.
@@ -32,12 +36,12 @@ def attention(
     if kernel != "splash":
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=kernel)
     check_splash(q_BTNH.shape[1])
-    # GSPMD cannot divide a Pallas call: each device is told to compute its own rows and heads.
-    return sharding.by_device(_splash, "activations/heads")(q_BTNH, k_BTKH, v_BTKH)
+    # GSPMD cannot divide a Pallas call, so each device computes its own sequences and heads.
+    return sharding.by_device(_splash, HEADS)(q_BTNH, k_BTKH, v_BTKH)
 
 
 def check_splash(length: int) -> None:
-    """Raises InputError if sequences of this length cannot be divided into blocks."""
+    """Raises InputError if the splash kernel cannot divide sequences of this length into blocks."""
     if length % SPLASH_BLOCKS[-1]:
         raise InputError(
             f"compute.attention splash needs sequences of a multiple of {SPLASH_BLOCKS[-1]} tokens, "
@@ -46,8 +50,8 @@ def check_splash(length: int) -> None:
 
 
 def _splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
-    """By JAX's kernel for TPUs, which never holds the scores of a whole sequence."""
-    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and for TPUs alone
+    """Returns attention by JAX's kernel for TPUs, which never holds the scores of a full sequence."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and only for TPUs
 
     length, heads, width = q_BTNH.shape[1:]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)

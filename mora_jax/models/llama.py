@@ -1,6 +1,6 @@
 """LLaMA in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Parameters are float32 and stacked over layers; products run in `Compute.dtype`. Adapters come in as the
+Parameters are float32 and stacked over layers; products run in `Compute.dtype`. Adapters are passed as the
 variable collection "adapter" (`mora_jax.bind`), at the paths of the kernels they adapt.
 
 Legend of shapes in names: B batch, T sequence, D hidden width, F MLP width, N query heads, K key/value heads,
@@ -9,25 +9,39 @@ H head width, V vocabulary, L layers.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.methods.base import Adapter
 from mora_jax.methods.linear import TILE, Path, dense
+from mora_jax.models.attention import HEADS, attention
 from mora_jax.models.attention import Kernel as AttentionKernel
-from mora_jax.models.attention import attention
-from mora_jax.models.loss import cross_entropy
+from mora_jax.models.loss import HEAD, cross_entropy
+from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout, Rules
 
-KEPT_BY_REMAT = "residual"  # between attention and MLP; what enters a layer is kept by the loop over layers
+# Name of the residual stream between attention and MLP. The loop over layers keeps what enters each layer.
+RESIDUAL = "residual"
 
-# The largest values that are taken: what a config says must not take memory, or hours, to be refused.
+# How the parameters may be divided over a mesh, by the end of their path.
+LAYOUTS: Rules = (
+    ("embed_tokens/embedding", ROWS),
+    ("lm_head/kernel", HEAD),
+    ("layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", COLUMNS),
+    ("layers/(self_attn/o|mlp/down)_proj/kernel", ROWS),
+    ("(.*_|.*/|)norm/scale|.*layernorm/scale", REPLICATED),
+)
+_HIDDEN = Layout((P(BATCH, None, None),))
+_WIDE = Layout((P(BATCH, None, "tensor"), P(BATCH, None, None)))
+
+# The largest values that are accepted, so that a bad config is refused before it costs memory or hours.
 _MOST = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -43,14 +57,14 @@ _MOST = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """What the model is, in the names of Hugging Face's config.json.
+    """Sizes and options of the model, named as in Hugging Face's config.json.
 
     Attributes:
       vocab_size: tokens in the vocabulary.
       hidden_size: width of the residual stream.
       intermediate_size: width of the MLP.
-      num_hidden_layers: transformer blocks.
-      num_attention_heads: query heads; they share hidden_size equally, each of an even width.
+      num_hidden_layers: transformer layers.
+      num_attention_heads: query heads; they divide hidden_size into equal, even widths.
       num_key_value_heads: key/value heads; must divide num_attention_heads.
       max_position_embeddings: longest sequence, in tokens.
       rope_theta: base of the rotary frequencies.
@@ -93,26 +107,25 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """The width of one head."""
+        """Width of one head."""
         return self.hidden_size // self.num_attention_heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the model is computed; nothing here changes what it computes, but for rounding.
+    """How the model is computed; no option changes the result, except by rounding.
 
     Attributes:
       dtype: type of products and activations.
       attention: attention kernel: "xla" runs anywhere, "cudnn" is the fast one on NVIDIA GPUs (bfloat16),
         "splash" on TPUs (sequences of a multiple of 128 tokens).
-      layers: "unrolled" is fastest; "scan" compiles fastest.
-      remat: what the backward pass computes again: "none" nothing; "dots" all but the products, which keeps a
-        scan's memory near that of unrolled layers; "full" all but the residual stream, two states a layer,
-        which takes least memory.
-      loss_chunk: tokens whose logits a device holds at a time, at most.
-      adapter_path: forces how adapters are computed: "merged" into the kernels, with gradients from
-        "compressed" activations or "folded" from the kernels' if these are named, or by "activation";
-        "auto" chooses.
+      layers: "unrolled" runs fastest; "scan" compiles fastest.
+      remat: what the backward pass recomputes. "none" keeps all activations; "dots" keeps the products and
+        recomputes the steps between them, which scanned layers should do; "full" keeps only the residual
+        stream, two states a layer, and takes least memory.
+      loss_chunk: largest number of tokens whose logits a device holds at a time.
+      adapter_path: forces how adapters are computed: "merged" into the kernels, the same with "compressed" or
+        "folded" gradients, or by "activation"; "auto" chooses the fastest.
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -130,15 +143,24 @@ class Compute:
 
 
 class Kernel(nn.Module):
-    """Holds one kernel and hands it out with its adapter, so that a product can span several."""
+    """Returns one kernel with its adapter, so that one product can span several kernels."""
 
     shape: tuple[int, int]
     std: float
 
     @nn.compact
-    def __call__(self) -> tuple[str, Array, Adapter | None]:
+    def __call__(self) -> "Parts":
         w = self.param("kernel", nn.initializers.normal(self.std), self.shape)
-        return "/".join((*self.path, "kernel")), w, self.get_variable("adapter", "kernel", None)
+        layout = sharding.find("/".join((*self.path, "kernel")), LAYOUTS)
+        return Parts(w, self.get_variable("adapter", "kernel", None), layout)
+
+
+class Parts(NamedTuple):
+    """A kernel, its adapter if it has one, and how it may be divided over a mesh."""
+
+    w: Array
+    adapter: Adapter | None
+    layout: Layout
 
 
 class RMSNorm(nn.Module):
@@ -167,7 +189,7 @@ class Attention(nn.Module):
         widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
         kernels = [Kernel((c.hidden_size, w), c.initializer_range, name=name)() for name, w in widths.items()]
         q, k, v = (
-            sharding.constrain(_heads(y, c.head_dim), "activations/heads")
+            sharding.constrain(y.reshape(*y.shape[:-1], -1, c.head_dim), HEADS)
             for y in _dense(self, x_BTD, kernels)
         )
         q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
@@ -187,15 +209,15 @@ class MLP(nn.Module):
         c = self.config
         wide = (c.hidden_size, c.intermediate_size)
         kernels = [Kernel(wide, c.initializer_range, name=name)() for name in ("gate_proj", "up_proj")]
-        # Whatever the width, the products have whole tiles: behind F all is zero, and silu(0) * 0 as well.
+        # Products have full tiles for any width: the padding beyond F is zero, and so is silu(0) * 0.
         ys_BTF = _dense(self, x_BTD, kernels, sharding.tile(c.intermediate_size, TILE))
-        gate_BTF, up_BTF = (sharding.constrain(y_BTF, "activations/mlp") for y_BTF in ys_BTF)
+        gate_BTF, up_BTF = (sharding.constrain(y_BTF, _WIDE) for y_BTF in ys_BTF)
         down = Kernel((c.intermediate_size, c.hidden_size), c.initializer_range, name="down_proj")()
         return _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
 
 
 class Block(nn.Module):
-    """One transformer layer, in the form that `nn.scan` takes: carry in, carry out."""
+    """One transformer layer in the form that `nn.scan` takes: from carry to carry."""
 
     config: LlamaConfig
     compute: Compute
@@ -205,18 +227,18 @@ class Block(nn.Module):
         eps = self.config.rms_norm_eps
         normed_BTD = RMSNorm(eps, name="input_layernorm")(x_BTD)
         y_BTD = Attention(self.config, self.compute, name="self_attn")(normed_BTD, rope)
-        x_BTD = sharding.constrain(x_BTD + y_BTD, "activations/residual")
-        x_BTD = checkpoint_name(x_BTD, KEPT_BY_REMAT)
+        x_BTD = sharding.constrain(x_BTD + y_BTD, _HIDDEN)
+        x_BTD = checkpoint_name(x_BTD, RESIDUAL)
         normed_BTD = RMSNorm(eps, name="post_attention_layernorm")(x_BTD)
         y_BTD = MLP(self.config, self.compute, name="mlp")(normed_BTD)
-        return sharding.constrain(x_BTD + y_BTD, "activations/residual"), None
+        return sharding.constrain(x_BTD + y_BTD, _HIDDEN), None
 
 
 class Llama(nn.Module):
     """The language model.
 
     Attributes:
-      config: what it is.
+      config: sizes and options.
       compute: how it is computed.
     """
 
@@ -234,16 +256,16 @@ class Llama(nn.Module):
             self.lm_head = Kernel((c.hidden_size, c.vocab_size), c.initializer_range)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits (float32) for the token after each place."""
+        """Returns the logits (float32) for the token after each position."""
         x_BTD, w_DV = self.hidden(tokens_BT), self.head()
         return jnp.matmul(x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
 
     def loss(
         self, tokens_BT: Int[Array, "B T"], weights_B: Float[Array, "B"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The summed next-token loss in nats and the number of predictions, each row by its weight."""
+        """Returns the summed next-token loss (nats) and the number of predictions, weighted by sequence."""
         x_BTD = self.hidden(tokens_BT)
-        # Every place is computed, so that shapes stay powers of two; the last of a row predicts nothing.
+        # Every position is computed, so that shapes stay powers of two; the last one predicts nothing.
         length = tokens_BT.shape[1]
         weights_BT = weights_B[:, None] * (jnp.arange(length) < length - 1)[None, :]
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -254,19 +276,19 @@ class Llama(nn.Module):
         return jnp.asarray(total), weights_BT.sum()
 
     def hidden(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The normalised states from which the head predicts."""
+        """Returns the normalised hidden states that the head takes."""
         dtype = jnp.dtype(self.compute.dtype)
-        table_VD = sharding.gathered(self.embed_tokens.embedding, "embed_tokens/embedding")
+        table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS)
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
-        x_BTD = sharding.constrain(x_BTD, "activations/residual")
+        x_BTD = sharding.constrain(x_BTD, _HIDDEN)
         x_BTD, _ = self.layers(x_BTD, _rope(tokens_BT.shape[1], self.config.head_dim, self.config.rope_theta))
         return self.norm(x_BTD)
 
     def head(self) -> Float[Array, "D V"]:
-        """The effective kernel from states to logits."""
+        """Returns the effective kernel from hidden states to logits."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.T
-        _, w, adapter = self.lm_head()
+        w, adapter, _ = self.lm_head()
         return w if adapter is None else adapter.method.weight(adapter.arrays, w)
 
 
@@ -278,14 +300,12 @@ def abstract_params(config: LlamaConfig) -> Any:
 
 
 def _stack(block: type[nn.Module], length: int, compute: Compute) -> Any:
-    policies = {
-        "dots": _is_product,
-        "full": jax.checkpoint_policies.save_only_these_names(KEPT_BY_REMAT),
-    }
     unrolled = compute.layers == "unrolled"
-    if compute.remat in policies:
-        # In a loop nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.
-        block = nn.remat(block, prevent_cse=unrolled, policy=policies[compute.remat])
+    if compute.remat != "none":
+        residual = jax.checkpoint_policies.save_only_these_names(RESIDUAL)
+        policy = _is_product if compute.remat == "dots" else residual
+        # A loop keeps XLA from sharing computations between the passes; unrolled layers need the barrier.
+        block = nn.remat(block, prevent_cse=unrolled, policy=policy)
     return nn.scan(
         block,
         variable_axes={"params": 0, "adapter": 0},
@@ -297,35 +317,28 @@ def _stack(block: type[nn.Module], length: int, compute: Compute) -> Any:
 
 
 def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Returns whether a primitive is a product, those of `dense` among them.
+    """Returns whether a layer keeps a value for its backward pass: products do, those of `dense` among them.
 
-    Without recomputation a scan keeps every float32 step between products as well; unrolled, XLA sees that it
-    need not.
+    A scan without a policy would keep every float32 step between them too.
     """
     return primitive.name in ("dot_general", "custom_vjp_call")
 
 
-def _dense(
-    module: Attention | MLP, x: Array, kernels: list[tuple[str, Array, Adapter | None]], tile: int = 1
-) -> list[Array]:
-    names, ws, adapters = zip(*kernels, strict=True)
+def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 1) -> list[Array]:
+    ws, adapters, layouts = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    return dense(x, ws, adapters, module.compute.adapter_path, key, tile, names)
-
-
-def _heads(y: Array, head_dim: int) -> Array:
-    return y.reshape(*y.shape[:-1], -1, head_dim)
+    return dense(x, ws, adapters, module.compute.adapter_path, key, tile, layouts)
 
 
 def _rope(length: int, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of position * theta^(-2j/H), each (T, H/2), float32."""
+    """Returns cos and sin of position * theta^(-2j/H), each (T, H/2), float32."""
     exponents_J = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2 / head_dim)
     angles_TJ = jnp.arange(length, dtype=jnp.float32)[:, None] / (theta**exponents_J)[None, :]
     return jnp.cos(angles_TJ), jnp.sin(angles_TJ)
 
 
 def _rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (j, j + H/2) of every head by the angle of its position."""
+    """Returns every head with its pairs (j, j + H/2) rotated by the angle of the position."""
     cos, sin = (a[None, :, None, :] for a in rope)
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,7 +1,7 @@
-"""Next-token cross-entropy over token chunks, loss and gradient in one pass: full logits are never held.
+"""Next-token cross-entropy over chunks of tokens: loss and gradient in one pass, without full logits.
 
-Legend of shapes in names: T tokens, C tokens of a chunk, G parts that a mesh makes of a batch, D model
-width, V vocabulary, P vocabulary padded to whole tiles of a matrix unit.
+Legend of shapes in names: T tokens, C tokens of a chunk, G shards of a batch, D model width,
+V vocabulary, P vocabulary padded to full tiles of a matrix unit.
 """
 
 import functools
@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.methods.base import padded
 from mora_jax.methods.linear import TILE
+from mora_jax.sharding import BATCH, COLUMNS, Layout
 
-HEAD = "lm_head/kernel"
+HEAD = COLUMNS
+_TOKENS = Layout((Spec(BATCH, None),))
+_LOGITS = Layout((Spec(BATCH, "tensor"), Spec(BATCH, None)))
+_HEAD_GRADIENTS = Layout((Spec(BATCH, None, "tensor"), Spec(BATCH, None, None)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -28,15 +33,16 @@ def cross_entropy(
     weights_T: Float[Array, "T"],
     chunk: int,
 ) -> Float[Array, ""]:
-    """The weighted sum of -log softmax(x @ w)[target], in nats.
+    """Returns the weighted sum of -log softmax(x @ w)[target], in nats.
+
+    Softmax and sums are float32. Logits are float32 too, except under differentiation: there they are rounded
+    to x's type, which halves what is read and written.
 
     Args:
-      x_TD: final hidden states, in the type to compute products in; softmax and sums are float32. Logits are
-        as well, but where gradients are asked for: then they are rounded to x's type, of which there is half
-        as much to read and write.
+      x_TD: final hidden states, in the type to compute products in.
       w_DV: the head.
-      targets_T: the token to predict at each place.
-      weights_T: the weight of each place, 0 where there is nothing to predict; it gets no gradient.
+      targets_T: token to predict at each position.
+      weights_T: weight of each position, 0 where there is nothing to predict. It gets no gradient.
       chunk: tokens whose logits are held at a time. It must divide T.
 
     Raises:
@@ -54,15 +60,15 @@ def cross_entropy(
 
 def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int) -> tuple[Array, Any]:
     w_DP, vocabulary = _tiled(w_DV, x_TD), w_DV.shape[1]
-    # Each part of a mesh sums the gradient of its own tokens; all are added once, behind the loop.
+    # Each shard sums the gradient of its own tokens; all shards are added once, after the loop.
     parts = math.gcd(sharding.batch_shards(), chunk)
 
     def add_chunk(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Array]:
         total, dw_GDP = carry
         x_CD, targets_C, weights_C = inputs
         softmax = _softmax(x_CD, w_DP, vocabulary, targets_C, x_CD.dtype)
-        # What the gradient of the logits is to be divided by goes to the narrow side of both products: so one
-        # reading of the logits gives the sums and all that they divide.
+        # The divisor of the logits' gradient is applied to the narrow side of both products, so that the
+        # logits are read once, for the sums and for what they divide.
         scale_C1 = (weights_C / softmax.sum_C)[:, None]
         unscaled_CP = _unscaled_gradient(softmax, targets_C, x_CD.dtype)
         dx_CD = jnp.matmul(unscaled_CP, w_DP.T, preferred_element_type=jnp.float32) * scale_C1
@@ -70,16 +76,13 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
         x_GCD, unscaled_GCP = (a.reshape(parts, -1, a.shape[-1]) for a in (scaled_CD, unscaled_CP))
         dw = jnp.einsum("gcd,gcp->gdp", x_GCD, unscaled_GCP, preferred_element_type=jnp.float32)
         total += jnp.sum(softmax.loss_C * weights_C)
-        return (total, _divided(dw_GDP + dw)), dx_CD.astype(x_CD.dtype)
+        return (total, sharding.constrain(dw_GDP + dw, _HEAD_GRADIENTS)), dx_CD.astype(x_CD.dtype)
 
-    start = (jnp.zeros((), jnp.float32), _divided(jnp.zeros((parts, *w_DP.shape), jnp.float32)))
+    zeros_GDP = sharding.constrain(jnp.zeros((parts, *w_DP.shape), jnp.float32), _HEAD_GRADIENTS)
+    start = (jnp.zeros((), jnp.float32), zeros_GDP)
     (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
     dw_DV = sharding.scattered(dw_GDP.sum(axis=0)[:, :vocabulary].astype(w_DV.dtype), HEAD)
     return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
-
-
-def _divided(dw_GDP: Array) -> Array:
-    return sharding.constrain(dw_GDP, "activations/head_gradients")
 
 
 def _backward(chunk: int, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
@@ -91,14 +94,20 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _tiled(w_DV: Array, x_TD: Array) -> Array:
-    """The head in the type of the products, with columns of zeros up to whole tiles."""
+    """Returns the head in the type of the products, its columns padded with zeros to full tiles."""
     w_DV = sharding.gathered(w_DV.astype(x_TD.dtype), HEAD)
     return padded(w_DV, 1, sharding.tile(w_DV.shape[1], TILE))
 
 
 class Softmax(NamedTuple):
-    """Of a chunk's logits, in float32: exp(logits - their maximum), 0 on the padding, the sums of these, the
-    one of each target, and -log softmax of it."""
+    """Statistics of a chunk's logits, in float32.
+
+    Attributes:
+      exp_CP: exp(logits - their maximum); 0 on the padding.
+      sum_C: sums of exp_CP.
+      target_C: entry of exp_CP at each target.
+      loss_C: -log softmax at each target.
+    """
 
     exp_CP: Array
     sum_C: Array
@@ -107,9 +116,9 @@ class Softmax(NamedTuple):
 
 
 def _softmax(x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, dtype: Any) -> Softmax:
-    x_CD = sharding.constrain(x_CD, "activations/tokens")
+    x_CD = sharding.constrain(x_CD, _TOKENS)
     logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=dtype)
-    logits_CP = sharding.constrain(logits_CP, "activations/logits").astype(jnp.float32)
+    logits_CP = sharding.constrain(logits_CP, _LOGITS).astype(jnp.float32)
     real_P = jnp.arange(w_DP.shape[1]) < vocabulary
     logits_CP = jnp.where(real_P[None, :], logits_CP, -jnp.inf)
     max_C = jnp.max(logits_CP, axis=-1)
@@ -120,8 +129,8 @@ def _softmax(x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, dtype:
 
 
 def _unscaled_gradient(softmax: Softmax, targets_C: Array, dtype: Any) -> Array:
-    """(softmax - one-hot targets) * sums, which is the exponentials but for the places of the targets."""
-    # A difference in float32, for it may be small; token by token, so that a mesh sends nothing.
+    """Returns (softmax - one-hot targets) * sums: the exponentials, except at the targets."""
+    # A small difference, hence float32; placed token by token, so that a mesh sends nothing.
     of_targets_C = (softmax.target_C - softmax.sum_C).astype(dtype)
     place = jax.vmap(lambda exp_P, target, of_target: exp_P.at[target].set(of_target, unique_indices=True))
     return place(softmax.exp_CP.astype(dtype), targets_C, of_targets_C)
@@ -130,6 +139,6 @@ def _unscaled_gradient(softmax: Softmax, targets_C: Array, dtype: Any) -> Array:
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     tokens = arrays[0].shape[0]
     if tokens % chunk:
-        raise InputError(f"the loss chunk of {chunk} tokens does not divide the {tokens} tokens of a batch")
-    # Every chunk takes tokens from all over, so that each device has its share of each.
+        raise InputError(f"a loss chunk of {chunk} tokens does not divide the {tokens} tokens of a batch")
+    # Every chunk is strided over the batch, so that each device holds a share of it.
     return tuple(a.reshape(chunk, tokens // chunk, *a.shape[1:]).swapaxes(0, 1) for a in arrays)

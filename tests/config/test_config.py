@@ -11,13 +11,12 @@ import yaml
 from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import DoRA, LoRA, Method, MoRA, Rotate, Share
-from mora_jax.models.llama import Compute
+from mora_jax.models.llama import Compute, abstract_params
 from train.config import flags
 from train.config import run as c
 from train.config import sections as s
 from train.config.run import RunConfig
 from train.run.state import assign_methods
-from train.step.step import init_params
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PRESETS = [path for path in CONFIGS if path.stem.startswith("1_3b_remora_")]
@@ -201,7 +200,7 @@ def test_the_configs_are_those_of_the_paper():
 def test_a_config_fits_its_model(path):
     """Raises where a parameter is not covered or a rule decides nothing; the last one may."""
     config = flags.read_config(str(path))
-    params = jax.eval_shape(lambda: init_params(config))
+    params = abstract_params(config.model)
     methods = assign_methods(config)
     assert {name for name, _ in methods.choices} == trees.flatten(params).keys()
     decided = {choice for _, choice in methods.choices}
@@ -245,7 +244,7 @@ def test_the_papers_values(path):
 
 def adapter_entries(path: Path) -> int:
     config = flags.read_config(str(path))
-    flat = trees.flatten(jax.eval_shape(lambda: init_params(config)))
+    flat = trees.flatten(abstract_params(config.model))
     adapted = [(name, m) for name, m in assign_methods(config).adapted() if isinstance(m, Method)]
     assert len(adapted) == 7
     return sum(m.count(*flat[n].shape[-2:]) * flat[n].shape[0] for n, m in adapted)

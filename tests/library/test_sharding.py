@@ -11,15 +11,23 @@ from jax.sharding import PartitionSpec as P
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
-from mora_jax.methods import METHODS
-from mora_jax.models.llama import Llama
+from mora_jax.methods import METHODS, DoRA, MoRA
+from mora_jax.models.llama import LAYOUTS, Llama
 from mora_jax.transform import Methods
 from train.config.sections import Mesh
 from train.jobs import pretrain as loop
 from train.run.metrics import read_metrics
 from train.run.model import load_model
 from train.run.state import abstract_state, assign_methods, fresh_state
-from train.step.step import eval_step, init_params, init_state
+from train.step.spec import spec_of
+from train.step.state import init_params, init_state
+from train.step.step import eval_step
+
+RULES = (
+    *LAYOUTS,
+    *((name, leaf.layout) for method in (MoRA(), DoRA()) for name, leaf in method.leaves().items()),
+)
+BATCHED = sharding.Layout((P(sharding.BATCH, None, None),))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +166,8 @@ SIZES = {"data": 1, "fsdp": 8, "tensor": 1}
     ids=str,
 )  # fmt: skip
 def test_where_arrays_lie(name, shape, sizes, expected):
-    assert sharding.spec(name, shape, dict(zip(sharding.AXES, sizes, strict=True))) == expected
+    sizes = dict(zip(sharding.AXES, sizes, strict=True))
+    assert sharding.spec(sharding.find(name, RULES), shape, sizes) == expected
 
 
 @pytest.mark.parametrize(
@@ -170,19 +179,19 @@ def test_where_arrays_lie(name, shape, sizes, expected):
             r"mesh\.fsdp 8: no axis of .*m_RR \(24, 443, 443\).*align 128",
         ),
         ("up_proj/kernel/b_RD", (24, 4, 5461), r"mesh\.fsdp 8: no axis of .*b_RD \(24, 4, 5461\)"),
-        ("params/layers/mlp/new_proj/kernel", (8, 8), "no rule of mora_jax.sharding.RULES covers 'params"),
+        ("params/layers/mlp/new_proj/kernel", (8, 8), "no sharding rule covers 'params"),
     ],
     ids=["m", "b", "unknown"],
 )
 def test_what_cannot_be_divided(name, shape, message):
     with pytest.raises(InputError, match=message):
-        sharding.spec(name, shape, SIZES)
+        sharding.spec(sharding.find(name, RULES), shape, SIZES, name)
 
 
 @pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=lambda method: method.name)
 def test_the_rules_cover_the_arrays_of_every_method(method):
     for name, array in method.init(jax.random.key(0), jnp.ones((256, 256))).items():
-        sharding.spec(f"adapters/layers/self_attn/q_proj/kernel/{name}", array.shape, SIZES)
+        sharding.spec(method.leaves()[name].layout, array.shape, SIZES, name)
 
 
 def test_a_state_is_made_in_parts_and_held_in_parts(tiny_run):
@@ -201,7 +210,7 @@ def test_a_state_is_made_in_parts_and_held_in_parts(tiny_run):
     assert held < 1.1 * size / 8
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, shapes)
     make = jax.jit(
-        lambda: init_state(config, methods, init_params(config)),
+        lambda: init_state(spec_of(config), methods, init_params(spec_of(config))),
         out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
     )
     assert make.lower().compile().memory_analysis().temp_size_in_bytes < size / 4
@@ -225,5 +234,5 @@ def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
     other = jax.make_mesh((8,), ("x",))
     for ambient in (contextlib.nullcontext(), jax.set_mesh(other)):
         with ambient:
-            assert jax.jit(lambda x: sharding.constrain(x, "activations/residual"))(x_BTD).shape == (2, 3, 4)
+            assert jax.jit(lambda x: sharding.constrain(x, BATCHED))(x_BTD).shape == (2, 3, 4)
             assert not sharding.in_use()

@@ -29,7 +29,8 @@ from train.run.metrics import read_metrics
 from train.run.state import restore_state
 from train.runtime import distributed
 from train.runtime.distributed import joined, several
-from train.step import step
+from train.step.spec import spec_of
+from train.step.state import init_params
 
 DEVICES = 2
 DEADLINE = 15.0
@@ -242,7 +243,7 @@ def test_a_process_that_is_killed_ends_the_other_one(config: Path):
     """Both have read their parts of the model that the run began with."""
     folder, model = config.parent / "killed", config.parent / "model"
     settings = flags.read_config(str(config))
-    params = step.init_params(dataclasses.replace(settings, seed=5))
+    params = init_params(spec_of(dataclasses.replace(settings, seed=5)))
     hf.save_hf(model, params, settings.model)
     words = ("--run-dir", str(folder), *ENDLESS, "--init-from", str(model))
     processes = launched(config, 2, DEVICES, *words)

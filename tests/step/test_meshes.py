@@ -14,6 +14,7 @@ from mora_jax.models.llama import Compute, LlamaConfig
 from train.config.run import RunConfig
 from train.config.sections import Data, Optimizer, Restart, Schedule
 from train.run.state import abstract_state, assign_methods, fresh_state
+from train.step.spec import spec_of
 from train.step.step import restart_step, train_step
 
 STEPS, RESTART = 20, 10
@@ -118,8 +119,8 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
         for step in range(config.steps):
             if config.restarts_at(step):
                 before["restart"] = jax.tree.map(np.array, state) if one is None else one.before["restart"]
-                restarted, _ = restart_step(config, methods, placed(before["restart"], abstract))
-                state, cleared = restart_step(config, methods, state)
+                restarted, _ = restart_step(spec_of(config), methods, placed(before["restart"], abstract))
+                state, cleared = restart_step(spec_of(config), methods, state)
                 methods = methods.after_restart()
                 assert float(cleared) == 1.0
                 assert jax.tree.map(lambda x: x.sharding, state) == places
@@ -127,9 +128,9 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
             on_mesh = jax.device_put(tokens_BT, sharding.batch(mesh))
             if step in LOOKED_AT:
                 before[step] = jax.tree.map(np.array, state) if one is None else one.before[step]
-                after, _ = train_step(config, methods, placed(before[step], abstract), on_mesh)
+                after, _ = train_step(spec_of(config), methods, placed(before[step], abstract), on_mesh)
                 gradients[step] = gradients_of(config, before[step], after)
-            state, scalars = train_step(config, methods, state, on_mesh)
+            state, scalars = train_step(spec_of(config), methods, state, on_mesh)
             assert jax.tree.map(lambda x: x.sharding, state) == places
             told.append((float(scalars["loss"]), float(scalars["grad_norm"])))
     return Trained(np.array(told), state, before, gradients, restarted)
@@ -236,7 +237,7 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         methods = assign_methods(config)
         state = abstract_state(config, methods, mesh)
         tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
-        compiled = train_step.lower(config, methods, state, tokens).compile()
+        compiled = train_step.lower(spec_of(config), methods, state, tokens).compile()
     found = collectives(compiled.as_text())
     assert {"all-gather", "all-reduce"} <= {kind for kind, _ in found}
     exchanged = [shape for kind, shape in found if kind in ("all-to-all", "collective-permute")]
@@ -255,7 +256,7 @@ def test_a_restart_gathers_one_layer_at_a_time(shape):
     with jax.set_mesh(mesh):
         methods = assign_methods(config)
         state = abstract_state(config, methods, mesh)
-        compiled = restart_step.lower(config, methods, state).compile()
+        compiled = restart_step.lower(spec_of(config), methods, state).compile()
     gathered = [elements(shape) for kind, shape in collectives(compiled.as_text()) if kind == "all-gather"]
     assert max(gathered) == 32 * 32  # the MLP's M, of one of the two layers
     held = compiled.memory_analysis()

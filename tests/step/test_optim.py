@@ -1,18 +1,26 @@
 """Schedules against recorded numbers, optimizer groups, and what a reset clears."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from mora_jax import DoRA, LoRA, assign
+from mora_jax.errors import InputError
 from train.config.run import RunConfig
-from train.config.sections import Optimizer, Restart, Schedule
+from train.config.sections import GroupRule, Optimizer, Restart, Schedule
 from train.step import optim
+from train.step.optim import ArrayOptions
+from train.step.spec import spec_of
 
 
 def multipliers(config: RunConfig) -> np.ndarray:
-    return np.asarray(jax.vmap(lambda s: optim.learning_rate(config, s))(jnp.arange(config.steps + 1)))
+    return np.asarray(
+        jax.vmap(lambda s: optim.learning_rate(spec_of(config), s))(jnp.arange(config.steps + 1))
+    )
 
 
 def config(
@@ -48,12 +56,21 @@ def test_without_warmup_the_first_step_has_the_peak_rate():
 
 
 PARAMS = {"base": {"scale": jnp.array([1.0, 2.0])}, "m": jnp.array([3.0]), "b": jnp.array([4.0])}
-LABELS = {"base": {"scale": "base"}, "m": "adapter", "b": "adapter*16.0"}
+OPTIONS = {
+    "base/scale": ArrayOptions(adapter=False, lr_scale=1.0, weight_decay=0.0),
+    "m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.1),
+    "b": ArrayOptions(adapter=True, lr_scale=16.0, weight_decay=0.2),
+}
 GRADIENTS = jax.tree.map(lambda p: 0.5 * p, PARAMS)
+LABELS = optim.adapter_labels(OPTIONS)
+
+
+def without_decay(options):
+    return {path: dataclasses.replace(o, weight_decay=0.0) for path, o in options.items()}
 
 
 def test_groups_are_adam_with_their_multiple_of_the_rate():
-    tx = optim.adamw(Optimizer(), LABELS)
+    tx = optim.adamw(Optimizer(), without_decay(OPTIONS))
     updates, _ = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)
     adam = optax.scale_by_adam(0.9, 0.999, 1e-8)
     expected, _ = adam.update(GRADIENTS, adam.init(PARAMS))
@@ -62,19 +79,65 @@ def test_groups_are_adam_with_their_multiple_of_the_rate():
     np.testing.assert_allclose(updates["b"], 16 * expected["b"])
 
 
-def test_decay_spares_the_scales_of_norms():
-    tx = optim.adamw(Optimizer(weight_decay=0.1), LABELS)
-    plain = optim.adamw(Optimizer(), LABELS)
+def test_each_array_has_its_own_decay():
+    tx, plain = optim.adamw(Optimizer(), OPTIONS), optim.adamw(Optimizer(), without_decay(OPTIONS))
     with_decay, _ = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)
     without, _ = plain.update(GRADIENTS, plain.init(PARAMS), PARAMS)
     np.testing.assert_allclose(with_decay["base"]["scale"], without["base"]["scale"])
     np.testing.assert_allclose(with_decay["m"] - without["m"], 0.1 * PARAMS["m"], rtol=1e-5)
+    np.testing.assert_allclose(with_decay["b"] - without["b"], 16 * 0.2 * PARAMS["b"], rtol=1e-5)
+
+
+MODEL = {
+    "embed": {"embedding": jnp.ones((8, 4))},
+    "up": {"kernel": jnp.ones((4, 8))},
+    "down": {"kernel": jnp.ones((8, 4))},
+    "norm": {"scale": jnp.ones(4)},
+}
+METHODS = assign([("up/kernel", LoRA(2, b_lr_scale=4.0)), ("down/kernel", DoRA(2)), (".*", "train")], MODEL)
+
+
+def test_by_default_all_arrays_but_scales_and_magnitudes_decay():
+    options = optim.array_options(Optimizer(weight_decay=0.1), METHODS)
+    assert {path for path, o in options.items() if not o.weight_decay} == {
+        "params/norm/scale",
+        "adapters/down/kernel/magnitude_D",
+    }
+    assert {o.weight_decay for o in options.values()} == {0.0, 0.1}
+    assert {path: o.lr_scale for path, o in options.items() if o.lr_scale != 1} == {
+        "adapters/up/kernel/b_RD": 4.0
+    }
+
+
+def test_the_first_group_that_matches_sets_rate_and_decay():
+    groups = (
+        (".*/b_RD", GroupRule(lr_scale=0.5)),
+        ("(up|down)/.*", GroupRule(lr_scale=2.0, weight_decay=0.3)),
+        ("norm/scale", GroupRule(weight_decay=0.4)),
+    )
+    options = optim.array_options(Optimizer(weight_decay=0.1, groups=groups), METHODS)
+    found = {path: (o.label, o.weight_decay) for path, o in options.items()}
+    assert found == {
+        "params/embed/embedding": ("base", 0.1),
+        "params/norm/scale": ("base", 0.4),
+        "adapters/up/kernel/a_KR": ("adapter*2.0", 0.3),
+        "adapters/up/kernel/b_RD": ("adapter*2.0", 0.1),  # 0.5 of LoRA+'s 4
+        "adapters/down/kernel/a_KR": ("adapter*2.0", 0.3),
+        "adapters/down/kernel/b_RD": ("adapter*0.5", 0.1),
+        "adapters/down/kernel/magnitude_D": ("adapter*2.0", 0.3),
+    }
+
+
+def test_a_group_that_decides_nothing_is_refused():
+    groups = (("embed/embeding", GroupRule(lr_scale=2.0)),)
+    with pytest.raises(InputError, match=r"optimizer\.groups: rule 'embed/embeding' matches no parameter"):
+        optim.array_options(Optimizer(groups=groups), METHODS)
 
 
 def test_a_reset_clears_moments_and_count_of_adapters_alone():
-    tx = optim.adamw(Optimizer(), LABELS)
+    tx = optim.adamw(Optimizer(), OPTIONS)
     _, state = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)
-    fresh, cleared = optim.clear_adapters(state, Restart(), jax.random.key(0))
+    fresh, cleared = optim.clear_adapters(state, Restart(), jax.random.key(0), LABELS)
     assert float(cleared) == 1.0
     initial = tx.init(PARAMS).inner_states
     for group in ("adapter", "adapter*16.0"):
@@ -92,9 +155,11 @@ def test_a_reset_clears_moments_and_count_of_adapters_alone():
 @pytest.mark.parametrize("how", ["magnitude", "random"])
 def test_pruning_clears_its_share_of_each_moment_and_keeps_the_count(how):
     params = {"m": jax.random.normal(jax.random.key(0), (3, 20, 20)).at[:, 15:].set(0)}  # padded, in a stack
-    tx = optim.adamw(Optimizer(), {"m": "adapter"})
+    options = {"m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.0)}
+    tx = optim.adamw(Optimizer(), options)
     _, state = tx.update(params, tx.init(params), params)
-    fresh, cleared = optim.clear_adapters(state, Restart(optimizer=how, prune=0.8), jax.random.key(1))
+    how_much = Restart(optimizer=how, prune=0.8)
+    fresh, cleared = optim.clear_adapters(state, how_much, jax.random.key(1), optim.adapter_labels(options))
     old, new = (optax.tree.get(s.inner_states["adapter"], "mu")["m"] for s in (state, fresh))
     kept = np.asarray(new) != 0
     np.testing.assert_array_equal(np.asarray(new)[kept], np.asarray(old)[kept])

@@ -65,12 +65,12 @@ def test_after_the_patience_nothing_is_good_until_the_run_is_started_again():
     verdicts, seen = run([*GOOD, *[(np.nan, 1.0)] * 3, *GOOD])
     assert verdicts == [False] * 4 + [True] * 7
     assert (int(seen.skipped), int(seen.in_a_row)) == (7, 7)
-    assert run(GOOD, seen=spikes.try_again(HOW, seen))[0] == [False] * 4
+    assert run(GOOD, seen=spikes.with_patience(HOW, seen))[0] == [False] * 4
 
 
 def test_going_on_in_the_middle_of_bad_steps_gives_no_patience_back():
     _, seen = run([*GOOD, *[(np.nan, 1.0)] * 2])
-    assert int(spikes.try_again(HOW, seen).in_a_row) == 2
+    assert int(spikes.with_patience(HOW, seen).in_a_row) == 2
 
 
 def test_a_restart_forgets_gradients_and_not_losses():

@@ -15,7 +15,9 @@ from train.config.run import RunConfig
 from train.config.sections import BadSteps, Data, Optimizer, Restart, Schedule
 from train.run.state import assign_methods
 from train.step import optim
-from train.step.step import eval_step, init_params, init_state, random_state, restart_step, train_step
+from train.step.spec import spec_of
+from train.step.state import init_params, init_state, random_state
+from train.step.step import eval_step, restart_step, train_step
 
 CONFIG = RunConfig(
     steps=8,
@@ -57,13 +59,13 @@ def tokens(seed: int) -> jax.Array:
 
 def started(config: RunConfig):
     methods = assign_methods(config)
-    return methods, init_state(config, methods, init_params(config))
+    return methods, init_state(spec_of(config), methods, init_params(spec_of(config)))
 
 
 def trained(config: RunConfig, updates: int):
     methods, state = started(config)
     for step in range(updates):
-        state, metrics = train_step(config, methods, state, tokens(step))
+        state, metrics = train_step(spec_of(config), methods, state, tokens(step))
     return methods, state, metrics
 
 
@@ -73,7 +75,7 @@ def test_exactly_the_trainable_leaves_move(name):
     methods, before = started(config)
     before = jax.tree.map(np.asarray, before)
     _, after, _ = trained(config, 3)  # the first rate is 0, and then A waits for B
-    groups = transform.trainable_paths(methods)
+    groups = methods.trainable()
     old = trees.flatten({"params": before.params, "adapters": before.adapters})
     new = trees.flatten({"params": after.params, "adapters": after.adapters})
     moved = {path for path in old if not np.array_equal(old[path], new[path])}
@@ -84,7 +86,7 @@ def test_exactly_the_trainable_leaves_move(name):
 def test_frozen_parameters_have_no_byte_of_optimizer_state(name):
     methods, state = started(with_method(name))
     trainable, _ = transform.partition(state.params, state.adapters, methods)
-    groups = set(jax.tree.leaves(transform.labels(state.params, state.adapters, methods)))
+    groups = {o.label for o in optim.array_options(Optimizer(), methods).values()}
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     moments = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
     counts = 4 * len(groups)
@@ -99,7 +101,7 @@ def test_frozen_kernels_get_no_gradient_computed():
 
 def flops(config: RunConfig) -> float:
     methods, state = started(config)
-    return train_step.lower(config, methods, state, tokens(0)).compile().cost_analysis()["flops"]
+    return train_step.lower(spec_of(config), methods, state, tokens(0)).compile().cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -123,7 +125,7 @@ def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     unmerged, _ = eval_step(
         model, methods, state.params, jax.tree.map(jnp.zeros_like, state.adapters), tokens(7), jnp.ones(4)
     )
-    state, cleared = restart_step(config, methods, state)
+    state, cleared = restart_step(spec_of(config), methods, state)
     after, _ = eval_step(model, methods.after_restart(), state.params, state.adapters, tokens(7), jnp.ones(4))
     np.testing.assert_allclose(after, before, rtol=1e-5)
     assert abs(float(unmerged) - float(before)) > 1e-3
@@ -134,11 +136,11 @@ def test_a_restart_changes_no_output_and_clears_the_adapters(name):
 def test_another_way_of_drawing_is_another_random_state():
     """As it would be by default in another version of JAX."""
     config = RunConfig(seed=3)
-    drawn = random_state(config, 7)
-    assert drawn != random_state(config, 8)
+    drawn = random_state(spec_of(config), 7)
+    assert drawn != random_state(spec_of(config), 8)
     assert len({tuple(numbers) for numbers in drawn.values()}) == len(drawn)
     with jax.threefry_partitionable(False):
-        other = random_state(config, 7)
+        other = random_state(spec_of(config), 7)
     assert all(other[stream] != drawn[stream] for stream in drawn)
 
 
@@ -146,7 +148,7 @@ def test_a_restart_draws_new_random_factors():
     config = with_method("lora")
     methods, state, _ = trained(config, 3)
     first = trees.flatten(started(config)[1].adapters)
-    again = trees.flatten(restart_step(config, methods, state)[0].adapters)
+    again = trees.flatten(restart_step(spec_of(config), methods, state)[0].adapters)
     path = "layers/mlp/up_proj/kernel/a_KR"
     assert not np.allclose(first[path], again[path])
 
@@ -186,7 +188,7 @@ def test_dropout_differs_from_microbatch_to_microbatch():
     twice = dataclasses.replace(DROPPING, microbatches=2)
     rows = tokens(7)[:2]
     losses = [
-        float(train_step(config, methods, jax.tree.map(jnp.copy, state), tokens_BT)[1]["loss"])
+        float(train_step(spec_of(config), methods, jax.tree.map(jnp.copy, state), tokens_BT)[1]["loss"])
         for config, tokens_BT in ((alone, rows), (twice, jnp.repeat(rows, 2, axis=0)))
     ]
     assert losses[0] != losses[1]
@@ -204,7 +206,7 @@ def test_dropout_differs_from_step_to_step_and_spares_evaluation():
     still = dataclasses.replace(config, optimizer=Optimizer(learning_rate=1e-30))
     seen = []
     for _ in range(3):
-        state, metrics = train_step(still, methods, state, tokens(7))
+        state, metrics = train_step(spec_of(still), methods, state, tokens(7))
         seen.append(float(metrics["loss"]))
     assert len(set(seen)) == 3
 
@@ -224,7 +226,7 @@ def test_a_bad_step_changes_nothing_but_the_counts(name):
     config = with_method(name)
     methods, state, _ = trained(config, 2)
     before = poisoned(state, ("norm", "scale"))
-    after, metrics = train_step(config, methods, jax.tree.map(jnp.asarray, before), tokens(2))
+    after, metrics = train_step(spec_of(config), methods, jax.tree.map(jnp.asarray, before), tokens(2))
     assert np.isnan(float(metrics["loss"]))
     assert (int(metrics["skipped_steps"]), int(metrics["bad_in_a_row"]), int(after.step)) == (1, 1, 3)
     for part in ("params", "adapters", "opt_state"):
@@ -240,15 +242,15 @@ def test_a_bad_step_changes_nothing_but_the_counts(name):
 def test_a_spike_is_skipped_and_training_goes_on():
     config = dataclasses.replace(CONFIG, bad_steps=BadSteps(window=2, factor=1.5))
     methods, state, _ = trained(config, 2)
-    state = state.replace(guard=state.guard.replace(norms_W=state.guard.norms_W / 100))
+    state = state.replace(spikes=state.spikes.replace(norms_W=state.spikes.norms_W / 100))
     before = jax.tree.map(np.asarray, state.adapters)
-    state, metrics = train_step(config, methods, state, tokens(2))
+    state, metrics = train_step(spec_of(config), methods, state, tokens(2))
     assert int(metrics["skipped_steps"]) == 1
     jax.tree.map(np.testing.assert_array_equal, before, state.adapters)
-    state, _ = restart_step(config, methods, state)
-    state, metrics = train_step(config, methods.after_restart(), state, tokens(3))
+    state, _ = restart_step(spec_of(config), methods, state)
+    state, metrics = train_step(spec_of(config), methods.after_restart(), state, tokens(3))
     assert (int(metrics["skipped_steps"]), int(metrics["bad_in_a_row"])) == (1, 0)
-    state, metrics = train_step(config, methods.after_restart(), state, tokens(4))
+    state, metrics = train_step(spec_of(config), methods.after_restart(), state, tokens(4))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))
 
 
@@ -272,9 +274,9 @@ def test_two_hundred_updates_by_either_path_are_one_curve(name):
         curves[path] = []
         for step in range(config.steps):
             if config.restarts_at(step):
-                state, _ = restart_step(config, methods, state)
+                state, _ = restart_step(spec_of(config), methods, state)
                 methods = methods.after_restart()
-            state, metrics = train_step(config, methods, state, tokens(step % 8))
+            state, metrics = train_step(spec_of(config), methods, state, tokens(step % 8))
             curves[path].append(float(metrics["loss"]))
     assert curves["merged"][-1] < 0.9 * curves["merged"][0]
     np.testing.assert_allclose(curves["merged"], curves["activation"], rtol=1e-4)

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from train.config import flags
 from train.run.state import assign_methods
 from train.step import spikes, step
+from train.step.spec import spec_of
+from train.step.state import init_params, init_state
 
 CLOCKS = {"wall time": time.perf_counter, "processor time": time.process_time}
 
@@ -33,7 +35,7 @@ def main(config_path: str, rounds: int = 30) -> None:
     shape = (config.batch_size, config.data.sequence_length)
     tokens_BT = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
     steps = {"judged": compiled(spikes.judge), "bare": compiled(all_good)}
-    states = {name: step.init_state(config, methods, step.init_params(config)) for name in steps}
+    states = {name: init_state(spec_of(config), methods, init_params(spec_of(config))) for name in steps}
     spent: dict[str, list[list[float]]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name in sorted(steps, reverse=number % 2 == 1):
@@ -64,7 +66,7 @@ def compiled(judge: Callable[..., Any]) -> Any:
     return jax.jit(judged, static_argnums=(0, 1), donate_argnums=2)
 
 
-def all_good(config: Any, seen: spikes.Guard, loss: jax.Array, norm: jax.Array) -> Any:
+def all_good(config: Any, seen: spikes.History, loss: jax.Array, norm: jax.Array) -> Any:
     """No step is bad, which the compiler sees."""
     return jnp.bool_(False), seen
 

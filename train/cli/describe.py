@@ -7,12 +7,10 @@ import jax
 from rich.table import Column, Table
 
 from mora_jax import trees
-from mora_jax.methods import MoRA
 from mora_jax.transform import Choice, Methods
 from train.config.run import RunConfig
 from train.console.terminal import console
-from train.run.state import assign_methods
-from train.step.step import init_params, init_state
+from train.run.state import assign_methods, state_shapes
 
 
 def describe(config: RunConfig) -> tuple[Table, Table]:
@@ -22,7 +20,7 @@ def describe(config: RunConfig) -> tuple[Table, Table]:
       InputError: for rules that do not fit the model.
     """
     methods = assign_methods(config)
-    state = jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+    state = state_shapes(config, methods)
     return _parameters(state.params, methods), _run(config, methods, state)
 
 
@@ -70,9 +68,7 @@ def _run(config: RunConfig, methods: Methods, state: Any) -> Table:
 def _treatment(choice: Choice, shape: tuple[int, ...]) -> str:
     if isinstance(choice, str):
         return choice
-    if isinstance(choice, MoRA):
-        return f"mora r {choice.rank}, r_hat {choice.r_hat(*shape[-2:])}"
-    return choice.name
+    return choice.describe(*shape[-2:])
 
 
 def _size(tree: Any) -> int:

@@ -5,7 +5,7 @@ import math
 from rich.table import Table
 
 from mora_jax import trees
-from mora_jax.methods import METHODS, OPERATORS, Method, MoRA
+from mora_jax.methods import METHODS, Method
 from mora_jax.models.llama import LlamaConfig, abstract_params
 from train.config.sections import LINEARS
 from train.console.terminal import console
@@ -43,8 +43,7 @@ def print_survey(model: LlamaConfig, rank: int) -> None:
 
 def variants(rank: int) -> dict[str, Method]:
     """Every method, and MoRA once with every operator."""
-    others = {m.name: m(rank=rank) for m in METHODS.values() if m is not MoRA}  # pyright: ignore[reportCallIssue]
-    return others | {f"mora {operator.name}": MoRA(rank, operator()) for operator in OPERATORS.values()}
+    return {name: method for cls in METHODS.values() for name, method in cls.variants(rank).items()}
 
 
 def linears(model: LlamaConfig) -> dict[str, Shape]:
@@ -56,13 +55,8 @@ def linears(model: LlamaConfig) -> dict[str, Shape]:
 
 def restarts(method: Method) -> str:
     """What a restart does: the pattern is switched or stays the same, random factors are drawn anew."""
-    if not method.additive:
-        return "no"
-    if isinstance(method, MoRA):
-        return "switch" if method.after_restart() != method else "same"
-    return "redraw"
+    return method.restart_effect
 
 
 def _ranks(method: Method, k: int, d: int) -> str:
-    r_hat = f"{method.r_hat(k, d)} / " if isinstance(method, MoRA) else ""
-    return f"{r_hat}{method.rank_bound(k, d)}"
+    return method.ranks(k, d)

@@ -153,23 +153,17 @@ class RunConfig:
 
     def warnings(self) -> list[str]:
         """Returns a sentence for each setting that is allowed but probably not meant."""
-        operators = (
-            {c.operator for _, c in self.parameter_rules() if isinstance(c, MoRA)}
-            if self.restart.every
-            else ()
-        )
-        told = [
-            f"operator {o.name} has one pattern only: restarts add no rank to the sum of updates"
-            for o in operators
-            if o.switched() == o
-        ]
+        found: list[str] = []
+        if self.restart.every:
+            adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
+            found += sorted({method.restart_warning() for method in adapted} - {""})
         if 0 < self.restart.every <= self.bad_steps.window:
-            told.append(
+            found.append(
                 "no spike of the gradient can be detected: bad_steps.window "
                 f"{self.bad_steps.window} is not full before the next restart; "
                 f"choose one below restart.every {self.restart.every}"
             )
-        return told
+        return found
 
     def parameter_rules(self) -> transform.Rules:
         """Returns the rules for `mora_jax.assign`, from `rules` or from `method` and `params`."""

@@ -33,7 +33,9 @@ from train.run.resume import claim_folder, start
 from train.run.session import Run, due, open_run, save_or_stop
 from train.run.step_log import StepLog
 from train.runtime import backend
-from train.step.step import TrainState, restart_step, train_step
+from train.step.spec import spec_of
+from train.step.state import TrainState
+from train.step.step import restart_step, train_step
 from train.storage import buckets
 from train.storage.files import naming_errors, write_whole
 
@@ -91,11 +93,11 @@ def train(run: Run) -> dict[str, Any]:
             if step == config.steps:
                 break
             if config.restarts_at(step):
-                state, cleared = restart_step(config, methods, state)
+                state, cleared = restart_step(spec_of(config), methods, state)
                 methods = methods.after_restart()
                 log.note(step, restart_note(config, methods, step, float(cleared)))
             tokens_BT, data_wait = next_batch(batches)
-            state, scalars = train_step(config, methods, state, tokens_BT)
+            state, scalars = train_step(spec_of(config), methods, state, tokens_BT)
             log.add(step, scalars, data_wait)
             run.saved.poll()
             score = None  # it was that of the previous state

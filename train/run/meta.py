@@ -3,7 +3,6 @@
 from typing import Any
 
 from mora_jax.errors import InputError
-from mora_jax.methods import MoRA, Share
 from mora_jax.transform import Methods
 from train.config import flags, old
 from train.config import run as run_config
@@ -11,7 +10,8 @@ from train.config.run import RunConfig
 from train.data.rows.info import DataInfo
 from train.data.rows.read import first_rows
 from train.run.checkpoint import Checkpoints
-from train.step.step import random_state
+from train.step.spec import spec_of
+from train.step.state import random_state
 from train.storage.format import FORMAT, KEY, check_format
 
 
@@ -91,13 +91,8 @@ def check_derived(config: RunConfig, step: int, found: dict[str, Any]) -> None:
 
 
 def group_type(methods: Methods) -> str:
-    """Returns the group types of MoRA's share, such as "0"; several are joined by commas."""
-    groups = {
-        str(m.operator.group)
-        for _, m in methods.adapted()
-        if isinstance(m, MoRA) and isinstance(m.operator, Share)
-    }
-    return ", ".join(sorted(groups))
+    """Returns the patterns that restarts switch, such as MoRA's group type "0", joined by commas."""
+    return ", ".join(sorted({method.pattern for _, method in methods.adapted()} - {""}))
 
 
 def _derived(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
@@ -109,5 +104,5 @@ def _derived(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
             "seed": config.seed,
             "next_rows": first_rows(rows, config.batch_size, config.seed, step),
         },
-        "random": random_state(config, step),
+        "random": random_state(spec_of(config), step),
     }

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mora_jax import hf, sharding, transform
 from mora_jax.errors import InputError
-from mora_jax.models.llama import LlamaConfig, abstract_params
+from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import warn
@@ -21,7 +21,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import check_data
 from train.run.state import assign_methods, restore_state, state_shapes
-from train.step.step import TrainState
+from train.step.state import TrainState, layouts
 
 # Reads of the newest checkpoint of a run that is training: it may remove the one being read.
 READS = 5
@@ -56,7 +56,7 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
         state, methods = read_newest(saved, path, read)
     merge = jax.jit(
         lambda params, adapters: transform.merge(params, adapters, methods),
-        out_shardings=sharding.shardings(state.params, mesh),
+        out_shardings=sharding.shardings(state.params, mesh, LAYOUTS),
     )
     with jax.set_mesh(mesh):
         return merge(state.params, state.adapters), config.model
@@ -93,14 +93,15 @@ def widest_mesh(path: str, batch_size: int = 0) -> Mesh:
     """
     if (epath.Path(path) / CONFIG).exists():
         config = read_config(path)
-        shapes = state_shapes(config, assign_methods(config))
+        methods = assign_methods(config)
+        shapes, rules = state_shapes(config, methods), layouts(methods)
     else:
-        shapes = abstract_params(hf.read_config(path))
+        shapes, rules = abstract_params(hf.read_config(path)), LAYOUTS
     most = math.gcd(jax.device_count(), batch_size)
     for count in [n for n in range(most, 1, -1) if most % n == 0]:
         mesh = sharding.make_mesh(1, count)
         with contextlib.suppress(InputError):  # an array may have no axis that `count` divides
-            sharding.shardings(shapes, mesh)
+            sharding.shardings(shapes, mesh, rules)
             return mesh
     return sharding.make_mesh(1)
 

@@ -17,7 +17,7 @@ from train.run.model import load_initial
 from train.run.session import Run, diverged, stop_early
 from train.run.state import assign_methods, fresh_state, restore_state
 from train.step import spikes
-from train.step.step import TrainState
+from train.step.state import TrainState
 
 
 def start(run: Run) -> tuple[TrainState, Methods, dict[str, Any] | None]:
@@ -41,9 +41,9 @@ def start(run: Run) -> tuple[TrainState, Methods, dict[str, Any] | None]:
     log(f"{config.run_dir} holds a run: resuming after {step} of {config.steps} updates")
     reported = diverged_at(config)  # read by every process before process 0 may write it
     state, methods = restore_state(config, saved, step, run.mesh)
-    if spikes.at_an_end(config.bad_steps, state.guard) and reported != step:
+    if spikes.exhausted(config.bad_steps, state.spikes) and reported != step:
         stop_early(run, step, diverged(config, step, "before the last kill"))
-    state = dataclasses.replace(state, guard=spikes.try_again(config.bad_steps, state.guard))
+    state = dataclasses.replace(state, spikes=spikes.with_patience(config.bad_steps, state.spikes))
     return state, methods, read_meta(saved, step)["evaluation"]
 
 

@@ -20,7 +20,7 @@ from train.run.step_log import StepLog
 from train.run.upload import uploading
 from train.runtime import backend
 from train.runtime.preempt import Stop
-from train.step.step import TrainState
+from train.step.state import TrainState
 from train.storage.lock import lock_run
 
 

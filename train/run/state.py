@@ -15,7 +15,8 @@ from train.config.run import RunConfig
 from train.run.checkpoint import Checkpoints
 from train.run.folder import check_same_config
 from train.run.meta import check_derived, read_meta
-from train.step.step import TrainState, init_params, init_state
+from train.step.spec import spec_of
+from train.step.state import TrainState, init_params, init_state, layouts
 from train.storage.format import KEY
 
 
@@ -39,7 +40,8 @@ def methods_at(config: RunConfig, step: int) -> Methods:
 
 def state_shapes(config: RunConfig, methods: Methods) -> Any:
     """Returns shapes and types of the state, without computing it."""
-    return jax.eval_shape(lambda: init_state(config, methods, init_params(config)))
+    spec = spec_of(config)
+    return jax.eval_shape(lambda: init_state(spec, methods, init_params(spec)))
 
 
 def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
@@ -48,7 +50,7 @@ def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         shapes,
-        sharding.shardings(shapes, mesh),
+        sharding.shardings(shapes, mesh, layouts(methods)),
     )
 
 
@@ -61,10 +63,11 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh, params: Any = N
       mesh: the devices.
       params: parameters of a warm start; random ones by default.
     """
+    spec = spec_of(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, methods, mesh))
     if params is None:
-        return jax.jit(lambda: init_state(config, methods, init_params(config)), out_shardings=places)()
-    return jax.jit(lambda p: init_state(config, methods, p), out_shardings=places)(params)
+        return jax.jit(lambda: init_state(spec, methods, init_params(spec)), out_shardings=places)()
+    return jax.jit(lambda p: init_state(spec, methods, p), out_shardings=places)(params)
 
 
 def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:

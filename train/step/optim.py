@@ -1,6 +1,8 @@
 """Learning-rate schedules, AdamW by parameter group, and what a restart does to its state."""
 
+import dataclasses
 import zlib
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -8,71 +10,141 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mora_jax import transform
-from train.config.run import RunConfig
-from train.config.sections import Optimizer, Restart
+from mora_jax import trees
+from mora_jax.errors import InputError
+from mora_jax.transform import Methods
+from train.config.sections import GroupRule, Optimizer, Restart
+from train.step.spec import StepSpec
 
-UNDECAYED = ("scale", "magnitude_D")
+UNDECAYED = "scale"  # name of the norms' parameters
 
 
-def learning_rate(config: RunConfig, step: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of update `step` (from 0), computed in float32.
+def learning_rate(spec: StepSpec, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the rate of update `step` (from 0), computed in float32.
 
-    "jagged-cosine" follows one cosine over the whole run; after a restart the rate climbs from 0 to where the
+    "jagged-cosine" follows one cosine over the run. After a restart the rate climbs from 0 to where the
     cosine will be when the restart's warm-up ends (ReLoRA, arXiv:2307.05695, section 3).
     """
-    warmup, total = config.schedule.warmup, config.steps
+    warmup, total = spec.schedule.warmup, spec.steps
     step = jnp.asarray(step, jnp.float32)
     ratio = jnp.where(
-        step < warmup, step / max(warmup, 1), _decay(config, (step - warmup) / max(total - warmup, 1))
+        step < warmup, step / max(warmup, 1), _decay(spec, (step - warmup) / max(total - warmup, 1))
     )
-    if config.schedule.kind == "jagged-cosine":
-        every, again = config.restart.every, config.restart.warmup
+    if spec.schedule.kind == "jagged-cosine":
+        every, again = spec.restart.every, spec.restart.warmup
         since = step % every
-        end = _decay(config, (step - since + again - warmup) / max(total - warmup, 1))
+        end = _decay(spec, (step - since + again - warmup) / max(total - warmup, 1))
         ratio = jnp.where((since < again) & (step >= every), since / max(again, 1) * end, ratio)
-    return config.optimizer.learning_rate * ratio
+    return spec.optimizer.learning_rate * ratio
 
 
-def _decay(config: RunConfig, progress: Array) -> Array:
+def _decay(spec: StepSpec, progress: Array) -> Array:
     progress = jnp.clip(progress, 0.0, 1.0)
-    left = 1 - progress if config.schedule.kind == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return config.schedule.min_ratio + (1 - config.schedule.min_ratio) * left
+    left = 1 - progress if spec.schedule.kind == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return spec.schedule.min_ratio + (1 - spec.schedule.min_ratio) * left
 
 
-def adamw(config: Optimizer, labels: Any) -> optax.GradientTransformation:
-    """AdamW without its learning rate: one state for each group of `mora_jax.labels`.
+@dataclasses.dataclass(frozen=True)
+class ArrayOptions:
+    """What AdamW does with one trainable array.
 
-    The rate follows the train step and not a count kept here, so that a reset of a group's state leaves it.
+    Attributes:
+      adapter: whether the array belongs to an adapter.
+      lr_scale: multiple of the learning rate.
+      weight_decay: decoupled decay per unit of learning rate.
     """
-    groups = sorted(set(jax.tree.leaves(labels)))
-    return optax.partition({group: _group(config, group) for group in groups}, labels)
+
+    adapter: bool
+    lr_scale: float
+    weight_decay: float
+
+    @property
+    def label(self) -> str:
+        """Name of the array's optimizer state in checkpoints, such as "base" or "adapter*16.0"."""
+        scale = "" if self.lr_scale == 1 else f"*{self.lr_scale}"
+        return f"{'adapter' if self.adapter else 'base'}{scale}"
 
 
-def _group(config: Optimizer, group: str) -> optax.GradientTransformation:
-    parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decayed))
-    return optax.chain(*parts, optax.scale(transform.lr_scale(group)))
+def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions]:
+    """Returns the options of every trainable array, by its path under `params/` or `adapters/`.
+
+    A method states a multiple of the rate and whether its arrays are decayed; the norms' scales are not
+    decayed. The first of `config.groups` whose regex matches the rest of the path changes these.
+
+    Raises:
+      InputError: if a group's rule decides nothing.
+    """
+    groups = methods.trainable()
+    rules = [*config.groups, (trees.CATCH_ALL, GroupRule())]
+    try:
+        chosen = trees.first_match(rules, {path.partition("/")[2]: None for path in groups})
+    except InputError as error:
+        raise InputError(f"optimizer.groups: {error}") from error
+    options = {}
+    for path, group in groups.items():
+        rule = chosen[path.partition("/")[2]]
+        decayed = group.weight_decay and path.rpartition("/")[2] != UNDECAYED
+        decay = config.weight_decay if decayed else 0.0
+        options[path] = ArrayOptions(
+            group.adapter,
+            group.lr_scale * rule.lr_scale,
+            decay if rule.weight_decay is None else rule.weight_decay,
+        )
+    return options
 
 
-def _decayed(params: Any) -> Any:
-    """Kernels and factors are decayed; norms' scales and DoRA's magnitudes, known by their names, are not."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) not in UNDECAYED, params
-    )
+def adapter_labels(options: Mapping[str, ArrayOptions]) -> frozenset[str]:
+    """Returns the labels of the optimizer state that belongs to adapters."""
+    return frozenset(o.label for o in options.values() if o.adapter)
 
 
-def clear_adapters(opt_state: Any, how: Restart, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
-    """Zeroes the Adam state of every group of adapters, or a share of it, as `how` says.
+def adamw(config: Optimizer, options: Mapping[str, ArrayOptions]) -> optax.GradientTransformation:
+    """Returns AdamW without its learning rate, with one state for each label of `array_options`.
 
-    "reset" zeroes moments and count; pruning zeroes `how.prune` of the non-zero entries of each moment of
-    each layer, the smallest or any (ReLoRA, arXiv:2307.05695), and keeps the count.
+    The rate follows the train step and not a count kept here, so that resetting a group's state keeps it.
+    """
+    labels = trees.unflatten({path: o.label for path, o in options.items()})
+    scales = {o.label: o.lr_scale for o in options.values()}
+    decays = {path: o.weight_decay for path, o in options.items()}
+
+    def group(label: str) -> optax.GradientTransformation:
+        of_group = {decays[path] for path, o in options.items() if o.label == label}
+        parts = [_decayed(decay, decays) for decay in sorted(of_group) if decay]
+        adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+        return optax.chain(adam, *parts, optax.scale(scales[label]))
+
+    return optax.partition({label: group(label) for label in sorted(scales)}, labels)
+
+
+def _decayed(decay: float, decays: dict[str, float]) -> optax.GradientTransformation:
+    """Returns weight decay of the arrays whose decay is this one."""
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: decays[jax.tree_util.keystr(path, simple=True, separator="/")] == decay, params
+        )
+
+    return optax.add_decayed_weights(decay, mask=mask)
+
+
+def clear_adapters(
+    opt_state: Any, how: Restart, key: PRNGKeyArray, labels: Set[str]
+) -> tuple[Any, Float[Array, ""]]:
+    """Clears the adapters' Adam state, or a share of it.
+
+    "reset" zeroes moments and count. Pruning zeroes `how.prune` of the non-zero entries of each moment of
+    each layer, the smallest or random ones (ReLoRA, arXiv:2307.05695), and keeps the count.
+
+    Args:
+      opt_state: state of `adamw`.
+      how: what to clear.
+      key: random key of pruning.
+      labels: `adapter_labels`.
 
     Returns:
-      The new state, and the share of the moments' non-zero entries that was really cleared.
+      The new state, and the share of the moments' non-zero entries that was cleared.
     """
-    adapters = {g: s for g, s in opt_state.inner_states.items() if transform.is_adapter_group(g)}
+    adapters = {label: state for label, state in opt_state.inner_states.items() if label in labels}
 
     def clear(path: Any, state: Any) -> Any:
         if not isinstance(state, optax.ScaleByAdamState):
@@ -84,7 +156,7 @@ def clear_adapters(opt_state: Any, how: Restart, key: PRNGKeyArray) -> tuple[Any
         return state._replace(mu=_pruned(state.mu, how, mu_key), nu=_pruned(state.nu, how, nu_key))
 
     fresh = jax.tree_util.tree_map_with_path(clear, adapters, is_leaf=_is_adam)
-    before, after = (_non_zero(_moments(state)) for state in (adapters, fresh))
+    before, after = (_non_zero(state) for state in (adapters, fresh))
     cleared = 1 - after / jnp.maximum(before, 1)
     return opt_state._replace(inner_states=opt_state.inner_states | fresh), cleared
 
@@ -98,12 +170,12 @@ def _pruned(moments: Any, how: Restart, key: PRNGKeyArray) -> Any:
 
 
 def _pruned_stack(x: Array, how: Restart, key: PRNGKeyArray) -> Array:
-    """Of a kernel's array, or of each layer of a stack of them."""
+    """Returns a kernel's array pruned, or each layer of a stack."""
     if x.ndim > 2:
         return jax.vmap(lambda x, k: _pruned_stack(x, how, k))(x, jax.random.split(key, x.shape[0]))
     if how.optimizer == "random":
         return jnp.where(jax.random.bernoulli(key, how.prune, x.shape), 0.0, x)
-    size = jnp.where(x == 0, jnp.nan, jnp.abs(x))  # padding, which is zero, counts for no share
+    size = jnp.where(x == 0, jnp.nan, jnp.abs(x))  # padding is zero and does not count
     return jnp.where(size > jnp.nanquantile(size, how.prune), x, 0.0)
 
 
@@ -111,10 +183,8 @@ def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-def _moments(state: Any) -> list[Any]:
-    return [(s.mu, s.nu) for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
-
-
-def _non_zero(tree: Any) -> Array:
-    counts = [jnp.count_nonzero(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+def _non_zero(state: Any) -> Array:
+    """Returns the number of non-zero entries of all moments."""
+    moments = [(s.mu, s.nu) for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
+    counts = [jnp.count_nonzero(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(moments)]
     return jnp.sum(jnp.stack(counts))

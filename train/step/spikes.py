@@ -1,7 +1,7 @@
-"""Bad steps: an update whose loss or gradient is not finite, or out of all proportion, is not made.
+"""Bad steps: an update whose loss or gradient is not finite, or far above what is normal, is skipped.
 
-The judgement is part of the compiled step. It sees nothing but the loss and gradient norm of the whole batch
-and arrays of the state, so that it is the same on every process and after going on from a checkpoint.
+The judgement is part of the compiled step. It depends only on the loss and gradient norm of the full batch
+and on arrays of the state, so it is equal on every process and after resuming from a checkpoint.
 """
 
 import dataclasses
@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from mora_jax.sharding import REPLICATED, Rules
 from train.config.sections import BadSteps
+
+LAYOUTS: Rules = (("spikes/[a-z_]*W", REPLICATED),)
 
 
 @struct.dataclass
-class Guard:
-    """What is remembered of the steps before. NaN stands where nothing was seen yet.
+class History:
+    """What is remembered of earlier steps. NaN stands for steps that have not happened yet.
 
     Attributes:
       losses_W: losses of the last good steps, oldest first, in nats a token.
       norms_W: gradient norms of the last good steps since a restart, oldest first.
       in_a_row: bad steps since the last good one.
-      skipped: bad steps of the whole run.
+      skipped: bad steps of the run so far.
     """
 
     losses_W: Float[Array, "W"]
@@ -33,51 +36,51 @@ class Guard:
     skipped: Int[Array, ""]
 
 
-def init(config: BadSteps) -> Guard:
-    """What is known before the first step: nothing."""
-    return Guard(_unseen(config), _unseen(config), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+def init(config: BadSteps) -> History:
+    """Returns the history before the first step."""
+    return History(_unseen(config), _unseen(config), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def judge(
-    config: BadSteps, guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""]
-) -> tuple[Bool[Array, ""], Guard]:
-    """Whether a step is bad, and what is remembered after it.
+    config: BadSteps, history: History, loss: Float[Array, ""], norm: Float[Array, ""]
+) -> tuple[Bool[Array, ""], History]:
+    """Returns whether a step is bad, and the history after it.
 
-    A spike is one of perplexity or of the gradient norm, and none is seen before the window is full: the
-    median is NaN until then, and nothing is above it. Once the patience is at an end every step is bad, so
-    that what is left does not depend on how soon the run is stopped.
+    A spike is one of perplexity or of the gradient norm. None is detected before the window is full: its
+    median is NaN until then, and nothing is above NaN. Once the patience is exhausted every step is bad, so
+    that the final state does not depend on how soon the run stops.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    bad = ~finite | at_an_end(config, guard)
+    bad = ~finite | exhausted(config, history)
     if config.window:
-        bad |= loss > jnp.median(guard.losses_W) + math.log(config.factor)
-        bad |= norm > jnp.median(guard.norms_W) * config.factor
-    return bad, Guard(
-        losses_W=_remember(guard.losses_W, loss, bad),
-        norms_W=_remember(guard.norms_W, norm, bad),
-        in_a_row=jnp.where(bad, guard.in_a_row + 1, 0),
-        skipped=guard.skipped + bad,
+        bad |= loss > jnp.median(history.losses_W) + math.log(config.factor)
+        bad |= norm > jnp.median(history.norms_W) * config.factor
+    return bad, History(
+        losses_W=_remember(history.losses_W, loss, bad),
+        norms_W=_remember(history.norms_W, norm, bad),
+        in_a_row=jnp.where(bad, history.in_a_row + 1, 0),
+        skipped=history.skipped + bad,
     )
 
 
 def unless(bad: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """The new tree, or bit for bit the old one after a bad step."""
+    """Returns the new tree, or bit for bit the old one after a bad step."""
     return jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
 
 
-def after_restart(config: BadSteps, guard: Guard) -> Guard:
-    """A restart changes what is trained, and with it the size of gradients; the loss goes on as it was."""
-    return dataclasses.replace(guard, norms_W=_unseen(config))
+def after_restart(config: BadSteps, history: History) -> History:
+    """Returns the history after a restart: gradient norms are forgotten, since other arrays are trained."""
+    return dataclasses.replace(history, norms_W=_unseen(config))
 
 
-def at_an_end(config: BadSteps, guard: Guard) -> Bool[Array, ""]:
-    """Whether the patience is."""
-    return guard.in_a_row >= config.patience
+def exhausted(config: BadSteps, history: History) -> Bool[Array, ""]:
+    """Returns whether as many bad steps in a row were seen as the patience allows."""
+    return history.in_a_row >= config.patience
 
 
-def try_again(config: BadSteps, guard: Guard) -> Guard:
-    """A run that was stopped for bad steps and is started again has its patience back."""
-    return dataclasses.replace(guard, in_a_row=jnp.where(at_an_end(config, guard), 0, guard.in_a_row))
+def with_patience(config: BadSteps, history: History) -> History:
+    """Returns the history with its patience restored, for a run that stopped for bad steps and is resumed."""
+    return dataclasses.replace(history, in_a_row=jnp.where(exhausted(config, history), 0, history.in_a_row))
 
 
 def _unseen(config: BadSteps) -> Array:

@@ -211,7 +211,7 @@ def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(
 
     Of small whole numbers, whose products and sums are exact in bfloat16, too.
     """
-    monkeypatch.setattr(mora, "FLOPS_PER_BYTE", flops_per_byte)
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: flops_per_byte)
     method = MoRA(4, operator, align=align)
     ws = [kernel(i, 90, d) for i, d in enumerate((90, 90, 60))]
     arrays = [random_arrays(method, w, seed) for seed, w in enumerate(ws)]
@@ -247,7 +247,7 @@ def test_the_cheapest_order_of_sums_and_product_follows_the_sizes():
 @pytest.mark.parametrize(("k", "d"), [(90, 90), (50, 90), (90, 50)])
 def test_blocks_turned_behind_the_product_give_the_gradient_of_blocks_turned_before(k, d, monkeypatch):
     """As many blocks of outputs as of inputs, more, and fewer, none of them full at the end."""
-    monkeypatch.setattr(mora, "FLOPS_PER_BYTE", 10**9)
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: 10**9)
     method = MoRA(4, Rotate(), align=8)
     arrays = [random_arrays(method, kernel(0, k, d))]
     x, dy = (jax.random.normal(jax.random.key(i), (50, width)) for i, width in enumerate((k, d)))
@@ -465,7 +465,7 @@ def test_dropout_draws_the_same_whether_or_not_kernels_share_a_product():
 def test_the_frozen_factor_of_asylora_gets_no_group():
     params = {"w": kernel(0, 24, 20)}
     methods = transform.assign([("w", LoRA(3, train_factors="b", b_lr_scale=2.0))], params)
-    assert transform.trainable_paths(methods) == {"adapters/w/b_RD": "adapter*2.0"}
+    assert methods.trainable() == {"adapters/w/b_RD": transform.Group(adapter=True, lr_scale=2.0)}
 
 
 def test_orthogonal_factors_are_orthogonal():

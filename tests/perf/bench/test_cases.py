@@ -4,22 +4,21 @@ import dataclasses
 import math
 from typing import ClassVar
 
-import jax
 import pytest
 
 from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import METHODS, LoRA, MoRA, Rotate, Share
+from mora_jax.models.llama import abstract_params
 from train.perf.bench.cases import SIZES, with_method
 from train.perf.bench.record import label, method_row
-from train.step.step import init_params
 
 
 @pytest.mark.parametrize(
     ("size", "millions"), [("250m", 247.5), ("1.3b", 1339.5), ("7b", 6738.4), ("tiny", 0.119)]
 )
 def test_sizes_have_the_parameters_that_their_names_say(size: str, millions: float):
-    params = jax.eval_shape(lambda: init_params(SIZES[size]().config))
+    params = abstract_params(SIZES[size]().config.model)
     count = sum(math.prod(leaf.shape) for leaf in trees.flatten(params).values())
     assert count / 1e6 == pytest.approx(millions, abs=0.05 if millions > 1 else 0.001)
 

@@ -1,16 +1,13 @@
 """The count of needed operations, compared with counts by hand."""
 
-import jax
 import pytest
 
 from mora_jax import transform
 from mora_jax.methods import LoRA, MoRA
-from mora_jax.models.llama import LlamaConfig
+from mora_jax.models.llama import LlamaConfig, abstract_params
 from mora_jax.transform import Rules
-from train.config.run import RunConfig
-from train.config.sections import LINEARS, Data
+from train.config.sections import LINEARS
 from train.perf.bench import flops
-from train.step.step import init_params
 
 MODEL = LlamaConfig(100, 8, 12, 3, 2, 2, 16)
 LINEAR_WEIGHTS = 3 * (4 * 8 * 8 + 3 * 8 * 12)
@@ -18,7 +15,7 @@ HEAD = 8 * 100
 
 
 def count(rules: Rules, model: LlamaConfig = MODEL) -> flops.Flops:
-    params = jax.eval_shape(lambda: init_params(RunConfig(model=model, data=Data(sequence_length=16))))
+    params = abstract_params(model)
     return flops.needed(params, transform.assign(rules, params))
 
 

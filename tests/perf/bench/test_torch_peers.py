@@ -17,10 +17,12 @@ import torch
 
 from mora_jax import transform
 from mora_jax.methods import MoRA, Rotate, Share
+from mora_jax.models.llama import abstract_params
 from train.perf.bench import torch_mora, torch_peers
 from train.perf.bench.cases import SIZES, Case, with_method
 from train.perf.bench.jobs import PeerJob, peer_job
-from train.step.step import init_params, init_state
+from train.step.spec import spec_of
+from train.step.state import init_state
 
 CPU = torch.device("cpu")
 # PEFT uses an attribute that transformers has deprecated.
@@ -65,9 +67,9 @@ def test_a_peer_trains_as_many_parameters_as_this_project(word: str):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = with_method(SIZES["tiny"]().config, word)
     config = dataclasses.replace(config, method=dataclasses.replace(config.method, align=1))
-    params = jax.eval_shape(lambda: init_params(config))
+    params = abstract_params(config.model)
     methods = transform.assign(config.parameter_rules(), params)
-    state = jax.eval_shape(lambda p: init_state(config, methods, p), params)
+    state = jax.eval_shape(lambda p: init_state(spec_of(config), methods, p), params)
     ours, _ = transform.partition(state.params, state.adapters, methods)
     assert trained == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from mora_jax.methods import Adapter, Method, MoRA, Path, dense
+from mora_jax.methods import Adapter, Method, Path, dense
 from mora_jax.methods.base import padded
 from mora_jax.methods.linear import TILE
 from mora_jax.models.llama import LlamaConfig
@@ -107,21 +107,12 @@ def _errors(
     x_BK = jax.random.normal(keys[0], (tokens, k), jnp.bfloat16)
     dys = [jax.random.normal(key, (tokens, d), jnp.bfloat16) for key, d in _each(keys[1], widths)]
     ws = [jax.random.normal(key, (k, d), base_dtype) * STD for key, d in _each(keys[2], widths)]
-    arrays = [_random_arrays(key, method, w) for key, w in _each(keys[3], ws)]
+    arrays = [method.example(key, w, STD) for key, w in _each(keys[3], ws)]
     return jax.device_get(_compiled()(method, x_BK, dys, ws, arrays))
 
 
 def _each(key: PRNGKeyArray, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     return zip(jax.random.split(key, len(items)), items, strict=True)
-
-
-def _random_arrays(key: PRNGKeyArray, method: Method, w: Array) -> dict[str, Array]:
-    """Returns random arrays of an adapter. Padding stays zero."""
-    moved = {n: a + STD * jax.random.normal(key, a.shape) for n, a in method.init(key, w).items()}
-    if not isinstance(method, MoRA):
-        return moved
-    inside = jnp.arange(moved["m_RR"].shape[0]) < method.r_hat(*w.shape)
-    return {"m_RR": jnp.where(inside[:, None] & inside[None, :], moved["m_RR"], 0.0)}
 
 
 @functools.cache

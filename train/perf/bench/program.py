@@ -18,7 +18,9 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.bench.cases import DType
 from train.runtime import backend
-from train.step.step import TrainState, init_params, init_state, train_step
+from train.step.spec import spec_of
+from train.step.state import TrainState, init_params, init_state
+from train.step.step import train_step
 
 NO_CUDNN = "--compute.attention cudnn needs an NVIDIA GPU, and this machine has none; use xla"
 BATCHES = 4  # different batches, used in turn
@@ -75,7 +77,7 @@ def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
     state = random_state(config, methods, base_dtype)
     batches = random_batches(config)
     started = time.perf_counter()
-    compiled = train_step.lower(config, methods, state, batches[0]).compile()
+    compiled = train_step.lower(spec_of(config), methods, state, batches[0]).compile()
     return Program(compiled, methods, state, batches, time.perf_counter() - started)
 
 
@@ -85,15 +87,16 @@ def random_state(config: RunConfig, methods: Methods, base_dtype: DType) -> Trai
     Raises:
       InputError: if parameters of a bfloat16 base are trained.
     """
+    spec = spec_of(config)
     if base_dtype == "float32":
-        return jax.jit(lambda: init_state(config, methods, init_params(config)))()
+        return jax.jit(lambda: init_state(spec, methods, init_params(spec)))()
     if methods.trained():
         raise InputError(
             "parameters of a bfloat16 base cannot be trained; give --params.train '' and an adapter"
         )
     params = random_params(config, jnp.dtype(base_dtype))
     # Parameters that pass through the jitted function are copied.
-    rest = jax.jit(lambda p: dataclasses.replace(init_state(config, methods, p), params=None))(params)
+    rest = jax.jit(lambda p: dataclasses.replace(init_state(spec, methods, p), params=None))(params)
     return dataclasses.replace(rest, params=params)
 
 

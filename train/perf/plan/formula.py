@@ -33,8 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mora_jax import transform, trees
-from mora_jax.methods import MoRA
+from mora_jax import trees
 from mora_jax.methods.linear import merges_float32
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
@@ -81,15 +80,16 @@ def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     """Returns the itemsize in which each trained array's gradient is sent."""
     tokens, how = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
     in_float32 = {
-        f"adapters/{path}/m_RR"
+        f"adapters/{path}/{name}"
         for path, method in methods.adapted()
         if how != "compressed" and merges_float32(tokens, how, [method])
-        if isinstance(method, MoRA) and not method.dropout
+        if method.float32_gradients and not method.dropout
+        for name in method.leaves()
     }
     products = jnp.dtype(config.compute.dtype).itemsize
     return {
         path: products if path.startswith("adapters/") and path not in in_float32 else FLOAT32
-        for path in transform.trainable_paths(methods)
+        for path in methods.trainable()
     }
 
 
@@ -133,7 +133,7 @@ def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], me
     for path, method in methods.adapted():
         *layers, k, d = arrays[f"params/{path}"].shape
         width = k if path.endswith(INWARD) else d
-        if isinstance(method, MoRA) and width % mesh["tensor"] == 0:
+        if method.gathers_activations and width % mesh["tensor"] == 0:
             entries += math.prod(layers) * width
     return round(entries * _column(config, mesh) * SENT["all-gather"](mesh["tensor"]))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from train.perf.plan.formula import Expected, expected
 from train.perf.plan.programs import PROGRAMS, Program
 from train.perf.plan.targets import CPU_COMPILER, Target
 from train.run.state import abstract_state, assign_methods
+from train.step.optim import adapter_labels, array_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +113,20 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
         sequences=config.batch_size / config.microbatches / sharding.batch_shards(mesh),
         microbatches=config.microbatches,
         usable=target.memory,
-        held=held(state),
+        held=held(state, adapter_labels(array_options(config.optimizer, methods))),
         programs=[PROGRAMS[name](config, methods, state, mesh) for name in programs],
         expected=expected(config, methods, state, mesh),
     )
 
 
-def held(state: Any) -> Held:
-    """Returns what one device holds of a state of shapes with shardings."""
+def held(state: Any, adapters: Set[str]) -> Held:
+    """Returns what one device holds of a state.
+
+    Args:
+      state: shapes with shardings.
+      adapters: labels of the adapters' optimizer state.
+    """
     groups = state.opt_state.inner_states
-    adapters = {group for group in groups if group.startswith("adapter")}
     return Held(
         _bytes(state.params),
         _bytes(state.adapters),

@@ -15,6 +15,7 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.plan.flops import product_flops
 from train.perf.plan.hlo import Collective, collectives
+from train.step.spec import spec_of
 from train.step.step import eval_step, restart_step, train_step
 
 
@@ -46,12 +47,12 @@ class Program:
 def train_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the training step."""
     tokens_BT = _tokens(config.batch_size, config, mesh)
-    return _compiled(train_step, mesh, config, methods, state, tokens_BT)
+    return _compiled(train_step, mesh, spec_of(config), methods, state, tokens_BT)
 
 
 def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the restart, which merges, re-initialises and clears optimizer state."""
-    return _compiled(restart_step, mesh, config, methods, state)
+    return _compiled(restart_step, mesh, spec_of(config), methods, state)
 
 
 def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:

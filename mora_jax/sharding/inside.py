@@ -1,0 +1,142 @@
+"""Constraints inside jit: what the model and its adapters say about an ambient mesh."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from mora_jax.sharding.rules import AXES, BATCH, Layout, Rules, Sizes, canonical, divides, find, spec, used
+
+
+def pin(tree: Any, rules: Rules) -> Any:
+    """Returns a tree with every leaf constrained to the layout that the rules give its path."""
+    sizes = _ambient()
+    if not sizes:
+        return tree
+
+    def constrain_leaf(path: Any, x: Array) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.lax.with_sharding_constraint(x, spec(find(name, rules), x.shape, sizes, name))
+
+    return jax.tree_util.tree_map_with_path(constrain_leaf, tree)
+
+
+def constrain(x: Array, layout: Layout) -> Array:
+    """Returns an activation constrained to a layout, or unconstrained if no choice divides it."""
+    sizes = _ambient()
+    for choice in layout.choices if sizes else ():
+        if divides(choice, x.shape, sizes):
+            return jax.lax.with_sharding_constraint(x, canonical(choice, x.ndim, sizes))
+    return x
+
+
+def by_device(function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    """Returns a function that each device applies to its own shards of arrays of one layout."""
+    sizes = _ambient()
+    if not sizes:
+        return function
+    specs = canonical(layout.choices[0], 0, sizes)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs, check_vma=False)
+
+
+def whole(x: Array) -> Array:
+    """Returns an activation (batch, ..., width) divided along its batch only."""
+    sizes = _ambient()
+    if not sizes or x.shape[0] % math.prod(sizes[axis] for axis in BATCH):
+        return x
+    return jax.lax.with_sharding_constraint(x, canonical(P(BATCH), 1, sizes))
+
+
+def undivided(x: Array) -> Array:
+    """Returns an array replicated on every device."""
+    return jax.lax.with_sharding_constraint(x, P()) if _ambient() else x
+
+
+def gathered(w: Array, layout: Layout) -> Array:
+    """Returns a parameter's or adapter's array as products need it, no longer divided over `fsdp`.
+
+    The array is all-gathered in the type that it has here. Its gradient is scattered back to its layout.
+    """
+    return _gathered(w, layout) if _ambient() else w
+
+
+def scattered(g: Array, layout: Layout) -> Array:
+    """Returns a gradient in the layout of its array, as the optimizer needs it.
+
+    The gradient is summed in the layout of use first: asked for the shards alone, XLA would rather move the
+    activations.
+    """
+    sizes = _ambient()
+    if not sizes:
+        return g
+    for target in (used(layout, g.shape, sizes), spec(layout, g.shape, sizes)):
+        g = jax.lax.with_sharding_constraint(g, target)
+    return g
+
+
+def batch_shards(mesh: Any = None) -> int:
+    """Returns the number of shards of a batch on a mesh, by default on the ambient one."""
+    sizes = _ambient() if mesh is None else mesh.shape
+    return math.prod(sizes[axis] for axis in BATCH) if sizes else 1
+
+
+def in_use() -> bool:
+    """Returns whether there is an ambient mesh with our axes and more than one device."""
+    return bool(_ambient())
+
+
+def divides_products() -> bool:
+    """Returns whether kernels are divided along their widths, so that joining them would reshard them."""
+    sizes = _ambient()
+    return bool(sizes) and sizes["tensor"] > 1
+
+
+def tile(width: int, whole: int) -> int:
+    """Returns the tile that a width is padded to: `whole`, or 1 if `tensor` divides the width."""
+    sizes = _ambient()
+    return 1 if sizes and sizes["tensor"] > 1 and width % sizes["tensor"] == 0 else whole
+
+
+def gathers() -> bool:
+    """Returns whether parameters are all-gathered for their use, so that the copies should not be kept."""
+    sizes = _ambient()
+    return bool(sizes) and sizes["fsdp"] > 1
+
+
+def device_kind() -> str:
+    """Returns the kind of the devices compiled for, such as "NVIDIA H100 80GB HBM3"; "" if not known.
+
+    The ambient mesh decides, so a plan for devices that are not here never sees those of the host.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else ""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(w: Array, layout: Layout) -> Array:
+    sizes = _ambient()
+    for target in (spec(layout, w.shape, sizes), used(layout, w.shape, sizes)):
+        w = jax.lax.with_sharding_constraint(w, target)
+    return w
+
+
+def _gathered_forward(w: Array, layout: Layout) -> tuple[Array, None]:
+    return _gathered(w, layout), None
+
+
+def _gathered_backward(layout: Layout, _: None, g: Array) -> tuple[Array]:
+    return (scattered(g, layout),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _ambient() -> Sizes:
+    """Returns the sizes of the ambient mesh's axes; empty if it has other axes, or axes not automatic."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = not mesh.empty and set(AXES) <= set(mesh.auto_axes)
+    return mesh.shape if ours and mesh.size > 1 else {}
