@@ -41,6 +41,7 @@ from mora_jax.sharding.rules import (
     Rules,
     find,
     spec,
+    spec_at,
 )
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "scattered",
     "shardings",
     "spec",
+    "spec_at",
     "tile",
     "to_global",
     "undivided",

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from mora_jax.sharding.rules import AXES, BATCH, Layout, Rules, Sizes, canonical, divides, find, spec, used
+from mora_jax.sharding.rules import AXES, BATCH, Layout, Rules, Sizes, canonical, divides, spec, spec_at, used
 
 
 def pin(tree: Any, rules: Rules) -> Any:
@@ -20,7 +20,7 @@ def pin(tree: Any, rules: Rules) -> Any:
 
     def constrain_leaf(path: Any, x: Array) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.lax.with_sharding_constraint(x, spec(find(name, rules), x.shape, sizes, name))
+        return jax.lax.with_sharding_constraint(x, spec_at(name, x.shape, sizes, rules))
 
     return jax.tree_util.tree_map_with_path(constrain_leaf, tree)
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mora_jax.errors import InputError
-from mora_jax.sharding.rules import AXES, BATCH, Box, Rules, find, spec
+from mora_jax.sharding.rules import AXES, BATCH, Box, Rules, spec_at
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -61,7 +61,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec(find(name, rules), leaf.shape, mesh.shape, name))
+        return NamedSharding(mesh, spec_at(name, leaf.shape, mesh.shape, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

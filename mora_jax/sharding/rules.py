@@ -65,14 +65,21 @@ def _find(name: str, rules: Rules) -> Layout:
     raise InputError(f"no sharding rule covers {name!r}")
 
 
+def spec_at(name: str, shape: Sequence[int], sizes: Sizes, rules: Rules) -> P:
+    """Returns how a mesh of the given sizes divides the array at a path; scalars are replicated.
+
+    Raises:
+      InputError: if no rule covers the path, or no choice of its layout divides the shape.
+    """
+    return spec(find(name, rules), shape, sizes, name) if shape else P()
+
+
 def spec(layout: Layout, shape: Sequence[int], sizes: Sizes, name: str = "an array") -> P:
-    """Returns how a mesh of the given sizes divides an array; scalars are replicated.
+    """Returns how a mesh of the given sizes divides an array of a layout.
 
     Raises:
       InputError: if no choice of the layout divides the shape; the message names the array.
     """
-    if not shape:
-        return P()
     for choice in layout.choices:
         if divides(choice, shape, sizes):
             return canonical(choice, len(shape), sizes)

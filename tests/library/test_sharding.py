@@ -167,7 +167,7 @@ SIZES = {"data": 1, "fsdp": 8, "tensor": 1}
 )  # fmt: skip
 def test_where_arrays_lie(name, shape, sizes, expected):
     sizes = dict(zip(sharding.AXES, sizes, strict=True))
-    assert sharding.spec(sharding.find(name, RULES), shape, sizes) == expected
+    assert sharding.spec_at(name, shape, sizes, RULES) == expected
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_where_arrays_lie(name, shape, sizes, expected):
 )
 def test_what_cannot_be_divided(name, shape, message):
     with pytest.raises(InputError, match=message):
-        sharding.spec(sharding.find(name, RULES), shape, SIZES, name)
+        sharding.spec_at(name, shape, SIZES, RULES)
 
 
 @pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=lambda method: method.name)

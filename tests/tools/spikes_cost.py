@@ -31,16 +31,16 @@ CLOCKS = {"wall time": time.perf_counter, "processor time": time.process_time}
 def main(config_path: str, rounds: int = 30) -> None:
     """Prints the ratio of the median step with the judgement to that without it."""
     config = flags.read_config(config_path)
-    methods = assign_methods(config)
+    methods, spec = assign_methods(config), spec_of(config)
     shape = (config.batch_size, config.data.sequence_length)
     tokens_BT = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
     steps = {"judged": compiled(spikes.judge), "bare": compiled(all_good)}
-    states = {name: init_state(spec_of(config), methods, init_params(spec_of(config))) for name in steps}
+    states = {name: init_state(spec, methods, init_params(spec)) for name in steps}
     spent: dict[str, list[list[float]]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name in sorted(steps, reverse=number % 2 == 1):
             before = [clock() for clock in CLOCKS.values()]
-            states[name], _ = jax.block_until_ready(steps[name](config, methods, states[name], tokens_BT))
+            states[name], _ = jax.block_until_ready(steps[name](spec, methods, states[name], tokens_BT))
             after = [clock() for clock in CLOCKS.values()]
             if number >= 2:
                 spent[name].append([b - a for a, b in zip(before, after, strict=True)])
@@ -48,7 +48,7 @@ def main(config_path: str, rounds: int = 30) -> None:
         judged, bare = (statistics.median(row[index] for row in spent[name]) for name in ("judged", "bare"))
         print(f"{clock}: {judged:.4f} s judged, {bare:.4f} s bare, ratio {judged / bare:.4f}")
     costs = {
-        name: steps[name].lower(config, methods, states[name], tokens_BT).compile().cost_analysis()
+        name: steps[name].lower(spec, methods, states[name], tokens_BT).compile().cost_analysis()
         for name in steps
     }
     for what in ("flops", "bytes accessed"):
