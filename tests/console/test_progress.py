@@ -32,7 +32,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(clock: list[float]):
     assert all(len(line) < 80 for line in lines)
 
 
-def test_the_last_line_is_told_after_long_work(clock: list[float]):
+def test_the_last_line_is_printed_after_long_work(clock: list[float]):
     console, out = a_console(terminal=False)
     with progress("reading", 30, "rows", console) as advance:
         for _ in range(30):
@@ -41,7 +41,7 @@ def test_the_last_line_is_told_after_long_work(clock: list[float]):
     assert out.getvalue().splitlines()[-1].startswith("reading 30/30 rows")
 
 
-def test_short_work_says_nothing_without_a_terminal():
+def test_short_work_prints_nothing_without_a_terminal():
     console, out = a_console(terminal=False)
     with progress("reading", 5, "rows", console) as advance:
         advance(5)
@@ -72,7 +72,7 @@ def test_bars_are_drawn_inside_one_another_on_a_terminal():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_description_is_no_markup(clock: list[float], terminal: bool):
+def test_a_description_is_not_markup(clock: list[float], terminal: bool):
     out = io.StringIO()
     shown = Console(file=out, force_terminal=terminal, width=100, markup=False)
     with progress("reading N[/x]", 2, "rows", shown) as advance:

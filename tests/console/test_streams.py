@@ -31,64 +31,64 @@ def replaced(monkeypatch: pytest.MonkeyPatch, stream: TextIO | None) -> Iterator
         yield
 
 
-def tell(told: str, drawn: bool) -> None:
+def show(text: str, drawn: bool) -> None:
     for stream in (sys.stdout, sys.stderr, sys.stdout):
-        print(told, file=stream)
+        print(text, file=stream)
         if drawn:
-            Console(file=stream).print(told[:9])
+            Console(file=stream).print(text[:9])
 
 
 @pytest.mark.parametrize("result", [False, True])
-@pytest.mark.parametrize("told", ["", "a little", MUCH], ids=["nothing", "a little", "much"])
+@pytest.mark.parametrize("text", ["", "a little", MUCH], ids=["nothing", "a little", "much"])
 @pytest.mark.parametrize("drawn", [False, True])
-def test_what_nobody_reads_any_more_is_dropped(monkeypatch, told, drawn, result):
+def test_output_is_dropped_once_its_reader_left(monkeypatch, text, drawn, result):
     reading, writing = os.pipe()
     with replaced(monkeypatch, os.fdopen(writing, "w")):
         with lossy_output(result):
-            print("heard", flush=True)
-            assert os.read(reading, 100) == b"heard\n"
+            print("read", flush=True)
+            assert os.read(reading, 100) == b"read\n"
             os.close(reading)
-            tell(told, drawn)
+            show(text, drawn)
             sys.stdout.flush()
         sys.stdout.flush()  # as the interpreter does in the end
 
 
-@pytest.mark.parametrize("told", ["", "a little", MUCH], ids=["nothing", "a little", "much"])
+@pytest.mark.parametrize("text", ["", "a little", MUCH], ids=["nothing", "a little", "much"])
 @pytest.mark.parametrize("drawn", [False, True])
 @needs_full
-def test_what_no_disk_has_room_for_is_dropped(monkeypatch, told, drawn):
+def test_output_is_dropped_on_a_full_disk(monkeypatch, text, drawn):
     with replaced(monkeypatch, FULL.open("w")), lossy_output():
-        tell(told, drawn)
+        show(text, drawn)
         sys.stdout.flush()
 
 
-def test_what_a_lost_terminal_is_told_is_dropped(monkeypatch):
+def test_output_is_dropped_once_the_terminal_is_gone(monkeypatch):
     screen, terminal = os.openpty()
     os.close(screen)
     with replaced(monkeypatch, os.fdopen(terminal, "w")), lossy_output():
-        tell("a little", drawn=True)
+        show("a little", drawn=True)
         sys.stdout.flush()
 
 
-def test_streams_that_were_closed_are_none(monkeypatch):
+def test_closed_streams(monkeypatch):
     with replaced(monkeypatch, None), lossy_output():
-        tell("a little", drawn=True)
+        show("a little", drawn=True)
         assert not sys.stderr.isatty()
 
 
-def test_a_reader_that_reads_nothing_is_waited_for_once_and_not_long(monkeypatch):
+def test_a_stalled_reader_is_waited_for_once_and_not_long(monkeypatch):
     reading, writing = os.pipe()
     with replaced(monkeypatch, os.fdopen(writing, "w")):
         began = time.monotonic()
         with lossy_output():
             for _ in range(3):
-                tell(MUCH, drawn=True)
+                show(MUCH, drawn=True)
         assert PATIENCE <= time.monotonic() - began < 3 * PATIENCE  # two streams
     with os.fdopen(reading) as file:
         assert len(file.read()) >= len(MUCH)
 
 
-def test_a_reader_that_comes_back_hears_what_is_told_then(monkeypatch):
+def test_a_reader_that_continues_gets_later_output(monkeypatch):
     reading, writing = os.pipe()
     with replaced(monkeypatch, os.fdopen(writing, "w")):
         with lossy_output():
@@ -98,30 +98,30 @@ def test_a_reader_that_comes_back_hears_what_is_told_then(monkeypatch):
             while left:
                 left -= len(os.read(reading, left))
             while not select.select([reading], [], [], 0.1)[0]:
-                print("heard", flush=True)
-        assert os.read(reading, 100).startswith(b"heard\n")
+                print("read", flush=True)
+        assert os.read(reading, 100).startswith(b"read\n")
     os.close(reading)
 
 
 def test_a_result_waits_for_a_slow_reader(monkeypatch):
     reading, writing = os.pipe()
-    heard = []
+    received = []
 
     def read_late() -> None:
         time.sleep(1.5 * PATIENCE)
         with os.fdopen(reading) as file:
-            heard.append(file.read())
+            received.append(file.read())
 
     thread = threading.Thread(target=read_late)
     thread.start()
     with replaced(monkeypatch, os.fdopen(writing, "w")), lossy_output(result=True):
         print(MUCH)
     thread.join()
-    assert heard == [MUCH + "\n"]
+    assert received == [MUCH + "\n"]
 
 
 @pytest.mark.parametrize("result", [False, True])
-def test_what_is_read_arrives(capsys, result):
+def test_output_that_is_read_arrives(capsys, result):
     with lossy_output(result):
         print("out")
         print("err", end="", file=sys.stderr)

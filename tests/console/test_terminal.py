@@ -10,7 +10,7 @@ from train.console import terminal
 ROOT = Path(__file__).parents[2]
 
 
-def test_no_text_is_markup(capsys):
+def test_text_is_not_markup(capsys):
     text = "N[/x] :warning: [red]"
     table = Table(text, title=text)
     table.add_row(text)
@@ -19,16 +19,16 @@ def test_no_text_is_markup(capsys):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: p.stem)
-def test_all_that_is_shown_is_shown_there(path: Path):
+def test_consoles_are_made_only_in_terminal(path: Path):
     assert ("Console(" in path.read_text()) == (path.name == "terminal.py")
 
 
-def test_what_is_told_is_told_on_stderr(capsys):
+def test_warnings_are_printed_on_stderr(capsys):
     terminal.warn(f"{n} [/x]" for n in ("one", "two"))
     assert capsys.readouterr() == ("", "mora: warning: one [/x]\nmora: warning: two [/x]\n")
 
 
-def test_what_is_told_is_one_line_that_no_terminal_obeys(capsys):
+def test_warnings_are_escaped(capsys):
     terminal.warn(["a\nmora: fine", "\x1b[31mred\udcff"])
     assert capsys.readouterr().err.splitlines() == [
         r"mora: warning: a\nmora: fine",

@@ -53,7 +53,7 @@ def blank(shard: Path) -> None:
         ),
     ],
 )
-def test_a_shard_that_is_harmed_in_mid_run(free, large_data, tmp_path, monkeypatch, split, harm, message):
+def test_a_shard_damaged_during_a_run(free, large_data, tmp_path, monkeypatch, split, harm, message):
     """The run stops and says so. A training shard that is removed is open and still read; the next start
     misses it. Validation shards are opened for each evaluation."""
     data = Path(shutil.copytree(large_data, tmp_path / "data"))

@@ -42,9 +42,9 @@ def streaks_of(config) -> list[int]:
     """The bad steps in a row after each update of a run that diverges; its folder is free again."""
     with pytest.raises(exits.Diverged):
         loop.pretrain(config)
-    told = lines(Path(config.run_dir))
+    logged = lines(Path(config.run_dir))
     shutil.rmtree(config.run_dir)
-    return [line["bad_in_a_row"] for line in told if "loss" in line]
+    return [line["bad_in_a_row"] for line in logged if "loss" in line]
 
 
 def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run):
@@ -68,7 +68,7 @@ def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(free, tiny_run)
         assert leaf.ndim < 2 or np.array_equal(leaf, last)  # nothing moved
 
 
-def test_a_bad_step_that_ends_the_run_is_seen_where_a_save_is_due(free):
+def test_a_bad_step_that_ends_the_run_is_detected_at_a_save(free):
     """Not an update later, and not only after the run has passed for finished."""
     config, folder = unsaved(diverging(free)), Path(free.run_dir)
     streaks = streaks_of(config)
@@ -89,7 +89,7 @@ def test_a_run_that_diverges_and_is_asked_to_stop_has_diverged(free, monkeypatch
         loop.pretrain(config)
 
 
-def test_no_restart_is_made_once_the_patience_is_at_an_end(free):
+def test_no_restart_happens_once_the_patience_is_exhausted(free):
     """The last bad step is still in flight where the restart is due."""
     config = unsaved(diverging(free))
     ends = streaks_of(config).index(4) + 1
@@ -98,17 +98,17 @@ def test_no_restart_is_made_once_the_patience_is_at_an_end(free):
     assert not any("restart" in line for line in lines(Path(config.run_dir)))
 
 
-def test_a_run_that_was_killed_before_it_said_that_it_diverged_says_so_first(free, monkeypatch):
+def test_a_run_killed_before_it_reported_its_divergence_reports_it_first(free, monkeypatch):
     config = diverging(free)
     folder = Path(config.run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(session, "note_diverged", killed)
         with pytest.raises(Interrupted):
             loop.pretrain(config)
-    told = lines(folder)
+    logged = lines(folder)
     with pytest.raises(exits.Diverged, match="4 bad steps in a row"):
         loop.pretrain(config)
-    assert lines(folder) == told
+    assert lines(folder) == logged
     with pytest.raises(exits.Diverged):
         loop.pretrain(config)
-    assert len(lines(folder)) > len(told)  # that one has tried the batches that follow
+    assert len(lines(folder)) > len(logged)  # that one has tried the batches that follow

@@ -45,7 +45,7 @@ def expected(model, tokens_BT: np.ndarray) -> float:
     return float(-picked_BT.mean())
 
 
-def test_the_whole_split_with_a_last_batch_that_is_not_full(model, info):
+def test_the_full_split_with_a_partial_last_batch(model, info):
     count = info.rows["validation"]
     batch = next(size for size in (60, 70, 80) if count % size and count > size)
     score = evaluate(*split(model), info, Evaluation(batch_size=batch), sharding.make_mesh(1))
@@ -60,7 +60,7 @@ def test_the_first_batches_only(model, info):
     np.testing.assert_allclose(score.loss, expected(model, rows(info, 12)), rtol=1e-5)
 
 
-def test_devices_make_no_difference(model, info):
+def test_the_score_does_not_depend_on_the_devices(model, info):
     how = Evaluation(batch_size=4, max_batches=3)
     module, methods, params, adapters = split(model)
     one, four = (
@@ -98,5 +98,5 @@ def test_a_batch_that_does_not_divide_is_refused(model, info):
         evaluate(*split(model), info, Evaluation(batch_size=6), mesh)
 
 
-def test_no_devices_are_forgotten():
+def test_all_devices_are_used():
     assert sharding.make_mesh(-1).devices.size == jax.device_count()

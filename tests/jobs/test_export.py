@@ -23,7 +23,7 @@ def exported(tiny_run, tmp_path_factory):
     return out, params, model
 
 
-def test_what_is_read_back_is_the_merged_model_bit_for_bit(tiny_run, exported):
+def test_an_export_reloads_as_the_merged_model_bit_for_bit(tiny_run, exported):
     out, params, model = exported
     read, config = hf.load_hf(out)
     merged, _ = load_model(str(tiny_run.folder))
@@ -34,7 +34,7 @@ def test_what_is_read_back_is_the_merged_model_bit_for_bit(tiny_run, exported):
     assert model == tiny_run.config.model
 
 
-def test_the_tokenizer_comes_along(tiny_run, exported):
+def test_the_tokenizer_is_exported(tiny_run, exported):
     out, *_ = exported
     data_tokenizer = f"{tiny_run.config.data.directory}/tokenizer.model"
     assert (out / "tokenizer.model").read_bytes() == Path(data_tokenizer).read_bytes()
@@ -56,7 +56,7 @@ def test_bfloat16_rounds_after_merging(tiny_run, exported, tmp_path):
     assert not np.array_equal(theirs, ours)
 
 
-def test_a_folder_that_is_there_stays_as_it_is(tiny_run, tmp_path):
+def test_an_existing_folder_is_not_changed(tiny_run, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="exists already; choose another name"):
         export(str(tiny_run.folder), str(tmp_path))
@@ -101,9 +101,9 @@ def test_transformers_reads_it_with_the_same_logits(exported, tiny_text):
     from mora_jax.models.llama import Compute, Llama
 
     out, params, model = exported
-    loaded, told = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    loaded, loading = transformers.LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
     tokens_BT = np.random.default_rng(0).integers(0, 384, (2, 32))
     ours = Llama(model, Compute(dtype="float32")).apply({"params": params}, jnp.asarray(tokens_BT))
     with torch.no_grad():

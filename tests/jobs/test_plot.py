@@ -78,7 +78,7 @@ def test_smoothing_is_the_mean_of_the_neighbours():
 
 
 @pytest.mark.parametrize("validation", [True, False])
-def test_several_runs_in_one_picture(tmp_path: Path, validation: bool):
+def test_several_runs_in_one_plot(tmp_path: Path, validation: bool):
     runs = {f"run {i}": write_run(tmp_path / f"{i}.jsonl", i, validation) for i in range(3)}
     # Only runs that differ can be seen side by side.
     for i, path in enumerate(runs.values()):
@@ -95,7 +95,7 @@ def test_a_run_that_has_no_loss_is_refused(tmp_path: Path):
         plot_loss(str(tmp_path / "m.jsonl"), str(tmp_path / "loss.png"))
 
 
-def test_a_diverged_run_is_drawn_all_the_same(tmp_path: Path):
+def test_a_diverged_run_is_drawn(tmp_path: Path):
     (tmp_path / "m.jsonl").write_text('{"step": 0, "loss": "NaN", "learning_rate": 0.1}\n')
     plot_loss(str(tmp_path / "m.jsonl"), str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").stat().st_size > 1000

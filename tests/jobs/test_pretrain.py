@@ -17,13 +17,13 @@ from train.run.folder import read_config
 
 
 def test_a_run_learns_and_restarts_through_both_group_types(tiny_run):
-    told = lines(tiny_run.folder)
-    restarts = [line for line in told if "restart" in line]
+    logged = lines(tiny_run.folder)
+    restarts = [line for line in logged if "restart" in line]
     assert [line["step"] for line in restarts] == list(range(2, 22, 2))
     assert [line["restart"] for line in restarts] == list(range(1, 11))
     assert [line["group_type"] for line in restarts] == ["1", "0"] * 5
     assert all(line["optimizer_cleared"] == 1.0 for line in restarts)
-    losses = [line["loss"] for line in told if "loss" in line]
+    losses = [line["loss"] for line in logged if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -32,15 +32,15 @@ def test_ten_restarts_compile_the_step_once_for_each_group_type(tiny_run):
     assert tiny_run.compilations == {"train_step": 2, "restart_step": 2}
 
 
-def test_every_update_and_evaluation_has_its_line(tiny_run):
-    told = lines(tiny_run.folder)
-    updates = [line for line in told if "loss" in line]
+def test_every_update_and_evaluation_has_a_line(tiny_run):
+    logged = lines(tiny_run.folder)
+    updates = [line for line in logged if "loss" in line]
     assert [line["step"] for line in updates] == list(range(22))
     assert {"step", "loss", "grad_norm", "learning_rate", "data_wait", "tokens"} <= set(updates[0])
     assert [line["tokens"] for line in updates] == [(s + 1) * 4 * 32 for s in range(22)]
     assert [line["learning_rate"] == 0 for line in updates] == [True, False] * 11
     assert all("tokens_per_second" not in line for line in updates if line["step"] % 2 == 0)  # after a pause
-    evaluations = [line for line in told if "validation_loss" in line]
+    evaluations = [line for line in logged if "validation_loss" in line]
     assert [line["step"] for line in evaluations] == [10, 21]
     np.testing.assert_allclose(
         [np.exp(line["validation_loss"]) for line in evaluations],
@@ -48,7 +48,7 @@ def test_every_update_and_evaluation_has_its_line(tiny_run):
     )
 
 
-def test_the_summary_and_the_picture(tiny_run):
+def test_the_summary_and_the_plot(tiny_run):
     assert json.loads((tiny_run.folder / "summary.json").read_text()) == tiny_run.summary
     assert (tiny_run.summary["steps"], tiny_run.summary["tokens"]) == (22, 22 * 4 * 32)
     assert tiny_run.summary["validation_loss"] == lines(tiny_run.folder)[-1]["validation_loss"]
@@ -58,7 +58,7 @@ def test_the_summary_and_the_picture(tiny_run):
     assert (tiny_run.folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_what_a_checkpoint_says_of_itself(tiny_run):
+def test_the_meta_of_a_checkpoint(tiny_run):
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as saved:
         assert saved.steps() == [3, 6, 9, 12, 15, 18, 21, 22]
         meta = {step: saved.read_meta(step) for step in (3, 6, 9)}
@@ -102,6 +102,6 @@ def test_bad_input_leaves_no_run_behind(tiny_yaml, tmp_path, message, changes):
 @pytest.mark.parametrize(
     ("every", "updates"), [(0, [7]), (3, [2, 5, 7]), (4, [3, 7])], ids=lambda value: str(value)
 )
-def test_what_is_due_after_which_update(tiny_run, every, updates):
+def test_when_something_is_due(tiny_run, every, updates):
     config = dataclasses.replace(tiny_run.config, steps=8)
     assert [step - 1 for step in range(9) if session.due(every, step, config)] == updates

@@ -30,7 +30,7 @@ from train.step.step import train_step
     [(4, 3), (7, 6)],
     ids=["before a restart", "exactly at a restart"],
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):
+def test_an_interrupted_run_resumes_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):
     assert free.restarts_at(saved) == (saved == 6)
     folder, compiled = Path(free.run_dir), train_step._cache_size()
     with monkeypatch.context() as patch:
@@ -48,7 +48,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(free, tiny_run, monkeypatch, upd
     assert train_step._cache_size() == compiled
 
 
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(free, tiny_run, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(free, tiny_run, capsys):
     folder = Path(free.run_dir)
     shutil.copytree(tiny_run.folder, folder)
     largest = max((folder / "checkpoints/22").rglob("*"), key=lambda path: path.stat().st_size)
@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("lost", ["damaged", "without manifests"])
-def test_a_run_none_of_whose_checkpoints_is_good_is_not_begun_anew(free, tiny_run, lost):
+def test_a_run_without_a_good_checkpoint_does_not_start_from_scratch(free, tiny_run, lost):
     folder = Path(shutil.copytree(tiny_run.folder, free.run_dir))
     for checkpoint in (folder / "checkpoints").iterdir():
         if lost == "damaged":
@@ -86,7 +86,7 @@ def test_a_run_none_of_whose_checkpoints_is_good_is_not_begun_anew(free, tiny_ru
     assert contents(folder) == before
 
 
-def test_a_run_killed_in_its_first_save_is_begun_anew(free, tiny_run, monkeypatch):
+def test_a_run_killed_in_its_first_save_starts_from_scratch(free, tiny_run, monkeypatch):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -98,7 +98,7 @@ def test_a_run_killed_in_its_first_save_is_begun_anew(free, tiny_run, monkeypatc
     assert without_times(folder) == without_times(tiny_run.folder)
 
 
-def test_a_run_killed_before_its_folder_tells_of_it_is_begun_anew(free, tiny_run, monkeypatch):
+def test_a_run_killed_before_it_claimed_its_folder_starts_from_scratch(free, tiny_run, monkeypatch):
     def killed(config):
         raise Interrupted
 
@@ -122,7 +122,7 @@ def files_up_to(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_run_whose_checkpoint_cannot_be_saved_stops_and_goes_on(free, tiny_run, monkeypatch):
+def test_a_run_whose_save_fails_stops_and_resumes(free, tiny_run, monkeypatch):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
@@ -141,7 +141,7 @@ def test_a_run_whose_checkpoint_cannot_be_saved_stops_and_goes_on(free, tiny_run
 
 
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_warm_start_is_pinned_to_what_it_began_from(tiny_run, tmp_path, monkeypatch, stop):
+def test_a_warm_start_keeps_the_weights_it_started_from(tiny_run, tmp_path, monkeypatch, stop):
     """Killed before or after its first save is due; the other run has other weights meanwhile."""
     source = tmp_path / "source"
     shutil.copytree(tiny_run.folder, source)
@@ -176,14 +176,16 @@ def test_a_run_whose_folder_is_removed_stops_at_the_next_save(free, monkeypatch,
 
 
 @pytest.mark.parametrize("summary", [None, "", "{", "[]"], ids=["absent", "empty", "cut off", "a list"])
-def test_a_run_that_only_had_to_conclude(free, tiny_run, summary):
+def test_a_run_without_its_summary_only_concludes(free, tiny_run, summary):
     folder = Path(shutil.copytree(tiny_run.folder, free.run_dir))
     (folder / "summary.json").unlink()
     if summary is not None:
         (folder / "summary.json").write_text(summary)
-    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    told = [line | ({"tokens_per_second": float(line["step"])} if "loss" in line else {}) for line in told]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        line | ({"tokens_per_second": float(line["step"])} if "loss" in line else {}) for line in logged
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     expected = tiny_run.summary | {"tokens_per_second": 10.5}  # of 0 to 21
     assert loop.pretrain(free) == expected
     assert json.loads((folder / "summary.json").read_text()) == expected

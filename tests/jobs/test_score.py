@@ -28,7 +28,7 @@ def test_a_run_its_export_and_its_summary_agree(tiny_run, exported):
     np.testing.assert_allclose(run.loss, tiny_run.summary["validation_loss"], rtol=1e-5)
 
 
-def test_products_in_bfloat16_are_near(tiny_run, exported):
+def test_bfloat16_gives_nearly_the_same_score(tiny_run, exported):
     how = dataclasses.replace(tiny_run.config.eval, max_batches=1)
     data = tiny_run.config.data.directory
     exact, rounded = (score_path(exported, data, how, dtype) for dtype in ("float32", "bfloat16"))
@@ -36,7 +36,7 @@ def test_products_in_bfloat16_are_near(tiny_run, exported):
     np.testing.assert_allclose(rounded.loss, exact.loss, rtol=2e-3)
 
 
-def test_a_model_is_divided_over_all_devices(tiny_run, monkeypatch):
+def test_a_model_is_sharded_over_all_devices(tiny_run, monkeypatch):
     seen = []
 
     def noted(model, methods, params, *rest):
@@ -49,7 +49,7 @@ def test_a_model_is_divided_over_all_devices(tiny_run, monkeypatch):
     assert seen == [(2, 4, 48)]
 
 
-def test_a_batch_that_the_devices_cannot_share_runs_on_one(tiny_run):
+def test_a_batch_that_devices_do_not_divide_runs_on_one(tiny_run):
     how = dataclasses.replace(tiny_run.config.eval, batch_size=3, max_batches=1)
     assert score_path(str(tiny_run.folder), "", how, "float32").predictions == 3 * 31
 
@@ -59,7 +59,7 @@ def test_an_export_needs_a_data_set(tiny_run, exported):
         score_path(exported, "", tiny_run.config.eval, "float32")
 
 
-def test_what_is_not_there_is_named(tiny_run, tmp_path):
+def test_missing_folders_are_named(tiny_run, tmp_path):
     how, data = tiny_run.config.eval, tiny_run.config.data.directory
     with pytest.raises(InputError, match=r"nowhere/config\.json is missing"):
         score_path(str(tmp_path / "nowhere"), data, how, "float32")

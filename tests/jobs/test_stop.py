@@ -22,7 +22,7 @@ from train.run import manifest
 real = loop.next_batch
 def asked(*args):
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)  # for the thread that hears it
+    time.sleep(1)  # for the thread that receives it
     return real(*args)
 def sealing(*args):
     time.sleep(1)  # the program is on its way out
@@ -48,9 +48,7 @@ def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
 
 
 @pytest.mark.parametrize("update", [0, 7])
-def test_a_signal_saves_the_update_it_comes_in_and_the_same_command_goes_on(
-    free, tiny_run, monkeypatch, update
-):
+def test_a_signal_saves_the_current_update_and_the_same_command_resumes(free, tiny_run, monkeypatch, update):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
         signalled_at(patch, update)
@@ -70,8 +68,8 @@ def evaluate_signalled(*args, real=loop.evaluate):
     return real(*args)
 
 
-def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkeypatch):
-    """At the first one and at the last one; twice each, so that a run also goes on without an update."""
+def test_an_evaluation_stopped_by_a_signal_is_repeated(free, tiny_run, monkeypatch):
+    """At the first one and at the last one; twice each, so that a run also resumes without an update."""
     folder = Path(free.run_dir)
     for done, evaluations in ((11, 0), (11, 0), (22, 1), (22, 1)):
         with monkeypatch.context() as patch:
@@ -85,8 +83,8 @@ def test_an_evaluation_that_a_signal_stops_is_made_up_for(free, tiny_run, monkey
     equal_runs(free, folder, tiny_run.folder)
 
 
-def test_an_evaluation_made_up_for_is_told_of_once(free, tiny_run, monkeypatch):
-    """It is made up for, then the program dies before the next checkpoint: the next one makes it again."""
+def test_a_repeated_evaluation_is_logged_once(free, tiny_run, monkeypatch):
+    """It is repeated, then the program dies before the next checkpoint, and the next one repeats it."""
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", evaluate_signalled)
@@ -101,7 +99,7 @@ def test_an_evaluation_made_up_for_is_told_of_once(free, tiny_run, monkeypatch):
     equal_runs(free, folder, tiny_run.folder)
 
 
-def test_a_run_whose_log_is_gone_is_stopped_as_any_other(tiny_yaml, tmp_path):
+def test_a_run_whose_log_has_no_reader_stops_as_usual(tiny_yaml, tmp_path):
     """As by Ctrl-C for `mora pretrain ... 2>&1 | tee log`, which ends tee first; within the ten seconds."""
     folder = tmp_path / "run"
     words = ["pretrain", str(tiny_yaml), "--run-dir", str(folder), "--steps", "1000000"]

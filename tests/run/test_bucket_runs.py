@@ -63,7 +63,7 @@ def test_checkpoints_are_kept_and_removed_as_on_a_disk(bucket: str):
     assert not buckets.files(buckets.cache_folder())  # nothing is left behind
 
 
-def test_damage_is_found_and_the_one_before_is_taken(bucket: str):
+def test_damage_is_found_and_the_previous_checkpoint_is_used(bucket: str):
     with Checkpoints(f"{bucket}/c") as saved:
         saved.save(1, a_state(1), {})
         saved.save(2, a_state(2), {})
@@ -85,7 +85,7 @@ def test_damage_is_found_and_the_one_before_is_taken(bucket: str):
         assert restored(saved, 2) == bits(2)
 
 
-def test_a_store_out_of_reach_is_no_damage(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_store_is_not_damage(bucket: str, monkeypatch: pytest.MonkeyPatch):
     """Else a good checkpoint would be passed over, and removed later on."""
     with Checkpoints(f"{bucket}/c") as saved:
         saved.save(1, a_state(1), {})
@@ -116,7 +116,7 @@ def test_an_export_that_fails_leaves_nothing_on_this_machine(bucket: str, tmp_pa
     assert not buckets.objects(f"{bucket}/model")
 
 
-def test_a_save_that_is_not_sent_is_no_checkpoint(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_that_was_not_uploaded_is_not_a_checkpoint(bucket: str, monkeypatch: pytest.MonkeyPatch):
     """The manifest is sent last: whatever breaks off, the checkpoint is whole or unfinished."""
     saved = Checkpoints(f"{bucket}/c")
     saved.save(1, a_state(1), {})
@@ -142,19 +142,19 @@ def test_a_save_that_is_not_sent_is_no_checkpoint(bucket: str, monkeypatch: pyte
     saved.close()
 
 
-def test_lines_are_taken_up_before_a_checkpoint_is_sealed(bucket: str):
+def test_lines_are_uploaded_before_a_checkpoint_is_sealed(bucket: str):
     sealed = []
 
-    def take_up() -> None:
+    def upload() -> None:
         sealed.append([MANIFEST in buckets.objects(f"{bucket}/c/{step}") for step in (1, 2)])
 
-    with Checkpoints(f"{bucket}/c", before_sealing=take_up) as saved:
+    with Checkpoints(f"{bucket}/c", before_sealing=upload) as saved:
         saved.save(1, a_state(1), {})
         saved.save(2, a_state(2), {})
     assert sealed == [[False, False], [True, False]]
 
 
-def test_several_processes_are_sent_to_another_store(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_several_processes_cannot_save_to_s3(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match=r"several processes cannot write checkpoints to s3://; use gs://"):
         Checkpoints(f"{bucket}/c")
@@ -174,7 +174,7 @@ def config(bucket: str, tiny_run, tiny_data: Path):
     return dataclasses.replace(tiny_run.config, run_dir=f"{bucket}/{RUN}", data=data, compilation=programs)
 
 
-def told(run_dir: str) -> list[dict]:
+def logged(run_dir: str) -> list[dict]:
     found = read_metrics(f"{run_dir}/metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
 
@@ -187,7 +187,7 @@ def final_arrays(config) -> list[np.ndarray]:
 
 def assert_undisturbed(config, tiny_run) -> None:
     on_a_disk = dataclasses.replace(config, run_dir=str(tiny_run.folder))
-    assert told(config.run_dir) == told(str(tiny_run.folder))
+    assert logged(config.run_dir) == logged(str(tiny_run.folder))
     for ours, theirs in zip(final_arrays(config), final_arrays(on_a_disk), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -196,7 +196,9 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(buckets.CACHE, str(tmp_path / f"cache {time.monotonic_ns()}"))
 
 
-def test_killed_and_gone_on_with_elsewhere(config, tiny_run, tiny_yaml: Path, tmp_path: Path, monkeypatch):
+def test_a_killed_run_resumes_on_another_machine(
+    config, tiny_run, tiny_yaml: Path, tmp_path: Path, monkeypatch
+):
     words = ["pretrain", str(tiny_yaml), "--run-dir", config.run_dir]
     words += ["--data.directory", config.data.directory, "--compilation.cache", config.compilation.cache]
     root = Path(__file__).parents[2]
@@ -216,7 +218,7 @@ def test_killed_and_gone_on_with_elsewhere(config, tiny_run, tiny_yaml: Path, tm
     with open_checkpoints(config) as saved:
         newest = saved.steps()[-1]
         assert newest < config.steps
-    losses = {line["step"] for line in told(config.run_dir) if "loss" in line}
+    losses = {line["step"] for line in logged(config.run_dir) if "loss" in line}
     assert set(range(newest)) <= losses  # none that a checkpoint counts is lost
     another_machine(monkeypatch, tmp_path)
     summary = loop.pretrain(config)
@@ -224,7 +226,9 @@ def test_killed_and_gone_on_with_elsewhere(config, tiny_run, tiny_yaml: Path, tm
     assert_undisturbed(config, tiny_run)
 
 
-def test_a_run_in_a_bucket_and_what_is_made_of_it(config, tiny_run, bucket: str, tmp_path: Path, monkeypatch):
+def test_a_run_in_a_bucket_is_evaluated_exported_and_warm_started_from(
+    config, tiny_run, bucket: str, tmp_path: Path, monkeypatch
+):
     real, asked = loop.next_batch, []
 
     def interrupted(batches):
@@ -263,10 +267,10 @@ def test_a_run_in_a_bucket_and_what_is_made_of_it(config, tiny_run, bucket: str,
     assert score == score_path(config.run_dir, "", how, "float32")
     warm = dataclasses.replace(config, run_dir=f"{bucket}/runs/warm", init_from=f"{bucket}/export/a", steps=2)
     loop.pretrain(warm)
-    assert told(warm.run_dir)[0]["loss"] < told(config.run_dir)[0]["loss"] - 0.3
+    assert logged(warm.run_dir)[0]["loss"] < logged(config.run_dir)[0]["loss"] - 0.3
 
 
-def test_what_cannot_go_on_is_refused_as_on_a_disk(config, tiny_run):
+def test_a_run_that_cannot_resume_is_refused_as_on_a_disk(config, tiny_run):
     for name in buckets.files(tiny_run.folder):
         if not name.startswith("checkpoints/"):
             (epath.Path(config.run_dir) / name).write_bytes((tiny_run.folder / name).read_bytes())

@@ -46,7 +46,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path):
         assert bits(saved.restore(1, abstract({"w": state}))) == before
 
 
-def test_meta_comes_back_and_must_be_json(directory: Path):
+def test_meta_is_restored_and_must_be_json(directory: Path):
     meta = {"methods": [["a", {"rank": 8}]], "restarts": 3, "rate": 1e-3, "name": "ü", "none": None}
     with Checkpoints(str(directory)) as saved:
         saved.save(3, a_state(3), meta)
@@ -78,7 +78,7 @@ def test_keeps_the_newest(tmp_path: Path):
         Checkpoints(str(tmp_path), keep=0)
 
 
-def test_keeps_every_so_many_for_good(tmp_path: Path):
+def test_keeps_multiples_of_keep_every_for_good(tmp_path: Path):
     with Checkpoints(str(tmp_path), keep=2, keep_every=10) as saved:
         for step in (5, 10, 15, 20, 25, 30, 35):
             saved.save(step, {"w": jnp.arange(step)}, {})
@@ -86,7 +86,7 @@ def test_keeps_every_so_many_for_good(tmp_path: Path):
     assert [saved.damage(step) for step in saved.steps()] == [[]] * 4
 
 
-def test_what_was_found_damaged_goes_when_the_run_has_passed_it(directory: Path):
+def test_a_damaged_checkpoint_is_removed_once_the_run_has_passed_it(directory: Path):
     """It counts for none of those to keep, for it is of no use."""
     with Checkpoints(str(directory), keep=2, keep_every=2) as saved:
         flip_a_bit(directory / "2" / "state" / "_METADATA", random.Random(0))
@@ -98,7 +98,7 @@ def test_what_was_found_damaged_goes_when_the_run_has_passed_it(directory: Path)
     assert saved.steps() == [1, 3]
 
 
-def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path: Path):
+def test_a_newer_damaged_checkpoint_does_not_replace_the_one_just_saved(tmp_path: Path):
     with Checkpoints(str(tmp_path), keep=1) as saved:
         saved.save(5, a_state(5), {})
         saved.wait()
@@ -111,7 +111,7 @@ def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path: Path
     assert bits(saved.restore(5, abstract(a_state()))) == bits(a_state(6))
 
 
-def test_nothing_is_made_where_nothing_is_saved(tmp_path: Path):
+def test_no_folder_is_made_before_a_save(tmp_path: Path):
     with Checkpoints(str(tmp_path / "none")) as saved:
         assert saved.steps() == []
         assert saved.latest_good() == (None, [])

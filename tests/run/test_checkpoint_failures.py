@@ -25,7 +25,9 @@ from train.run.checkpoint import Checkpoints, SaveError
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_failed_save_is_told_and_leaves_the_one_before(directory: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_save_is_reported_and_leaves_the_previous_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full_disk(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -43,7 +45,7 @@ def test_a_failed_save_is_told_and_leaves_the_one_before(directory: Path, monkey
 
 
 def slow(real: Any, log: list[str], seconds: float = 0.3) -> Any:
-    """A seal that takes its time and tells when it begins and ends."""
+    """A slow seal that records when it starts and ends."""
 
     def seal(folder: Any, content: Any) -> None:
         log.append(f"begin {content['step']}")
@@ -54,7 +56,7 @@ def slow(real: Any, log: list[str], seconds: float = 0.3) -> Any:
     return seal
 
 
-def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
     monkeypatch.setattr(manifest, "seal", slow(manifest.seal, log))
     write = ocp.save_async
@@ -72,7 +74,9 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
     assert [saved.damage(step) for step in (1, 2, 3)] == [[], [], []]
 
 
-def test_a_failed_save_stops_the_next_one_and_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_save_stops_the_next_one_and_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -92,7 +96,7 @@ def test_a_failed_save_stops_the_next_one_and_is_told_once(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]
 
 
-def test_a_failure_is_seen_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_is_detected_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     going_on = threading.Event()
 
     def fail(*_: Any) -> None:
@@ -110,7 +114,9 @@ def test_a_failure_is_seen_without_waiting(tmp_path: Path, monkeypatch: pytest.M
     saved.close()
 
 
-def test_a_failure_is_told_at_the_latest_when_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_is_reported_at_the_latest_when_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

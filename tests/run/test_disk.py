@@ -34,7 +34,7 @@ def config(tiny_run, disk):
     )
 
 
-def told(folder: Path) -> list[dict]:
+def logged(folder: Path) -> list[dict]:
     lines = read_metrics(str(folder / "metrics.jsonl"))
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
@@ -47,7 +47,7 @@ def final_arrays(config) -> list[np.ndarray]:
 
 def assert_undisturbed(config, tiny_run) -> None:
     other = dataclasses.replace(tiny_run.config, run_dir=str(tiny_run.folder))
-    assert told(Path(config.run_dir)) == told(tiny_run.folder)
+    assert logged(Path(config.run_dir)) == logged(tiny_run.folder)
     for ours, theirs in zip(final_arrays(config), final_arrays(other), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -69,11 +69,9 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, disk, update: int) -> None:
     [(0, r"run/metrics\.jsonl|run/tensorboard"), (3, "could not be saved: No space left")],
     ids=["in the metrics", "in a save"],
 )
-# Where several files of a save fail, orbax ends its loop with the first; TensorStore tells of the rest later.
+# Where several files of a save fail, orbax ends its loop with the first; TensorStore reports the rest later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_disk_that_fills_up_stops_the_run_and_it_goes_on(
-    config, tiny_run, disk, monkeypatch, every, message
-):
+def test_a_full_disk_stops_the_run_and_it_resumes(config, tiny_run, disk, monkeypatch, every, message):
     config = dataclasses.replace(config, checkpoint=Checkpoint(every, keep=2))
     with monkeypatch.context() as patch:
         fill_at(patch, disk, 7)
@@ -109,7 +107,7 @@ def tell_much(metrics: Metrics) -> None:
         metrics.write(step, {"note": "x" * 100})
 
 
-def test_metrics_are_whole_lines_when_the_disk_is_full(disk):
+def test_metrics_are_complete_lines_when_the_disk_is_full(disk):
     metrics = Metrics(str(disk.path), 10_000)
     disk.fill()
     with pytest.raises(OSError, match=r"metrics\.jsonl"), metrics:
@@ -133,8 +131,8 @@ def test_a_read_only_folder_is_refused_and_nothing_in_it_changes(config, tiny_ru
         disk.read_only(False)
     assert stopped.value.code == exits.BAD_INPUT
     line = f"mora: --run-dir {config.run_dir} cannot be written to: Read-only file system\n"
-    *warnings, told = capsys.readouterr().err.splitlines(keepends=True)
-    assert told == line
+    *warnings, printed = capsys.readouterr().err.splitlines(keepends=True)
+    assert printed == line
     assert all("mora: warning: " in warning for warning in warnings)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -145,9 +143,9 @@ def test_a_full_disk_has_a_status_of_its_own(config, disk, tiny_yaml, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", str(tiny_yaml), *words])
     assert stopped.value.code == exits.DISK
-    told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"mora: \S+: No space left on device", told[-1])
-    assert all("mora: warning: " in warning for warning in told[:-1])
+    printed = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"mora: \S+: No space left on device", printed[-1])
+    assert all("mora: warning: " in warning for warning in printed[:-1])
 
 
 HOLD = """

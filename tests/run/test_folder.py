@@ -66,7 +66,7 @@ def test_a_run_of_another_config_is_not_resumed(tiny_run, copy):
     assert (copy / "config.yaml").read_bytes() == before
 
 
-def test_what_is_not_computed_with_may_change(tiny_run, copy):
+def test_operational_settings_may_change(tiny_run, copy):
     config = here(tiny_run, copy)
     keep = dataclasses.replace(config.checkpoint, keep=7, every=5)
     often = dataclasses.replace(config.eval, every=1, batch_size=2)
@@ -86,7 +86,7 @@ def test_a_folder_without_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(("step", "switches"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (22, 10)])
-def test_the_methods_that_a_step_must_have(tiny_run, step, switches):
+def test_the_methods_of_a_step(tiny_run, step, switches):
     path = "layers/mlp/up_proj/kernel"
     assert methods_at(tiny_run.config, step)[path].operator.group == switches % 2
 
@@ -111,9 +111,11 @@ def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
 def test_a_checkpoint_of_another_run_with_the_same_shapes_is_refused(tiny_run, copy):
     config, mesh = here(tiny_run, copy), sharding.make_mesh(1)
     rate = dataclasses.replace(config.optimizer, learning_rate=3e-3)
-    told = r"22 was saved by a run with optimizer\.learning_rate 0\.01, not 0\.003; choose another --run-dir"
+    message = (
+        r"22 was saved by a run with optimizer\.learning_rate 0\.01, not 0\.003; choose another --run-dir"
+    )
     with open_checkpoints(config) as saved:
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             restore_state(dataclasses.replace(config, optimizer=rate), saved, 22, mesh)
         often = dataclasses.replace(config.eval, every=1, batch_size=2)
         restore_state(dataclasses.replace(config, eval=often), saved, 22, mesh)
@@ -146,7 +148,7 @@ def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
         ("step", 5),
     ],
 )
-def test_a_checkpoint_that_is_not_what_its_step_implies_is_refused(tiny_run, tmp_path, key, value):
+def test_a_checkpoint_that_differs_from_what_its_step_implies_is_refused(tiny_run, tmp_path, key, value):
     config, mesh = here(tiny_run, tmp_path), sharding.make_mesh(1)
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
         state, _ = restore_state(config, original, 6, mesh)
@@ -187,7 +189,7 @@ def test_a_run_may_be_moved(tiny_run, copy, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_told_of_where_an_older_one_is_taken(copy, capsys):
+def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(copy, capsys):
     next((copy / "checkpoints" / "22").rglob("_METADATA")).unlink()
     model, _ = load_model(str(copy))
     (line,) = capsys.readouterr().err.splitlines()
@@ -200,7 +202,7 @@ def test_a_damaged_checkpoint_is_told_of_where_an_older_one_is_taken(copy, capsy
 
 @pytest.mark.parametrize("at", ["damage", "restore"])
 @pytest.mark.parametrize("older", [True, False])
-def test_a_run_that_removes_what_is_being_read_is_looked_at_again(
+def test_a_checkpoint_removed_while_it_is_read_is_replaced_by_a_newer_one(
     tiny_run, copy, monkeypatch, capsys, at, older
 ):
     """A newer one is there, as it is whenever one is removed; so is an old one that is kept for good."""
@@ -225,7 +227,7 @@ def test_a_run_that_removes_what_is_being_read_is_looked_at_again(
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_reader_that_is_always_overtaken_gives_up(tiny_run, copy):
+def test_a_reader_that_is_always_too_slow_gives_up(tiny_run, copy):
     seen = []
 
     def read(step):
@@ -273,7 +275,7 @@ def test_the_widest_mesh_for_a_model(tiny_run, hf_folder, batch_size, mlp, devic
     assert widest_mesh(str(tiny_run.folder), batch_size).size == devices
 
 
-def test_a_run_that_few_devices_divide_has_a_mesh_too(tiny_run, tmp_path):
+def test_a_run_that_few_devices_divide_has_a_mesh(tiny_run, tmp_path):
     """Its M are 16 x 16 or 17 x 17, and have no padding."""
     sizes = dataclasses.replace(tiny_run.config.model, intermediate_size=42)
     method = dataclasses.replace(tiny_run.config.method, align=1)
@@ -319,7 +321,7 @@ def test_the_length_of_positions_may_grow_at_a_warm_start(tiny_run):
     load_initial(config, sharding.make_mesh(1))
 
 
-def test_a_run_does_not_take_another_data_set_for_its_own(tiny_run, copy):
+def test_another_data_set_is_refused(tiny_run, copy):
     info = load_info(tiny_run.config.data.directory)
     other_tokenizer = dataclasses.replace(info, tokenizer_sha256="0" * 64)
     more_text = dataclasses.replace(info, rows=info.rows | {"train": info.rows["train"] + 1})
@@ -334,7 +336,7 @@ def test_a_run_does_not_take_another_data_set_for_its_own(tiny_run, copy):
         load_model(str(copy), other_tokenizer)
 
 
-def test_checkpoints_of_no_known_run_are_not_gone_on_from(tiny_run, tmp_path):
+def test_checkpoints_of_an_unknown_run_are_refused(tiny_run, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path / "run"))
     with pytest.raises(InputError, match="checkpoints of an unknown run"):
@@ -353,7 +355,7 @@ def test_checkpoints_of_no_known_run_are_not_gone_on_from(tiny_run, tmp_path):
         {"config": None},
     ],
 )
-def test_what_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):
+def test_meta_that_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):
     """However well it is sealed."""
     (tmp_path / "6").mkdir()
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
@@ -366,7 +368,7 @@ def test_what_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):
             read_meta(saved, 6)
 
 
-def test_a_number_of_restarts_is_not_walked(tiny_run):
+def test_the_number_of_restarts_is_not_looped_over(tiny_run):
     path = "layers/mlp/up_proj/kernel"
     config = dataclasses.replace(tiny_run.config, steps=2**31 - 1)
     for step in (2**31 - 3, 2**31 - 5):

@@ -29,7 +29,7 @@ def run(tiny_run, tmp_path: Path) -> Path:
 
 
 def seal_again(run: Path, step: int, **meta: Any) -> None:
-    """Changes what a manifest tells, and its own hash with it."""
+    """Changes the content of a manifest, and its own hash with it."""
     place = run / "checkpoints" / str(step)
     content = manifest.read(epath.Path(place), step)
     content["meta"] |= meta
@@ -72,7 +72,7 @@ def test_damaged_and_unfinished_ones(run: Path, capsys: pytest.CaptureFixture):
     assert f"{damaged} is damaged: it has" in capsys.readouterr().out
 
 
-def test_an_unfinished_one_alone_is_no_damage(run: Path):
+def test_an_unfinished_checkpoint_is_not_damage(run: Path):
     (run / "checkpoints" / "21" / manifest.MANIFEST).unlink()
     cli.main(["checkpoints", str(run)])
 
@@ -87,7 +87,9 @@ def test_listing_alone_reads_only_the_manifests(run: Path):
     assert entries[0].restarts == entries[0].group_type == ""
 
 
-def test_a_run_without_checkpoints_and_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_run_without_checkpoints_and_a_folder_without_a_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     shutil.rmtree(run / "checkpoints")
     cli.main(["checkpoints", str(run)])
     assert "has no checkpoints yet" in capsys.readouterr().out
@@ -95,7 +97,7 @@ def test_a_run_without_checkpoints_and_no_run(run: Path, tmp_path: Path, capsys:
         inventory(str(tmp_path))
 
 
-def test_what_files_and_folders_are_called_is_no_markup(run: Path, capsys: pytest.CaptureFixture):
+def test_names_of_files_and_folders_are_not_markup(run: Path, capsys: pytest.CaptureFixture):
     (run / "checkpoints" / "22" / "[y]").touch()
     run = run.rename(run.parent / "N[")
     (run / "x]").mkdir()
@@ -112,14 +114,14 @@ def test_what_files_and_folders_are_called_is_no_markup(run: Path, capsys: pytes
 
 @pytest.mark.parametrize("restarts", ["\x1b[31mEVIL", "10", True, -1, 10**30, 1.0, None])
 @pytest.mark.parametrize("verify", [True, False])
-def test_what_no_run_tells_is_damage_however_well_it_is_sealed(run: Path, restarts: Any, verify: bool):
+def test_a_sealed_checkpoint_that_no_run_has_saved_is_damaged(run: Path, restarts: Any, verify: bool):
     seal_again(run, 22, restarts=restarts)
     *_, last = inventory(str(run), verify)
     assert (last.state, last.restarts, last.group_type) == ("damaged", "", "")
     assert "22 was not saved by a run of this version" in last.problems[0]
 
 
-def test_no_name_of_a_file_is_obeyed_by_a_terminal(run: Path, capsys: pytest.CaptureFixture):
+def test_control_characters_in_names_of_files_are_escaped(run: Path, capsys: pytest.CaptureFixture):
     names = (b"a\x1b[31m", b"a\nmora: fine", b"a\xff", "a\u202e".encode())
     for name in names:
         Path(os.fsdecode(bytes(run / "checkpoints" / "22") + b"/" + name)).touch()
@@ -130,7 +132,7 @@ def test_no_name_of_a_file_is_obeyed_by_a_terminal(run: Path, capsys: pytest.Cap
         assert f"22/{name} does not belong to the checkpoint; remove it\n" in out
 
 
-def test_what_orbax_has_not_moved_into_place_is_unfinished(run: Path):
+def test_a_folder_that_orbax_has_not_moved_into_place_is_unfinished(run: Path):
     for name in ("9.orbax-checkpoint-tmp-171", "20.orbax-checkpoint-tmp", "x.orbax-checkpoint-tmp-1"):
         (run / "checkpoints" / name).mkdir()
         (run / "checkpoints" / name / "array").write_bytes(bytes(1000))

@@ -33,7 +33,7 @@ def damage(folder: epath.Path, step: int = 7) -> list[str]:
     return manifest.damage(folder, step, lambda _: None)
 
 
-def test_what_was_sealed_is_read(folder: epath.Path):
+def test_a_sealed_folder_is_read(folder: epath.Path):
     found = manifest.read(folder, 7)
     assert {name: found[name] for name in CONTENT} == CONTENT
     assert found["files"].keys() == {"a", "inner/b", "inner/c"}
@@ -42,13 +42,13 @@ def test_what_was_sealed_is_read(folder: epath.Path):
         manifest.read(folder, 8)
 
 
-def test_every_byte_read_is_told(folder: epath.Path):
-    told: list[float] = []
-    manifest.damage(folder, 7, told.append)
-    assert sum(told) == sum(size or 0 for size in manifest.sizes(folder).values()) > 0
+def test_every_byte_read_is_counted(folder: epath.Path):
+    counted: list[float] = []
+    manifest.damage(folder, 7, counted.append)
+    assert sum(counted) == sum(size or 0 for size in manifest.sizes(folder).values()) > 0
 
 
-def test_a_link_is_found_whatever_it_leads_to(folder: epath.Path, tmp_path: Path):
+def test_a_link_is_found_whatever_its_target(folder: epath.Path, tmp_path: Path):
     outside = tmp_path / "outside"
     outside.write_bytes((folder / "a").read_bytes())
     (folder / "a").unlink()
@@ -76,7 +76,7 @@ def test_a_link_to_a_folder_is_found(folder: epath.Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a", MANIFEST])
-def test_a_pipe_is_not_waited_for(folder: epath.Path, name: str):
+def test_a_pipe_does_not_block(folder: epath.Path, name: str):
     (folder / name).unlink()
     os.mkfifo(folder / name)
     assert [line for line in damage(folder) if "not a regular file" in line and name in line]
@@ -94,13 +94,13 @@ def test_a_disk_that_cannot_read_is_damage(folder: epath.Path, monkeypatch: pyte
     def unreadable(*_: Any) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(manifest, "_sha256", unreadable)
+    monkeypatch.setattr(manifest, "sha256", unreadable)
     assert damage(folder) == [
         f"{folder / n} cannot be read: Input/output error" for n in ("a", "inner/b", "inner/c")
     ]
 
 
-def test_names_in_a_manifest_lead_nowhere(folder: epath.Path, tmp_path: Path):
+def test_names_in_a_manifest_are_only_compared(folder: epath.Path, tmp_path: Path):
     (tmp_path / "secret").write_text("what a holds")
     content = manifest.read(folder, 7)
     content["files"] = {"../secret": content["files"]["a"], str(tmp_path / "secret"): content["files"]["a"]}

@@ -48,7 +48,7 @@ def test_a_line_for_each_write(tmp_path: Path):
     assert read_metrics(str(tmp_path / "metrics.jsonl")) == lines_of(tmp_path)
 
 
-def test_lines_are_there_at_once(tmp_path: Path):
+def test_lines_are_written_at_once(tmp_path: Path):
     with Metrics(str(tmp_path), 10) as metrics:
         metrics.write(0, {"loss": 1.0})
         assert lines_of(tmp_path) == [{"step": 0, "loss": 1.0}]
@@ -66,7 +66,7 @@ def test_numbers_that_are_not_finite_are_legal_json_and_come_back(tmp_path: Path
     assert (back["grad_norm"], back["learning_rate"]) == (math.inf, -math.inf)
 
 
-def test_a_resumed_run_tells_no_update_twice(tmp_path: Path):
+def test_a_resumed_run_logs_no_update_twice(tmp_path: Path):
     train(tmp_path, 0, 8)
     before = [line for line in lines_of(tmp_path) if line["step"] < 4]
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -80,7 +80,7 @@ def test_a_resumed_run_tells_no_update_twice(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("left", "told"),
+    ("left", "warning"),
     [
         (range(6), ""),
         (range(2), "lacks updates 2 to 5; they are done and not repeated"),
@@ -89,14 +89,14 @@ def test_a_resumed_run_tells_no_update_twice(tmp_path: Path):
         ((), "lacks updates 0 to 5; they"),
     ],
 )
-def test_what_is_missing_of_the_updates_done_is_told(tmp_path: Path, capsys, left, told: str):
+def test_missing_updates_are_warned_of(tmp_path: Path, capsys, left, warning: str):
     train(tmp_path, 0, 8)
     lines = [line for line in lines_of(tmp_path) if line["step"] in left or "loss" not in line]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train(tmp_path, 6, 10)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == bool(told)
-    assert told in "".join(warnings)
+    assert len(warnings) == bool(warning)
+    assert warning in "".join(warnings)
 
 
 def test_many_gaps_are_not_all_named():
@@ -104,13 +104,13 @@ def test_many_gaps_are_not_all_named():
     assert metrics_module._spans([]) == ""
 
 
-def test_a_fresh_run_forgets_all(tmp_path: Path):
+def test_a_fresh_run_drops_all_lines(tmp_path: Path):
     train(tmp_path, 0, 8)
     train(tmp_path, 0, 1)
     assert lines_of(tmp_path) == [{"step": 0, "loss": 0.0, "learning_rate": 1e-3}]
 
 
-def test_a_last_line_cut_off_is_not_read(tmp_path: Path):
+def test_a_truncated_last_line_is_not_read(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1}')
     assert read_metrics(str(path)) == [{"step": 0, "loss": 1.0}]
@@ -127,13 +127,13 @@ def test_any_other_broken_line_is_named(tmp_path: Path, line: str):
 
 
 @pytest.mark.parametrize("step", ['"1"', "-1", "true", "9" * 4000])
-def test_a_step_that_is_none_is_a_broken_line(tmp_path: Path, step: str):
+def test_a_line_with_an_invalid_step_is_broken(tmp_path: Path, step: str):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
     with pytest.raises(InputError, match="line 1: not a JSON object with a step"):
         read_metrics(str(tmp_path / "metrics.jsonl"))
 
 
-def test_no_line_is_read_without_end(tmp_path: Path):
+def test_a_line_of_any_length_is_read_in_bounds(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     for end in ("", "\n"):
         path.write_text(f'{{"step": 0}}\n{{"step": 1, "x": "{"x" * metrics_module._LONGEST}"}}{end}')
@@ -142,7 +142,7 @@ def test_no_line_is_read_without_end(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "wandb_id.txt"])
-def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_pipe_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match=f"{name} is not a regular file"):
@@ -150,7 +150,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl"])
-def test_what_cannot_be_written_to_is_bad_input(tmp_path: Path, name: str):
+def test_a_place_that_cannot_be_written_to_is_bad_input(tmp_path: Path, name: str):
     if name == "tensorboard":
         (tmp_path / name).touch()
     else:
@@ -174,7 +174,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path):
     assert not any(tag == "group_type" for _, tag in scalars)
     train(tmp_path, 4, 6)
     starts = [e.step for e in events_of(tmp_path) if e.HasField("session_log")]
-    assert starts == [0, 4]  # what TensorBoard hides from there on is told again
+    assert starts == [0, 4]  # what TensorBoard hides from there on is written again
 
 
 def test_only_the_writing_process_writes(tmp_path: Path):
@@ -183,7 +183,7 @@ def test_only_the_writing_process_writes(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_wandb_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"pip install 'mora_jax\[wandb\]'"):
         Metrics(str(tmp_path), 10, wandb="project")
@@ -209,7 +209,7 @@ class FakeWandb(types.SimpleNamespace):
         self.finished += 1
 
 
-def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for start in (0, 3):

@@ -1,4 +1,4 @@
-"""The watch: every step is told of, late but in order, and only undisturbed steps count for the speed."""
+"""Every step is logged, late but in order, and only undisturbed steps count for the speed."""
 
 import jax.numpy as jnp
 import pytest
@@ -39,7 +39,7 @@ def add(log: StepLog, step: int, bad: int = 0) -> None:
     log.add(step, {name: jnp.float32(value) for name, value in scalars.items()}, 0.125 * step)
 
 
-def test_steps_are_told_of_late_and_in_order(lines, clock):
+def test_steps_are_logged_late_and_in_order(lines, clock):
     log = StepLog(lines, 100)
     for step in range(5):
         add(log, step)
@@ -48,7 +48,7 @@ def test_steps_are_told_of_late_and_in_order(lines, clock):
     assert [step for step, _ in lines] == [0, 1, 2, 3, 4]
 
 
-def test_what_a_line_holds(lines, clock):
+def test_the_values_of_a_line(lines, clock):
     log = StepLog(lines, 100)
     add(log, 3)
     log.drain()
@@ -84,7 +84,7 @@ def test_a_pause_counts_for_no_rate(lines, clock):
     assert "tokens_per_second" not in dict(lines)[5]
 
 
-def test_steps_that_were_done_before_they_are_looked_at_count_for_no_rate(lines, clock):
+def test_steps_that_were_done_before_they_are_read_count_for_no_rate(lines, clock):
     log = StepLog(lines, 100)
     for step in range(5):
         clock.now += 2.0
@@ -108,11 +108,11 @@ def test_a_note_is_a_line_of_its_own(lines, clock):
     assert lines == [(7, {"restart": 1})]
 
 
-def test_the_last_bad_step_is_told_of(lines, clock):
+def test_the_last_bad_step_is_described(lines, clock):
     log = StepLog(lines, 100)
     for step, bad in enumerate([0, 1, 2, 0, 0]):
         add(log, step, bad)
-        assert log.bad_in_a_row == (0, 0, 0, 1, 2)[step]  # late, as all that is read of a step
+        assert log.bad_in_a_row == (0, 0, 0, 1, 2)[step]  # late, as the step itself
     assert log.last_bad == "update 2: loss 1, gradient norm 0.5; 4 skipped so far"
     log.drain()
     assert log.bad_in_a_row == 0

@@ -1,4 +1,4 @@
-"""Files that grow, of a run in a bucket: on another machine they are what they were, as far as it counts."""
+"""Log files of a run in a bucket: another machine has them up to the checkpoint."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from train.run.upload import uploading
 from train.storage import buckets
 
 
-def tell(metrics: Metrics, steps: range) -> None:
+def write(metrics: Metrics, steps: range) -> None:
     for step in steps:
         metrics.write(step, {"loss": float(step)})
 
@@ -23,22 +23,22 @@ def steps_in(folder: str) -> list[int]:
     return [line["step"] for line in read_metrics(f"{folder}/{LINES}")]
 
 
-def test_on_a_disk_it_is_the_folder_itself(tmp_path: Path):
+def test_the_log_folder_on_a_disk_is_the_runs(tmp_path: Path):
     with uploading(str(tmp_path)) as here:
         assert here.log_dir == tmp_path
         here.upload()
     assert not list(tmp_path.iterdir())
 
 
-def test_another_machine_goes_on_where_the_checkpoint_is(bucket: str, monkeypatch, tmp_path: Path):
+def test_another_machine_resumes_at_the_checkpoint(bucket: str, monkeypatch, tmp_path: Path):
     run = f"{bucket}/runs/a"
 
     def killed() -> None:
         with uploading(run) as here, Metrics(str(here.log_dir), 10) as metrics:
-            tell(metrics, range(4))
+            write(metrics, range(4))
             here.upload()  # as before a checkpoint is sealed
-            tell(metrics, range(4, 6))
-            patch.setattr(upload.Upload, "upload", lambda self: None)  # nothing more is taken up
+            write(metrics, range(4, 6))
+            patch.setattr(upload.Upload, "upload", lambda self: None)  # nothing more is uploaded
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -48,30 +48,30 @@ def test_another_machine_goes_on_where_the_checkpoint_is(bucket: str, monkeypatc
     with uploading(run) as here:
         assert steps_in(str(here.log_dir)) == [0, 1, 2, 3]
         with Metrics(str(here.log_dir), 10, 3) as metrics:
-            tell(metrics, range(3, 10))
+            write(metrics, range(3, 10))
     assert steps_in(run) == list(range(10))
     events = [name for name in buckets.objects(run) if name.startswith("tensorboard/")]
     assert len(events) == 2
 
 
-def test_metrics_that_are_not_there_are_told_of(bucket: str):
+def test_missing_metrics_are_reported(bucket: str):
     with pytest.raises(InputError, match=r"s3://bucket/run/metrics.jsonl cannot be read: bucket/run/metrics"):
         read_metrics(f"{bucket}/run/{LINES}")
 
 
-def test_what_is_left_on_this_machine_does_not_count(bucket: str):
+def test_files_left_on_this_machine_are_ignored(bucket: str):
     run = f"{bucket}/run"
     with uploading(run) as here, Metrics(str(here.log_dir), 10) as metrics:
-        tell(metrics, range(3))
+        write(metrics, range(3))
     elsewhere = epath.Path(run) / LINES
     elsewhere.write_text(json.dumps({"step": 0, "loss": 7.0}) + "\n")
-    (here.log_dir / "tensorboard/old").write_text("of a run that went on elsewhere")
+    (here.log_dir / "tensorboard/old").write_text("of a run that continued elsewhere")
     with uploading(run) as here:
         assert read_metrics(str(here.log_dir / LINES)) == [{"step": 0, "loss": 7.0}]
         assert not (here.log_dir / "tensorboard/old").exists()
 
 
-def test_only_what_is_new_is_taken_up_and_only_what_grows(bucket: str):
+def test_only_changed_log_files_are_uploaded(bucket: str):
     run, puts = f"{bucket}/run", []
     with uploading(run) as here:
         (here.log_dir / "lock").write_text("of this machine")
@@ -89,7 +89,7 @@ def test_only_what_is_new_is_taken_up_and_only_what_grows(bucket: str):
     assert steps_in(run) == [0, 1]
 
 
-def test_it_is_taken_up_every_so_often(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_logs_are_uploaded_periodically(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(upload, "EVERY", 0.01)
     real, done = upload.Upload.upload, [threading.Event() for _ in range(3)]
     taken = iter(done)
@@ -98,7 +98,7 @@ def test_it_is_taken_up_every_so_often(bucket: str, monkeypatch: pytest.MonkeyPa
         event = next(taken, threading.Event())
         if event is done[0]:
             event.set()
-            raise OSError("out of reach")  # it is tried again
+            raise OSError("out of reach")  # it is retried
         real(self)
         event.set()
 
@@ -109,7 +109,7 @@ def test_it_is_taken_up_every_so_often(bucket: str, monkeypatch: pytest.MonkeyPa
         assert steps_in(f"{bucket}/run") == [0]
 
 
-def test_a_store_out_of_reach_at_the_end(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_store_at_the_end(bucket: str, monkeypatch: pytest.MonkeyPatch):
     def out_of_reach(self, data) -> int:
         raise TimeoutError(110, "Connection timed out")
 
@@ -122,5 +122,5 @@ def test_a_store_out_of_reach_at_the_end(bucket: str, monkeypatch: pytest.Monkey
 
     with pytest.raises(OSError, match=r"Connection timed out: 's3://bucket/run/metrics.jsonl'"):
         run(None)
-    with pytest.raises(ZeroDivisionError):  # what was met first is what is told
+    with pytest.raises(ZeroDivisionError):  # the first error is reported
         run(ZeroDivisionError)

@@ -35,7 +35,7 @@ def compile_something(config: RunConfig, number: int) -> None:
         jax.jit(lambda x: jnp.sin(x) * number)(jnp.ones(3)).block_until_ready()
 
 
-def test_programs_lie_beside_the_run_and_options_come_back(config, tmp_path):
+def test_programs_are_kept_beside_the_run_and_options_are_restored(config, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     compile_something(config, 1)
     kept = programs(tmp_path / "runs/jax_cache")
@@ -53,7 +53,7 @@ def test_the_cache_may_be_moved_or_turned_off(config, tmp_path, cache):
     assert bool(programs(tmp_path / cache)) == (cache != "off")
 
 
-def test_a_folder_named_in_the_environment_is_taken(config, tmp_path, monkeypatch):
+def test_a_folder_named_in_the_environment_is_used(config, tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "named"))
     try:
         assert str(backend.cache_folder(config)) == str(tmp_path / "named")
@@ -72,7 +72,7 @@ def compressors() -> list:
 
 
 @pytest.mark.parametrize("compressor", compressors())
-def test_a_program_that_a_kill_cut_off_is_removed_and_whole_ones_stay(config, tmp_path, compressor):
+def test_truncated_programs_are_removed_and_complete_ones_kept(config, tmp_path, compressor):
     folder = tmp_path / "runs/jax_cache"
     folder.mkdir(parents=True)
     compress = zlib.compress if compressor == "zlib" else importlib.import_module(compressor).compress
@@ -85,7 +85,7 @@ def test_a_program_that_a_kill_cut_off_is_removed_and_whole_ones_stay(config, tm
     assert "whole-cache" in programs(folder)
 
 
-def test_programs_looked_at_before_are_not_read_again(config, tmp_path):
+def test_checked_programs_are_not_read_again(config, tmp_path):
     compile_something(config, 5)
     folder = tmp_path / "runs/jax_cache"
     old = folder / "old-cache"
@@ -101,17 +101,17 @@ def test_a_full_disk_is_named(disk):
     folder = disk.path / "run" / backend.CACHE
     folder.mkdir(parents=True)
     disk.fill()
-    with pytest.raises(OSError, match="No space left") as told:
+    with pytest.raises(OSError, match="No space left") as error:
         compile_something(config, 8)
-    assert told.value.filename == str(folder)
+    assert error.value.filename == str(folder)
     disk.free()
     compile_something(config, 8)
-    with pytest.raises(OSError, match="No space left") as told, backend.compiled_programs(config):
+    with pytest.raises(OSError, match="No space left") as error, backend.compiled_programs(config):
         raise OSError(errno.ENOSPC, "No space left")  # of something else
-    assert told.value.filename is None
+    assert error.value.filename is None
 
 
-def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
+def test_an_interrupted_check_is_repeated(config, tmp_path, monkeypatch):
     compile_something(config, 7)
     folder = tmp_path / "runs/jax_cache"
     (folder / "checked").unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def test_a_check_that_is_cut_short_is_made_again(config, tmp_path, monkeypatch):
     assert not (folder / "cut-cache").exists()
 
 
-def test_a_program_that_cannot_be_unpacked_here_is_left_alone(config, tmp_path, monkeypatch):
+def test_a_program_that_cannot_be_decompressed_here_is_kept(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     folder = tmp_path / "runs/jax_cache"
     folder.mkdir(parents=True)
@@ -148,7 +148,7 @@ def gpu_expected(monkeypatch):
     return monkeypatch
 
 
-def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
+def test_flags_for_gpus_are_set_once(config, gpu_expected):
     flags = " ".join(["--xla_dump_to=x", *backend._PRODUCTS])
     for deterministic, expected in ((False, flags), (True, f"{flags} {backend._DETERMINISTIC}")):
         for _ in range(2):
@@ -157,7 +157,7 @@ def test_a_gpu_is_told_once_which_kernels_to_use(config, gpu_expected):
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_what_the_user_chose_stays_but_not_against_determinism(config, gpu_expected, value):
+def test_the_users_flags_stay_except_against_determinism(config, gpu_expected, value):
     own = f"--xla_gpu_enable_triton_gemm={value} --xla_gpu_exclude_nondeterministic_ops=false"
     gpu_expected.setenv("XLA_FLAGS", own)
     backend.set_flags(deterministic=False)
@@ -176,7 +176,7 @@ def test_flags_are_known_to_this_xla(config, gpu_expected):
     assert done.returncode == 0, done.stderr
 
 
-def test_once_jax_has_started_determinism_comes_too_late_and_nothing_else_is_told(config, gpu_expected):
+def test_once_jax_has_started_only_determinism_is_refused(config, gpu_expected):
     gpu_expected.setattr(backend.workarounds, "jax_has_started", lambda: True)
     backend.set_flags(deterministic=False)
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
@@ -205,7 +205,7 @@ def test_a_deterministic_run_keeps_every_program_in_its_own_folder(config, tmp_p
 
 
 @pytest.mark.parametrize("compressor", compressors())
-def test_a_deterministic_run_looks_at_every_program_at_every_start(config, tmp_path, compressor):
+def test_a_deterministic_run_checks_every_program_at_every_start(config, tmp_path, compressor):
     """Whatever was looked at before: a program compiled in the place of another may compute other bits."""
     deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
     compile_something(deterministic, 9)
@@ -226,7 +226,7 @@ def test_a_deterministic_run_looks_at_every_program_at_every_start(config, tmp_p
     assert "whole-cache" in programs(folder)
 
 
-def test_a_deterministic_run_takes_back_what_it_kept(config, tmp_path):
+def test_a_deterministic_run_loads_the_programs_it_kept(config, tmp_path):
     """JAX itself ends where a program that it kept cannot be unpacked."""
     deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
     compile_something(deterministic, 10)
@@ -238,7 +238,7 @@ def test_a_deterministic_run_takes_back_what_it_kept(config, tmp_path):
         compile_something(deterministic, 10)
 
 
-def test_the_flag_is_one_that_xla_knows_and_importing_starts_nothing():
+def test_xla_knows_the_flag_and_importing_starts_nothing():
     """In programs of their own: XLA ends one for a flag that it does not know."""
     source = """
 import os, sys

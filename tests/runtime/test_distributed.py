@@ -113,7 +113,7 @@ def losses(folder: Path, name: str = "loss") -> dict[int, float]:
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """That two runs tell of the same updates, and the same of them."""
+    """Asserts that two runs logged the same updates with the same values."""
     for name in ("loss", "grad_norm", "skipped_steps", "validation_loss", "optimizer_cleared"):
         a, b = losses(ours, name), losses(theirs, name)
         assert a.keys() == b.keys()
@@ -134,14 +134,14 @@ def test_two_processes_compute_what_one_does(config: Path, run_of_two: Path):
     [(1, 4, ("--mesh.data", "1", "--mesh.tensor", "2")), pytest.param(4, 1, (), marks=pytest.mark.slow)],
     ids=["1 on another mesh", "4"],
 )
-def test_a_run_goes_on_with_more_and_with_fewer_processes(run_of_two: Path, config, processes, devices, mesh):
+def test_a_run_resumes_with_more_and_with_fewer_processes(run_of_two: Path, config, processes, devices, mesh):
     """From the middle: between two restarts, and after a step that was skipped."""
     folder = Path(shutil.copytree(run_of_two, config.parent / f"of_{processes}"))
     for later in ("6", "7"):
         shutil.rmtree(folder / "checkpoints" / later)
     (folder / "summary.json").unlink()
-    told = finished(launched(config, processes, devices, "--run-dir", str(folder), *mesh))
-    assert "resuming after 3 of 7 updates" in told[0][1]
+    printed = finished(launched(config, processes, devices, "--run-dir", str(folder), *mesh))
+    assert "resuming after 3 of 7 updates" in printed[0][1]
     assert_same(folder, run_of_two)
     assert (folder / "checkpoints/7/manifest.json").exists()
 
@@ -153,7 +153,7 @@ def arrays(folder: Path, step: int, sizes: tuple[int, int, int] = (1, 1, 1)) -> 
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def test_what_two_processes_saved_is_the_same_on_every_mesh(run_of_two: Path):
+def test_a_checkpoint_of_two_processes_is_equal_on_every_mesh(run_of_two: Path):
     whole = arrays(run_of_two, 6)
     assert any(leaf.ndim == 3 and np.any(leaf) for leaf in whole)
     for sizes in [(4, 1, 1), (1, 4, 1), (1, 2, 2)]:
@@ -219,10 +219,10 @@ def kill(victim: int, processes: list[subprocess.Popen]) -> None:
     """Kills one of two processes, and looks how the other one ends."""
     processes[victim].kill()
     began = time.monotonic()
-    _, told = processes[1 - victim].communicate(timeout=60)
+    _, printed = processes[1 - victim].communicate(timeout=60)
     assert time.monotonic() - began < DEADLINE
-    assert processes[1 - victim].returncode == exits.LOST, told
-    assert told.strip().splitlines()[-1].startswith("mora: another process of this run is gone")
+    assert processes[1 - victim].returncode == exits.LOST, printed
+    assert printed.strip().splitlines()[-1].startswith("mora: another process of this run is gone")
     processes[victim].communicate()
 
 
@@ -231,8 +231,10 @@ def ask_to_stop(asked: int, processes: list[subprocess.Popen]) -> int:
     processes[asked].send_signal(signal.SIGTERM)
     ends = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [exits.PREEMPTED] * len(processes), ends
-    assert [("SIGTERM: stopping" in told) for told in ends] == [i == asked for i in range(len(processes))]
-    (step,) = {int(re.findall(r"stopped after (\d+) of 100000 updates", told)[0]) for told in ends}
+    assert [("SIGTERM: stopping" in printed) for printed in ends] == [
+        i == asked for i in range(len(processes))
+    ]
+    (step,) = {int(re.findall(r"stopped after (\d+) of 100000 updates", printed)[0]) for printed in ends}
     return step
 
 
@@ -256,7 +258,7 @@ def test_a_process_that_is_killed_ends_the_other_one(config: Path):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_goes_on_after_whatever_ends_one_of_them(config: Path):
+def test_a_run_of_two_processes_resumes_whatever_ends_one_of_them(config: Path):
     """Killed, asked to stop and killed again; and then on one process, with another mesh."""
     folder = config.parent / "ended"
     words = ("--run-dir", str(folder), *ENDLESS)
@@ -299,7 +301,7 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0", "
     ],
     ids=str,
 )  # fmt: skip
-def test_what_the_environment_says(environment, expected):
+def test_several_processes_by_environment(environment, expected):
     assert several(Distributed(), environment) == expected
     assert several(Distributed("host:1234", 2, 1), environment)
     assert not several(Distributed("host:1234", 1, 0), environment)
@@ -315,12 +317,12 @@ def test_what_the_environment_says(environment, expected):
     ],
     ids=str,
 )
-def test_processes_that_cannot_be(fields, message):
+def test_invalid_processes_are_refused(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Distributed(**fields)
 
 
-def test_what_began_in_jax_is_known_behind_other_errors():
+def test_an_error_of_jax_is_found_behind_others():
     lost = jax.errors.JaxRuntimeError("a task died")
     saving, restoring = OSError("could not be saved"), InputError("cannot be restored")
     saving.__cause__, restoring.__context__ = lost, saving
@@ -328,13 +330,13 @@ def test_what_began_in_jax_is_known_behind_other_errors():
     assert not distributed._came_from_jax(OSError("disk"))
 
 
-def test_a_failure_without_a_reason_of_the_system_may_be_a_lost_process():
+def test_a_failure_without_a_system_reason_may_be_a_lost_process():
     """Such as a save that waited for it; a full disk is none."""
     for number, unclear in ((None, True), (errno.EIO, True), (errno.ENOSPC, False)):
         assert distributed._has_no_reason(OSError(number, "could not be saved")) == unclear
     assert not distributed._has_no_reason(ValueError("a bug"))
 
 
-def test_one_process_joins_nobody_and_its_errors_go_on():
+def test_a_single_process_joins_nobody_and_its_errors_propagate():
     with pytest.raises(KeyError), joined(Distributed(), lambda error: 1):
         raise KeyError

@@ -1,4 +1,4 @@
-"""Signals: the first asks, a second ends, and all processes hear of it at the same question."""
+"""Signals: the first asks, a second ends, and all processes get the same answer."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from train.runtime.preempt import LAG, SIGNALS, Stop, ended_at_once
 
 
 @pytest.fixture(autouse=True)
-def hanging_up_is_minded():
+def sighup_is_not_ignored():
     """As in a terminal, also where the tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -36,19 +36,19 @@ def wait_for(condition) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_asks_and_handlers_come_back(mesh, number, capfd):
+def test_the_first_signal_asks_and_handlers_are_restored(mesh, number, capfd):
     before = [signal.getsignal(s) for s in SIGNALS]
     with Stop(mesh) as stop:
         assert not stop.asked()
         os.kill(os.getpid(), number)
         wait_for(stop.asked)
         assert stop.asked()  # and it stays so
-        told = ""
-        while not told:  # a thread tells it
-            told = capfd.readouterr().err
+        printed = ""
+        while not printed:  # a thread prints it
+            printed = capfd.readouterr().err
     assert [signal.getsignal(s) for s in SIGNALS] == before
-    assert told.startswith(f"mora: {number.name}: stopping with a checkpoint")
-    assert ("once more" in told) == (number != signal.SIGHUP)
+    assert printed.startswith(f"mora: {number.name}: stopping with a checkpoint")
+    assert ("once more" in printed) == (number != signal.SIGHUP)
 
 
 def test_other_signals_do_not_ask(mesh):
@@ -62,7 +62,7 @@ def test_other_signals_do_not_ask(mesh):
         signal.signal(signal.SIGUSR1, old)
 
 
-def test_a_terminal_that_hangs_up_more_than_once_does_not_end_the_run(mesh):
+def test_repeated_hangups_do_not_end_the_run(mesh):
     with Stop(mesh) as stop:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
@@ -70,7 +70,7 @@ def test_a_terminal_that_hangs_up_more_than_once_does_not_end_the_run(mesh):
             time.sleep(0.1)  # else two of them may arrive as one
 
 
-def test_under_nohup_a_terminal_may_hang_up(mesh):
+def test_under_nohup_hangups_are_ignored(mesh):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stop(mesh) as stop:
@@ -82,7 +82,7 @@ def test_under_nohup_a_terminal_may_hang_up(mesh):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_another_thread_than_the_main_one_hears_no_signals(mesh):
+def test_a_thread_besides_the_main_one_receives_no_signals(mesh):
     asked = []
 
     def run() -> None:
@@ -95,7 +95,7 @@ def test_another_thread_than_the_main_one_hears_no_signals(mesh):
     assert asked == [False]
 
 
-def test_until_a_run_hears_it_sigint_ends_the_program():
+def test_sigint_ends_the_program_until_a_run_handles_it():
     before = signal.getsignal(signal.SIGINT)
     with ended_at_once():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
@@ -126,7 +126,7 @@ with Stop(sharding.make_mesh(1)) as stop:
 """
 
 
-def test_a_second_signal_ends_at_once_though_nobody_reads_of_the_first():
+def test_a_second_signal_ends_at_once_if_the_message_of_the_first_blocks():
     with subprocess.Popen([sys.executable, "-c", STALLED]) as process:
         try:
             assert process.wait(15) == SIGNALLED + signal.SIGTERM
@@ -146,7 +146,7 @@ with Stop(sharding.make_mesh(1)) as stop:
 """
 
 
-def test_a_second_signal_ends_at_once_what_no_handler_can_interrupt():
+def test_a_second_signal_ends_a_call_that_no_handler_can_interrupt():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", BUSY], **pipes) as process:
         assert process.stdout

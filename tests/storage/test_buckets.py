@@ -17,7 +17,7 @@ def put(url: str, content: bytes) -> None:
     epath.Path(url).write_bytes(content)
 
 
-def test_what_is_in_a_folder(bucket: str):
+def test_the_objects_of_a_folder(bucket: str):
     for name in ("a/x", "a/sub/y", "ab/z"):
         put(f"{bucket}/{name}", name.encode())
     found = buckets.objects(f"{bucket}/a")
@@ -30,7 +30,7 @@ def test_what_is_in_a_folder(bucket: str):
     assert again["sub/y"] == found["sub/y"]
 
 
-def test_a_bucket_that_is_not_there(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_bucket(bucket: str, monkeypatch: pytest.MonkeyPatch):
     def missing(self, path, **kwargs):
         raise FileNotFoundError(2, "The specified bucket does not exist")
 
@@ -39,22 +39,24 @@ def test_a_bucket_that_is_not_there(bucket: str, monkeypatch: pytest.MonkeyPatch
         buckets.objects("s3://none/a")
 
 
-def test_copies_there_and_back(bucket: str, tmp_path: Path):
+def test_upload_and_download(bucket: str, tmp_path: Path):
     for number in range(20):
         path = tmp_path / f"here/{number % 3}/{number}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([number]) * number * 1000)
-    sent, brought = [], []
+    sent, received = [], []
     names = buckets.files(tmp_path / "here")
     buckets.upload(tmp_path / "here", f"{bucket}/there", names, sent.append)
-    back = buckets.download(f"{bucket}/there", tmp_path / "back", names, brought.append)
+    back = buckets.download(f"{bucket}/there", tmp_path / "back", names, received.append)
     assert sorted(back) == sorted(names)
-    assert sum(sent) == sum(brought) == sum(names.values()) > 0
+    assert sum(sent) == sum(received) == sum(names.values()) > 0
     for name in names:
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
-def test_what_is_not_there_as_it_was_written(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_object_of_another_size_than_uploaded_is_an_error(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "x").write_bytes(b"whole")
     real = fsspec.get_filesystem_class("s3").put_file
 
@@ -67,7 +69,7 @@ def test_what_is_not_there_as_it_was_written(bucket: str, tmp_path: Path, monkey
         buckets.upload(tmp_path, f"{bucket}/f", ["x"], lambda n: None)
 
 
-def test_a_copy_that_breaks_off_leaves_nothing(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_download_leaves_nothing(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     put(f"{bucket}/f/x", b"whole")
 
     def broken(store, remote, local, **kwargs):
@@ -114,7 +116,7 @@ ForeignError.__module__ = "botocore.exceptions"
     ],
     ids=["of a package", "of the system"],
 )
-def test_what_goes_wrong_is_one_line(error, status, line, monkeypatch, capsys):
+def test_errors_of_stores_are_one_line(error, status, line, monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", lambda args: (_ for _ in ()).throw(error))
     with pytest.raises(SystemExit) as ended:
         cli.main(["export"])
@@ -130,14 +132,14 @@ def test_other_errors_are_bugs(monkeypatch: pytest.MonkeyPatch, capsys):
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     fsspec.filesystem.__globals__["_registry"].pop("gs", None)
     with pytest.raises(InputError, match=r"need the package gcsfs: pip install 'mora_jax\[cloud\]'"):
         buckets.objects("gs://bucket/a")
 
 
-def test_listings_are_not_kept():
+def test_listings_are_not_cached():
     made = types.SimpleNamespace(protocol=("gs", "gcs"))
     for protocol in ("gs", "s3"):
         made.protocol = protocol
@@ -145,7 +147,7 @@ def test_listings_are_not_kept():
 
 
 @pytest.mark.parametrize("place", ["az://a/b", "http://a/b", "hf://a/b"])
-def test_stores_that_are_not_known(place: str):
+def test_unknown_stores(place: str):
     with pytest.raises(InputError, match=rf"run_dir {place} must be a folder, or one in a bucket of gs"):
         buckets.reachable("run_dir", place)
     for known in ("gs://a/b", "s3://a", "/a/b", "a:b"):

@@ -1,4 +1,4 @@
-"""Small files are replaced whole; a bad place is told from a disk in trouble."""
+"""Small files are replaced whole; a bad place is distinguished from a disk in trouble."""
 
 import errno
 import os
@@ -10,8 +10,8 @@ from mora_jax.errors import InputError
 from train.storage import files
 
 
-def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
-    """As after a loss of power: what was not brought to the disk may be gone."""
+def test_a_file_is_synced_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """As after a loss of power: what was not synced may be gone."""
     path, seen = tmp_path / "a.json", []
     real = os.fsync
 
@@ -27,7 +27,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_is_unchanged(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -60,6 +60,6 @@ def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch):
     ],
     ids=errno.errorcode.get,
 )
-def test_what_is_bad_input_and_what_is_trouble(number, kind):
+def test_bad_places_and_disks_in_trouble(number, kind):
     with pytest.raises(kind, match=os.strerror(number)), files.writable("here", "run_dir cannot be made"):
         raise OSError(number, os.strerror(number))

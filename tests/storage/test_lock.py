@@ -43,8 +43,8 @@ def enter(folder) -> None:
         pass
 
 
-@pytest.mark.parametrize("child", [(), ("20",)], ids=["alone", "with a child that goes on"])
-def test_a_folder_is_held_until_the_program_is_killed(tmp_path, child):
+@pytest.mark.parametrize("child", [(), ("20",)], ids=["alone", "with a child that outlives it"])
+def test_a_folder_is_locked_until_the_program_is_killed(tmp_path, child):
     with holder(tmp_path, *child) as process:
         with pytest.raises(InputError, match=rf"is in use by process {process.pid} on "):
             enter(tmp_path)
@@ -61,17 +61,17 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         enter(tmp_path)
 
 
-def test_a_disk_without_room_is_no_bad_input(tmp_path, monkeypatch):
+def test_a_full_disk_is_not_bad_input(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(OSError, match="No space left") as told:
+    with pytest.raises(OSError, match="No space left") as error:
         enter(tmp_path)
-    assert told.value.filename == str(tmp_path / lock.LOCK)
+    assert error.value.filename == str(tmp_path / lock.LOCK)
 
 
-def test_a_bucket_has_no_lock_and_this_machine_has(bucket, capfd):
+def test_a_run_in_a_bucket_is_locked_on_this_machine(bucket, capfd):
     run = f"{bucket}/runs/a"
     with lock.lock_run(run):
         assert f"process {os.getpid()} on " in (epath.Path(run) / lock.LOCK).read_text()
@@ -86,29 +86,29 @@ def test_a_bucket_has_no_lock_and_this_machine_has(bucket, capfd):
 
 
 @pytest.mark.parametrize("host", ["another-host", socket.gethostname()])
-def test_a_note_in_the_bucket_tells_of_another_machine(bucket, capfd, host):
+def test_a_note_in_the_bucket_names_another_machine(bucket, capfd, host):
     run = f"{bucket}/run"
     (epath.Path(run) / lock.LOCK).write_text(f"process 7 on {host}")
     enter(run)
-    told = capfd.readouterr().err
-    assert ("process 7 on another-host did not release" in told) == (host == "another-host")
-    assert "warning" in told or host == socket.gethostname()
+    printed = capfd.readouterr().err
+    assert ("process 7 on another-host did not release" in printed) == (host == "another-host")
+    assert "warning" in printed or host == socket.gethostname()
 
 
-def test_what_a_note_says_is_one_line_that_no_terminal_obeys(bucket, capfd):
+def test_the_text_of_a_note_is_escaped(bucket, capfd):
     (epath.Path(f"{bucket}/run") / lock.LOCK).write_text("process 7 on \x1b[31m\nmora: fine")
     enter(f"{bucket}/run")
     (line,) = capfd.readouterr().err.splitlines()
     assert r"process 7 on \x1b[31m\nmora: fine" in line
 
 
-def test_a_note_of_a_program_that_began_meanwhile_stays(bucket):
+def test_the_note_of_a_program_that_started_meanwhile_stays(bucket):
     note = epath.Path(f"{bucket}/run") / lock.LOCK
     with lock.lock_run(f"{bucket}/run"):
         note.write_text("process 7 on another-host")
     assert note.read_text() == "process 7 on another-host"
 
 
-def test_a_bucket_that_is_not_there(bucket):
+def test_a_missing_bucket(bucket):
     with pytest.raises(InputError, match="s3://none/run cannot be written to: there is no bucket none"):
         enter("s3://none/run")
