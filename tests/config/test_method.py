@@ -32,6 +32,8 @@ def method(tmp_path):
         ("method: {name: mora, align: 1}", "", MoRA()),
         ("method: {group: [0, 1]}", "", MoRA(operator=Share((0, 1)), align=128)),
         ("method: {name: lora, alpha: 1e1}", "", LoRA(alpha=10.0)),
+        ("method: {name: lora}", "--method.alpha None", LoRA()),
+        ("method: {name: lora, alpha: }", "", LoRA()),
         ("method: {name: full}", "", "full"),
         ("{}", "--method.rank 8 --method.group 1", MoRA(8, Share(1), align=128)),
         ("{}", "--method.group 0 1", MoRA(operator=Share((0, 1)), align=128)),
