@@ -1,6 +1,6 @@
-"""Writes constraints.txt: the versions pip resolves for the project and all extras, on each supported Python.
+"""Writes constraints.txt: the versions that pip resolves for the project and its extras on each Python.
 
-Usage: constraints.py PYTHON_3_11 PYTHON_3_12. Nothing is installed. Later Pythons share the pins of 3.12.
+Usage: constraints.py PYTHON_3_11 PYTHON_3_12. Installs nothing. Later Pythons share the pins of 3.12.
 """
 
 import json
@@ -11,10 +11,10 @@ from pathlib import Path
 
 HEADER = """\
 # The versions the project is tested with: `pip install -c constraints.txt`. Written by `make constraints`.
-# The CUDA libraries are left out: jax and torch each name the versions they want, and these differ.
+# The CUDA libraries are not pinned: jax and torch require different versions of them.
 """
 EXTRAS = ["cuda13", "tpu", "wandb", "cloud", "test"]
-# Parity is resolved, and tested, on one Python only, and its torch is held at one version.
+# Parity is resolved and tested on one Python only, with one version of torch.
 PARITY_PYTHON = "3.11"
 PARITY = [".[parity]", "torch==2.13.0"]
 CUDA_LIBRARY = re.compile(r"(nvidia|cuda)-|triton$")
@@ -22,7 +22,7 @@ MARKERS = {"3.11": 'python_version < "3.12"', "3.12": 'python_version >= "3.12"'
 
 
 def resolve(python: str, requirements: list[str]) -> dict[str, str]:
-    """Normalised name -> version without its local part, of all that pip would install but CUDA libraries."""
+    """Returns name -> version (without the local part) of what pip would install, except CUDA libraries."""
     command = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
     run = subprocess.run([*command, *requirements], stdout=subprocess.PIPE, text=True, check=True)
     found = [item["metadata"] for item in json.loads(run.stdout)["install"]]
@@ -40,7 +40,7 @@ def python_version(python: str) -> str:
 
 
 def merged(pins: dict[str, dict[str, str]]) -> list[str]:
-    """One line for a package whose version all Pythons share, else one line with a marker for each Python."""
+    """Returns one line for a package with the same version on all Pythons, else one line for each Python."""
     lines = []
     for name in sorted(set().union(*pins.values()) - {"mora-jax"}):
         versions = {python: found[name] for python, found in pins.items() if name in found}
