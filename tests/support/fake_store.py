@@ -1,7 +1,6 @@
-"""An object store on a disk in the place of s3://, for tests: it has no folders, no renames and no appending.
+"""A fake object store on a disk that replaces s3:// in tests. It has no folders, no renames and no appending.
 
-It is reached through fsspec like a real one. Programs that tests start get it by `python fake_store.py ARGS`,
-which is the `mora` command on top of it.
+fsspec reaches it like a real store. `python fake_store.py ARGS` runs the `mora` command with it.
 """
 
 import datetime
@@ -20,7 +19,7 @@ ROOT = "FAKE_STORE"
 
 
 class FakeStore(fsspec.AbstractFileSystem):
-    """Objects are the files below the folder that FAKE_STORE names; a bucket is a folder in it."""
+    """An object is a file below the folder that FAKE_STORE names. A bucket is a folder in it."""
 
     protocol = "s3"
     cachable = False
@@ -52,26 +51,26 @@ class FakeStore(fsspec.AbstractFileSystem):
 
     def mkdir(self, path: str, create_parents: bool = True, **kwargs: Any) -> None:
         bucket = _place(self._strip_protocol(path).partition("/")[0])
-        assert bucket.is_dir(), f"{path}: a real store would make a bucket that nobody asked for"
+        assert bucket.is_dir(), f"{path}: a real store would create a bucket"
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self.mkdir(path)
 
     def mv(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"{args}: nothing is renamed")
+        raise AssertionError(f"{args}: a store cannot rename")
 
     def _rm(self, path: str) -> None:
         place = _place(path)
-        if not place.is_dir():  # what is left of a folder is none
+        if not place.is_dir():  # a folder is not an object
             place.unlink()
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         place = _place(path)
         if mode == "rb":
             if not place.is_file():
-                raise FileNotFoundError(path)  # without a number or words for it, as s3fs has it
+                raise FileNotFoundError(path)  # without errno and message, as in s3fs
             return place.open("rb")
-        assert mode == "wb", f"{path}: {mode}: an object is written whole"
+        assert mode == "wb", f"{path}: {mode}: an object is written as a whole"
         bucket = _place(path.partition("/")[0])
         if not bucket.is_dir():
             raise FileNotFoundError(f"there is no bucket {bucket.name}")
@@ -79,7 +78,7 @@ class FakeStore(fsspec.AbstractFileSystem):
 
 
 class _Object(io.BytesIO):
-    """An object that is being put: it is there, whole, once it is closed."""
+    """An object that is being written. It appears as a whole when it is closed."""
 
     def __init__(self, place: Path) -> None:
         super().__init__()
@@ -96,7 +95,7 @@ class _Object(io.BytesIO):
 
 
 def install(root: Path) -> None:
-    """Puts the store in the place of s3://, with one bucket named `bucket`."""
+    """Replaces s3:// by the store, with one bucket named `bucket`."""
     os.environ[ROOT] = str(root)
     (root / "bucket").mkdir(parents=True, exist_ok=True)
     Path(f"{root}.parts").mkdir(exist_ok=True)

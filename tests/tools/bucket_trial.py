@@ -1,12 +1,12 @@
-"""Kills a small run in a bucket, goes on with it as on another machine, and compares it with one on a disk.
+"""Kills a small run in a bucket, resumes it as another machine would, and compares it with a run on a disk.
 
     python tests/tools/bucket_trial.py gs://my-bucket/trial --kills 3
 
-Data and run lie in the bucket, below the folder given, which must be empty. The run is killed with SIGKILL
-when a checkpoint comes into sight there, and each start has an empty cache of its own. In the end all lines
-of metrics and all arrays must be those of an undisturbed run on this machine's disk; else the status is 1.
-Servers on this machine that stand in for a store are found by the packages' own variables: AWS_ENDPOINT_URL;
-STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL.
+The data and the run lie below the given folder of the bucket, which must be empty. The run is killed with
+SIGKILL when a checkpoint appears there, and each start has an empty cache of its own. In the end all lines of
+metrics and all arrays must equal those of an undisturbed run on this machine's disk. Else the status is 1.
+The packages find emulated stores by their own variables: AWS_ENDPOINT_URL; STORAGE_EMULATOR_HOST and
+TENSORSTORE_GCS_HTTP_URL.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TIMES = ("data_wait", "tokens_per_second")
 
 
 def prepared(folder: Path, out: str) -> None:
-    """Made text as a data set of rows of 32 tokens."""
+    """Prepares made-up text as a data set with rows of 32 tokens."""
     for name, seed in (("train", 0), ("validation", 1)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in tiny_documents(200, seed))
         (folder / f"{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
@@ -55,7 +55,7 @@ def prepared(folder: Path, out: str) -> None:
 
 
 def started(config: Path, run: str, data: str, cache: Path) -> subprocess.Popen:
-    """The run, or what is left of it, in a process of its own."""
+    """Starts or resumes the run in a new process."""
     words = ["pretrain", str(config), "--run-dir", run, "--data.directory", data]
     return subprocess.Popen(
         [sys.executable, "-m", "train.cli", *words],
@@ -65,13 +65,13 @@ def started(config: Path, run: str, data: str, cache: Path) -> subprocess.Popen:
 
 
 def saves(run: str) -> tuple[set[int], set[int]]:
-    """The steps of all checkpoints in the bucket, and of those that are sealed."""
+    """Returns the steps of all checkpoints in the bucket, and of the complete ones."""
     names = [name.split("/") for name in buckets.objects(run) if name.startswith("checkpoints/")]
     return {int(name[1]) for name in names}, {int(name[1]) for name in names if name[2:] == ["manifest.json"]}
 
 
 def disturbed(config: Path, run: str, data: str, folder: Path, kills: int, rng: random.Random) -> None:
-    """Starts the run until it is finished, and kills it so many times on the way."""
+    """Starts the run until it finishes, and kills it `kills` times before."""
     for start in range(kills + 1):
         before, program = saves(run)[0], started(config, run, data, folder / f"cache{start}")
         wanted = rng.randint(1, STEPS // 3 // (kills + 1))
@@ -81,18 +81,18 @@ def disturbed(config: Path, run: str, data: str, folder: Path, kills: int, rng: 
             time.sleep(rng.random() / 2)
             program.send_signal(signal.SIGKILL)
         status, (found, sealed) = program.wait(), saves(run)
-        told = [line["step"] for line in read_metrics(f"{run}/metrics.jsonl") if "loss" in line]
+        logged = [line["step"] for line in read_metrics(f"{run}/metrics.jsonl") if "loss" in line]
         newest = max(sealed, default=0)
         left = sorted(found - sealed)
-        print(f"status {status}; sealed {newest}, unfinished {left}, {len(told)} lines of loss", flush=True)
-        if missing := set(range(newest)).difference(told):
-            sys.exit(f"lines of updates that a checkpoint counts are lost: {sorted(missing)}")
+        print(f"status {status}; sealed {newest}, unfinished {left}, {len(logged)} lines of loss", flush=True)
+        if missing := set(range(newest)).difference(logged):
+            sys.exit(f"lines of updates before a checkpoint are lost: {sorted(missing)}")
         if status not in (0, -signal.SIGKILL):
             sys.exit(status)
 
 
 def outcome(run: str) -> tuple[list[dict], list[np.ndarray]]:
-    """All that a finished run told, but times, and its final arrays."""
+    """Returns the log of a finished run without times, and its final arrays."""
     lines = [
         {k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(f"{run}/metrics.jsonl")
     ]
@@ -108,7 +108,7 @@ def main() -> None:
     )
     parser.add_argument("bucket", help="an empty folder in a bucket of gs:// or s3://")
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of when it is killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     args = parser.parse_args()
     if buckets.objects(args.bucket):
         raise InputError(f"{args.bucket} is not empty")
@@ -123,11 +123,11 @@ def main() -> None:
         if started(config, f"{folder}/run", here, folder / "none").wait():
             sys.exit("the undisturbed run failed")
         disturbed(config, f"{args.bucket}/run", there, folder, args.kills, random.Random(args.seed))
-        (lines, arrays), (told, final) = outcome(f"{folder}/run"), outcome(f"{args.bucket}/run")
+        (lines, arrays), (there_lines, final) = outcome(f"{folder}/run"), outcome(f"{args.bucket}/run")
     same = all(np.array_equal(ours, theirs) for ours, theirs in zip(arrays, final, strict=True))
-    print(f"lines the same: {lines == told} ({len(told)}); arrays the same: {same} ({len(final)})")
+    print(f"lines equal: {lines == there_lines} ({len(there_lines)}); arrays equal: {same} ({len(final)})")
     epath.Path(args.bucket).rmtree()
-    sys.exit(not (lines == told and same))
+    sys.exit(not (lines == there_lines and same))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Tests the meshes of `test_meshes.py` on real devices: `python tests/tools/meshes.py`.
+"""Runs the meshes of `test_meshes.py` on real devices: `python tests/tools/meshes.py`.
 
-Each mesh over all of them against the first one alone: the largest relative difference of the losses and
-gradient norms of 20 updates with a restart in the middle. Products are in full float32.
+Compares each mesh over all devices with the first device alone: the largest relative difference of losses and
+gradient norms over 20 updates with a restart in the middle. Products are in full float32.
 """
 
 import sys
@@ -19,7 +19,7 @@ LARGEST = 1e-4
 
 
 def main() -> None:
-    """Prints a line for each mesh, and ends with status 1 where a difference is too large."""
+    """Prints a line for each mesh, and exits with status 1 if a difference is too large."""
     jax.config.update("jax_default_matmul_precision", "highest")
     count, worst = jax.device_count(), 0.0
     print(f"{count} devices: {jax.devices()[0].device_kind}")

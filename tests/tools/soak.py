@@ -1,15 +1,14 @@
-"""Kills a small ReMoRA run again and again, and compares what becomes of it with a run that nobody disturbed.
+"""Kills a small ReMoRA run many times, and compares the result with an undisturbed run.
 
     python tests/tools/soak.py --kills 100
 
-Text is made up, prepared (and the preparation killed, too), and trained on once without a disturbance. Then
-the same command is started and killed (SIGKILL) until there were so many kills: at random times, and on
-purpose in a save, at a restart, in an evaluation, and while it stops for a SIGTERM. A run that finishes
-before begins again from nothing. Every line that any of the killed programs wrote, and the arrays of every
-finished run, must be those of the undisturbed one. The status is 1 if anything differs.
+Prepares made-up text (and kills the preparation too) and trains on it once without disturbance. Then the same
+command is started and killed (SIGKILL) again and again: at random times, and on purpose in a save, at a
+restart, in an evaluation, and while it stops for a SIGTERM. A run that finishes starts again from scratch.
+Every line that a killed program wrote and the arrays of every finished run must equal those of the
+undisturbed run. Else the exit status is 1.
 """
 
-import collections
 import contextlib
 import dataclasses
 import gzip
@@ -28,57 +27,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # here nothing is computed
+os.environ["JAX_PLATFORMS"] = "cpu"  # of this program, which computes nothing
 
-import jax
-import numpy as np
 import tyro
 
-from mora_jax import sharding
 from train.console import exits
 from train.data.tokenizer import train_tokenizer
-from train.run.folder import open_checkpoints, read_config
-from train.run.manifest import MANIFEST
-from train.run.state import restore_state
 from train.runtime.backend import CACHE
 
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from run_folders import (
+    hash_of_arrays,
+    identity,
+    is_saving,
+    logged,
+    missing_or_repeated,
+    updates,
+)
+from tiny import TINY, tiny_documents
+
 ROOT = Path(__file__).parents[2]
-CONFIG = """
-batch_size: 4
-model:
-  {vocab_size: 384, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
-   num_key_value_heads: 2, max_position_embeddings: 32}
-compute: {dtype: float32, layers: scan, remat: dots, loss_chunk: 64}
-method: {name: mora, rank: 4, align: 8}
-optimizer: {learning_rate: 1e-2}
-schedule: {kind: jagged-cosine, warmup: 5}
-restart: {every: 20, warmup: 2}
-bad_steps: {window: 8}
-eval: {every: 15, batch_size: 4, max_batches: 8}
-checkpoint: {every: 7, keep: 3}
-mesh: {data: 1}
-"""
 EVERY = {"restart": 20, "evaluation": 15}  # updates
+SETTINGS = (
+    *("--schedule.warmup", "5", "--restart.every", "20", "--restart.warmup", "2", "--bad-steps.window", "8"),
+    *("--eval.every", "15", "--eval.max-batches", "8", "--checkpoint.every", "7", "--checkpoint.keep", "3"),
+)
 KINDS = ("start", "update", "update", "save", "save", "restart", "evaluation", "SIGTERM")
 MORA = (sys.executable, "-m", "train.cli")
-AHEAD = 40  # updates, at most, between going on and lying in wait
+AHEAD = 40  # at most so many updates pass before a kill is prepared
 LOSSES = ("loss", "validation_loss")
-START_SECONDS = 10.0  # kills at a start come within so many seconds
-TIMES = ("data_wait", "tokens_per_second")  # differ from run to run
-# Seconds without a sign of what a kill waits for, after which it strikes all the same.
-PATIENCE = 30.0
+START_SECONDS = 10.0  # a kill of kind "start" comes within this time
+PATIENCE = 30.0  # seconds after which a kill no longer waits for its moment
 
 
 @dataclasses.dataclass(frozen=True)
 class Soak:
-    """Kills a small ReMoRA run again and again, and compares it with an undisturbed one.
+    """Kills a small ReMoRA run many times, and compares the result with an undisturbed run.
 
     Attributes:
-      kills: how many.
+      kills: number of kills.
       steps: updates of a run.
-      seed: of the times and kinds of the kills.
-      platform: where it is trained, cpu or cuda; on a GPU deterministically.
-      folder: where everything is written; empty for a temporary folder that is removed.
+      seed: seed of the times and kinds of the kills.
+      platform: where the runs train, cpu or cuda. Runs on a GPU are deterministic.
+      folder: where all files are written; empty for a temporary folder.
       report: JSON file for the figures; empty for none.
     """
 
@@ -92,7 +83,7 @@ class Soak:
 
 @dataclasses.dataclass
 class Figures:
-    """What was counted; seconds are of wall time."""
+    """The counts. Seconds are wall time."""
 
     kills: int = 0
     kills_by_kind: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
@@ -109,52 +100,54 @@ class Figures:
     lines_lost_or_doubled: int = 0
     undisturbed_hash: str = ""
     final_hashes: list[str] = dataclasses.field(default_factory=list)
-    prepared_alike: bool = False
+    prepared_equal: bool = False
     undisturbed_seconds: float = 0.0
     disturbed_seconds: float = 0.0
     wasted_seconds: float = 0.0
 
     @property
-    def alike(self) -> bool:
-        """Whether nothing at all differs."""
+    def equal(self) -> bool:
+        """Whether nothing differs."""
         hashes = set(self.final_hashes) == {self.undisturbed_hash}
         return (
             hashes
-            and self.prepared_alike
+            and self.prepared_equal
             and not (self.differing_losses + self.differing_lines + self.lines_lost_or_doubled)
         )
 
 
 def main(options: Soak) -> int:
-    """Runs it all and prints the figures; the exit status."""
-    os.environ["JAX_PLATFORMS"] = options.platform  # of the programs: JAX is here already
+    """Runs the soak and prints the figures. Returns the exit status."""
+    os.environ["JAX_PLATFORMS"] = options.platform  # of the programs that are started
     with contextlib.ExitStack() as stack:
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         figures = soak(folder, options, random.Random(options.seed))
-    plain = dataclasses.asdict(figures) | {"alike": figures.alike}
+    plain = dataclasses.asdict(figures) | {"equal": figures.equal}
     for name, value in plain.items():
         print(f"{name.replace('_', ' '):24} {value}")
     if options.report:
         Path(options.report).write_text(json.dumps(plain, indent=2) + "\n")
-    return 0 if figures.alike else 1
+    return 0 if figures.equal else 1
 
 
 def soak(folder: Path, options: Soak, chance: random.Random) -> Figures:
-    """Prepares, trains undisturbed, and kills."""
+    """Prepares the data, trains without disturbance, and then with kills. Returns the figures."""
     figures = Figures()
     prepare(folder, figures, max(1, options.kills // 10), chance)
     data = f"data: {{directory: {folder / 'data'}, sequence_length: 32}}"
     gpu = options.platform != "cpu"
     (folder / "run.yaml").write_text(
-        f"{data}\nsteps: {options.steps}\ndeterministic: {'true' if gpu else 'false'}\n{CONFIG}"
+        f"{data}\ndeterministic: {'true' if gpu else 'false'}\n{TINY}".replace(
+            "steps: 22", f"steps: {options.steps}"
+        )
     )
     started = time.monotonic()
     say("training undisturbed")
-    # Compiled by itself: on a CPU, programs taken from the cache must compute the same bits.
+    # Without the cache: on a CPU, programs from the cache must compute the same bits as fresh ones.
     finish(command(folder, "undisturbed", *([] if gpu else ["--compilation.cache", "off"])))
     figures.undisturbed_seconds = round(time.monotonic() - started, 1)
-    expected = told(folder / "undisturbed")
+    expected = logged(folder / "undisturbed")
     figures.undisturbed_hash = hash_of_arrays(folder / "undisturbed")
     disturb(folder, expected, figures, options.kills, chance)
     needed = len(figures.final_hashes) * figures.undisturbed_seconds
@@ -165,16 +158,16 @@ def soak(folder: Path, options: Soak, chance: random.Random) -> Figures:
 def disturb(
     folder: Path, expected: dict[str, dict], figures: Figures, kills: int, chance: random.Random
 ) -> None:
-    """Starts the command until there were so many kills, and lets the last run come to its end."""
+    """Starts the command until it was killed `kills` times, and lets the last run finish."""
     run_dir, furthest = folder / "disturbed", 0
     while True:
-        lend_programs(folder)
+        copy_programs(folder)
         strike = next_strike(run_dir, chance) if figures.kills < kills else None
         file_before, started = identity(run_dir), time.monotonic()
         status, err = attempt(command(folder, "disturbed"), strike)
         figures.disturbed_seconds = round(figures.disturbed_seconds + time.monotonic() - started, 1)
         figures.starts += 1
-        if identity(run_dir) != file_before:  # else it was killed before it told of anything
+        if identity(run_dir) != file_before:  # else it was killed before it logged anything
             resumed = int((re.findall(r"resuming after (\d+) of", err) or [0])[0])
             figures.resumes += resumed > 0
             figures.replayed_steps += max(0, min(updates(run_dir), furthest) - resumed)
@@ -182,29 +175,29 @@ def disturb(
             furthest = max(furthest, updates(run_dir))
         if status == -signal.SIGKILL and strike:
             count_kill(run_dir, strike.kind, figures)
-            say(f"kill {figures.kills} of {kills}: {strike.kind}, {updates(run_dir)} updates told of")
+            say(f"kill {figures.kills} of {kills}: {strike.kind}, {updates(run_dir)} updates logged")
         elif status == 0:
             figures.final_hashes.append(hash_of_arrays(run_dir))
-            figures.lines_lost_or_doubled += unmatched(run_dir, folder / "undisturbed")
+            figures.lines_lost_or_doubled += missing_or_repeated(run_dir, folder / "undisturbed")
             if figures.kills >= kills:
                 return
             shutil.rmtree(run_dir)
             furthest = 0
-        elif status == exits.PREEMPTED:  # sooner than the kill came
+        elif status == exits.PREEMPTED:  # before the kill came
             figures.stopped_by_sigterm += 1
         else:
             raise SystemExit(f"the run ended with status {status}:\n{err}")
 
 
-def lend_programs(folder: Path) -> None:
-    """On a GPU a compiler makes another program each time: a new run begins with the undisturbed one's."""
+def copy_programs(folder: Path) -> None:
+    """Copies the programs of the undisturbed run: on a GPU each compilation gives another program."""
     theirs, ours = folder / "undisturbed" / CACHE, folder / "disturbed" / CACHE
     if theirs.exists() and not ours.exists():
         shutil.copytree(theirs, ours)
 
 
 def attempt(words: list[str], strike: "Strike | None") -> tuple[int, str]:
-    """Starts the command, and strikes; its status and what it said on stderr."""
+    """Starts the command and kills it as `strike` says. Returns its status and its stderr."""
     with tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=err, env=environment())
         if strike:
@@ -220,10 +213,10 @@ class Strike:
     """How a program is killed.
 
     Attributes:
-      kind: what is waited for, once the program has gone on.
-      run_dir: where that is seen.
-      ahead: updates that are let go by before.
-      late: how long after the moment it comes, from 0 to 1.
+      kind: the event to wait for once the program has resumed.
+      run_dir: where the event is seen.
+      ahead: updates that pass before.
+      late: how long after the event the kill comes, from 0 to 1.
       file_before: `identity` before the program was started.
     """
 
@@ -234,14 +227,14 @@ class Strike:
     file_before: int
 
     def wait(self, process: subprocess.Popen) -> None:
-        """Returns when it is time."""
+        """Returns when the program is to be killed."""
         if self.kind == "start":
             return pause(process, START_SECONDS * self.late)
         wait_until(process, lambda: identity(self.run_dir) != self.file_before and updates(self.run_dir) > 0)
         goal = updates(self.run_dir) + self.ahead
         wait_until(process, lambda: updates(self.run_dir) >= goal)
         if self.kind == "save":
-            wait_until(process, lambda: unfinished(self.run_dir))
+            wait_until(process, lambda: is_saving(self.run_dir))
             return pause(process, 0.03 * self.late)
         if self.kind in EVERY:
             wait_until(process, lambda: updates(self.run_dir) % EVERY[self.kind] == 0)
@@ -254,88 +247,38 @@ class Strike:
 
 
 def next_strike(run_dir: Path, chance: random.Random) -> Strike:
-    """A kind of kill and its moment, drawn at random."""
+    """Draws a kind of kill and its moment."""
     return Strike(chance.choice(KINDS), run_dir, chance.randrange(AHEAD), chance.random(), identity(run_dir))
 
 
 def pause(process: subprocess.Popen, seconds: float) -> None:
-    """Waits, but not for a program that has ended."""
+    """Waits, or returns when the program ends."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
 
 
 def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    """Waits for what happens for a moment only; gives up where the program has ended, or in the end."""
+    """Waits for a short event, until the program ends, or for PATIENCE seconds."""
     until = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < until and not happened():
         time.sleep(0.001)
 
 
-# What lies in a run's folder
-
-
-def identity(run_dir: Path) -> int:
-    """Tells a metrics.jsonl from that of the program before, which each one writes anew; 0 for none."""
-    path = run_dir / "metrics.jsonl"
-    return path.stat().st_ino if path.exists() else 0
-
-
-def updates(run_dir: Path) -> int:
-    """How many updates were told of: what is called in a hurry reads the end of the file alone."""
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-        return max([json.loads(line)["step"] + 1 for line in file.read().split(b"\n")[1:-1]], default=0)
-    return 0
-
-
-def unfinished(run_dir: Path) -> bool:
-    """Whether a save is under way, or was cut off."""
-    with contextlib.suppress(OSError):
-        for folder in (run_dir / "checkpoints").iterdir():
-            if not folder.name.isdigit() or not (folder / MANIFEST).exists():
-                return True
-    return False
+# Counts
 
 
 def count_kill(run_dir: Path, kind: str, figures: Figures) -> None:
-    """Counts a kill and what it cut off."""
+    """Counts a kill and what it interrupted."""
     figures.kills += 1
     figures.kills_by_kind[kind] += 1
-    figures.saves_found_unfinished += unfinished(run_dir)
+    figures.saves_found_unfinished += is_saving(run_dir)
     path = run_dir / "metrics.jsonl"
     figures.lines_found_cut += path.exists() and not path.read_bytes().endswith(b"\n")
 
 
-def told(run_dir: Path) -> dict[str, dict]:
-    """All whole lines of a run by what they tell of, without what differs from run to run."""
-    return {subject(line): line for line in whole_lines(run_dir)}
-
-
-def whole_lines(run_dir: Path) -> list[dict]:
-    """All whole lines of a run, in their order."""
-    return [without_times(line) for line in (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]]
-
-
-def unmatched(run_dir: Path, other: Path) -> int:
-    """How many lines of two finished runs tell of what the other's do not, or tell of it more often."""
-    ours, theirs = (collections.Counter(map(subject, whole_lines(folder))) for folder in (run_dir, other))
-    return ((ours - theirs) + (theirs - ours)).total()
-
-
-def without_times(line: str) -> dict:
-    """A line, but for what differs from run to run."""
-    return {name: value for name, value in json.loads(line).items() if name not in TIMES}
-
-
-def subject(line: dict) -> str:
-    """What a line tells of."""
-    kinds = [kind for kind in ("loss", "restart", "validation_loss") if kind in line]
-    return f"{line['step']} {kinds[0]}"
-
-
 def compare(run_dir: Path, resumed: int, expected: dict[str, dict], figures: Figures) -> None:
-    """Compares what a program told of, from where it went on, with what the undisturbed one told."""
-    for name, line in told(run_dir).items():
+    """Compares the lines that a program logged after it resumed with those of the undisturbed run."""
+    for name, line in logged(run_dir).items():
         if line["step"] >= resumed:
             figures.lines_compared += 1
             other = expected.get(name, {})
@@ -343,29 +286,14 @@ def compare(run_dir: Path, resumed: int, expected: dict[str, dict], figures: Fig
             figures.differing_losses += any(line.get(loss) != other.get(loss) for loss in LOSSES)
 
 
-def hash_of_arrays(run_dir: Path) -> str:
-    """Of all arrays of a finished run's last checkpoint: parameters, adapters, optimizer and guard."""
-    config = read_config(str(run_dir))
-    with open_checkpoints(config) as saved:
-        state, _ = restore_state(config, saved, config.steps, sharding.make_mesh(1))
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 # Text and commands
 
 
 def prepare(folder: Path, figures: Figures, kills: int, chance: random.Random) -> None:
-    """Makes text and prepares it, undisturbed and with kills; the training then uses the latter."""
+    """Writes made-up text and prepares it, once undisturbed and once with kills. Training uses the latter."""
     say("preparing")
-    words = ["".join(random.Random(n).choices("abcdefghij", k=2 + n % 6)) for n in range(200)]
-    for name, documents in (("train.0", 1500), ("train.1", 1500), ("validation.0", 100)):
-        texts = (" ".join(chance.choices(words, k=chance.randint(10, 60))) for _ in range(documents))
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for seed, (name, documents) in enumerate((("train.0", 1500), ("train.1", 1500), ("validation.0", 100))):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in tiny_documents(documents, seed))
         (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     train_tokenizer(str(folder / "c4-train.*"), str(folder / "t.model"), 384)
     started = time.monotonic()
@@ -379,43 +307,42 @@ def prepare(folder: Path, figures: Figures, kills: int, chance: random.Random) -
         if process.returncode == 0:
             shutil.rmtree(folder / "data")
     finish(preparation(folder, "data"))
-    figures.prepared_alike = contents(folder / "undisturbed_data") == contents(folder / "data")
-    (folder / "run.yaml").write_text(f"data: {{directory: {folder / 'data'}, sequence_length: 32}}\n{CONFIG}")
+    figures.prepared_equal = contents(folder / "undisturbed_data") == contents(folder / "data")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file and its hash."""
+    """Returns the hash of every file."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def preparation(folder: Path, out: str) -> list[str]:
-    """The command that prepares the text, one that continues what was cut off."""
+    """Returns the command that prepares the text, and resumes a preparation that was killed."""
     source, validation = str(folder / "c4-train.*"), str(folder / "c4-validation.*")
     words = ["--source", source, "--validation", validation, "--tokenizer", str(folder / "t.model")]
     return [*MORA, "prepare-data", *words, "--out", str(folder / out), "--sequence-length", "32"]
 
 
 def command(folder: Path, name: str, *more: str) -> list[str]:
-    """The command that trains, the same for every start."""
-    return [*MORA, "pretrain", str(folder / "run.yaml"), "--run-dir", str(folder / name), *more]
+    """Returns the command that trains, the same for every start."""
+    return [*MORA, "pretrain", str(folder / "run.yaml"), "--run-dir", str(folder / name), *SETTINGS, *more]
 
 
 def finish(words: list[str]) -> None:
-    """Runs a command that nothing disturbs."""
+    """Runs a command to its end."""
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with status {done.returncode}:\n{done.stderr}")
 
 
 def environment() -> dict[str, str]:
-    """That of the programs, which run from this source."""
+    """Returns the environment of the programs, which run from this source."""
     paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def say(sentence: str) -> None:
-    """What is going on, on stderr."""
+    """Reports progress on stderr."""
     print(f"soak: {sentence}", file=sys.stderr, flush=True)
 
 

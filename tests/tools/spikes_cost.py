@@ -1,8 +1,8 @@
-"""What the judgement of bad steps costs: whole steps with it and without it, in turn, in one process.
+"""Measures what the detection of bad steps costs: steps with and without it alternate in one process.
 
     python tests/tools/spikes_cost.py configs/demo.yaml
 
-Wall time is that of the device; processor time, of all threads, is the better one on a CPU that others use.
+Wall time is that of the device. Processor time of all threads is more reliable on a CPU that others use.
 """
 
 import functools
@@ -29,7 +29,7 @@ CLOCKS = {"wall time": time.perf_counter, "processor time": time.process_time}
 
 
 def main(config_path: str, rounds: int = 30) -> None:
-    """Prints the ratio of the median step with the judgement to that without it."""
+    """Prints the ratio of the median step with the detection to that without it."""
     config = flags.read_config(config_path)
     methods, spec = assign_methods(config), spec_of(config)
     shape = (config.batch_size, config.data.sequence_length)
@@ -56,7 +56,7 @@ def main(config_path: str, rounds: int = 30) -> None:
 
 
 def compiled(judge: Callable[..., Any]) -> Any:
-    """A training step whose judgement is another one."""
+    """Returns a training step with another detection."""
 
     @functools.wraps(step.train_step)
     def judged(*args: Any) -> Any:
@@ -67,7 +67,7 @@ def compiled(judge: Callable[..., Any]) -> Any:
 
 
 def all_good(config: Any, seen: spikes.History, loss: jax.Array, norm: jax.Array) -> Any:
-    """No step is bad, which the compiler sees."""
+    """Judges every step as good, which the compiler sees."""
     return jnp.bool_(False), seen
 
 

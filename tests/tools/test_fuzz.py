@@ -50,7 +50,7 @@ def test_what_once_crashed(target: str, number: int, tmp_path: Path):
     assert not fuzz.crash(target, 0, number, tmp_path / "case")
 
 
-def test_a_crash_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_crash_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def careless(folder: Path) -> None:
         raise KeyError(folder.name)
 
