@@ -26,11 +26,11 @@ def test_every_method_and_operator_has_a_row_with_its_figures():
     assert columns["768x768"][rows["full"]] == "768"
 
 
-def test_what_a_restart_does_is_told():
-    assert methods.restarts(MoRA(4)) == "switch"
-    assert methods.restarts(MoRA(4, Rotate())) == "same"
-    assert methods.restarts(LoRA(4)) == "redraw"
-    assert methods.restarts(DoRA(4)) == "no"
+def test_what_a_restart_does():
+    assert MoRA(4).restart_effect == "switch"
+    assert MoRA(4, Rotate()).restart_effect == "same"
+    assert LoRA(4).restart_effect == "redraw"
+    assert DoRA(4).restart_effect == "no"
 
 
 def test_the_table_fits_a_terminal():

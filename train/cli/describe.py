@@ -1,4 +1,4 @@
-"""What a config amounts to, before anything is paid for it: `mora pretrain CONFIG --dry-run`."""
+"""`mora pretrain CONFIG --dry-run`: what a config amounts to, without computing anything."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def print_description(config: RunConfig) -> None:
 
 
 def trained_entries(choice: Choice, shape: tuple[int, ...]) -> int:
-    """How many numbers are trained for one parameter: its own, its adapter's (without padding), or none."""
+    """Returns how many numbers are trained for one parameter; padding of stored arrays does not count."""
     if isinstance(choice, str):
         return math.prod(shape) if choice == "train" else 0
     return choice.count(*shape[-2:]) * math.prod(shape[:-2])

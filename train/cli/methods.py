@@ -1,4 +1,4 @@
-"""All methods side by side for one model, to choose from: `mora methods`."""
+"""`mora methods`: all methods side by side for one model."""
 
 import math
 
@@ -14,11 +14,11 @@ Shape = tuple[int, ...]
 
 
 def survey(model: LlamaConfig, rank: int) -> Table:
-    """A row a method, MoRA with each operator: trainable parameters, r_hat and attainable rank a kernel.
+    """Returns a table of every method: trainable parameters, effect of a restart, and rank by kernel.
 
     Args:
-      model: its seven linears are adapted.
-      rank: LoRA's rank, and the one that MoRA matches in parameters.
+      model: the model whose seven linears are adapted.
+      rank: rank of LoRA, whose parameter count MoRA matches.
     """
     kernels = linears(model)
     distinct = sorted({shape[-2:] for shape in kernels.values()})
@@ -32,7 +32,8 @@ def survey(model: LlamaConfig, rank: int) -> Table:
     )
     for name, method in variants(rank).items():
         trainable = sum(method.count(*s[-2:]) * math.prod(s[:-2]) for s in kernels.values())
-        table.add_row(name, f"{trainable:,}", restarts(method), *(_ranks(method, *s) for s in distinct))
+        ranks = (method.ranks(k, d) for k, d in distinct)
+        table.add_row(name, f"{trainable:,}", method.restart_effect, *ranks)
     return table
 
 
@@ -42,21 +43,12 @@ def print_survey(model: LlamaConfig, rank: int) -> None:
 
 
 def variants(rank: int) -> dict[str, Method]:
-    """Every method, and MoRA once with every operator."""
+    """Returns the variants of every method, such as MoRA with each operator, by name."""
     return {name: method for cls in METHODS.values() for name, method in cls.variants(rank).items()}
 
 
 def linears(model: LlamaConfig) -> dict[str, Shape]:
-    """The shapes of the kernels that are adapted by default, layers stacked, by path."""
+    """Returns the shapes of the kernels that are adapted by default, layers stacked, by path."""
     flat = trees.flatten(abstract_params(model))
     found = trees.first_match([(LINEARS, True), (trees.CATCH_ALL, False)], flat)
     return {path: flat[path].shape for path, is_linear in found.items() if is_linear}
-
-
-def restarts(method: Method) -> str:
-    """What a restart does: the pattern is switched or stays the same, random factors are drawn anew."""
-    return method.restart_effect
-
-
-def _ranks(method: Method, k: int, d: int) -> str:
-    return method.ranks(k, d)
