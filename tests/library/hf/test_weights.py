@@ -18,7 +18,7 @@ from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.hf import load_hf, save_hf
 from mora_jax.hf.safetensors import Stored, read_headers
-from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.models.llama import LAYOUTS, Compute, Llama, LlamaConfig
 from mora_jax.trees import flatten, unflatten
 
 both = pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
@@ -87,7 +87,7 @@ def test_loading_onto_a_mesh_gives_the_same_model(tmp_path, config, sizes):
     save_hf(tmp_path / "hf", params, config, max_shard_bytes=20_000)
     loaded, _ = load_hf(tmp_path / "hf", mesh)
     assert_same(params, loaded)
-    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == sharding.shardings(loaded, mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == sharding.shardings(loaded, mesh, LAYOUTS)
     save_hf(tmp_path / "again", loaded, config, max_shard_bytes=20_000)  # from the mesh
     for file in (tmp_path / "hf").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
