@@ -8,8 +8,8 @@ from mora_jax.methods import LoRA, MoRA
 from mora_jax.models.llama import LlamaConfig
 from train.perf.bench import check as checks
 from train.perf.bench import measure
-from train.perf.bench.cases import SIZES
 from train.perf.bench.check import check, layers, paths
+from train.perf.bench.jobs import CheckJob
 
 MODEL = LlamaConfig(100, 32, 48, 1, 4, 2, 16)
 METHODS = (MoRA(4, align=8), LoRA(4))
@@ -71,7 +71,7 @@ def test_a_bfloat16_base_is_checked():
 
 
 def test_the_largest_error_of_each_path_and_type_is_kept():
-    found = measure.checked(SIZES["tiny"](), ("mora:3", "frozen", "full"))
+    found = measure.checked(CheckJob(MODEL, METHODS[:1], 64, "float32", deterministic=False))
     assert set(found["worst"]) == {f"{path} {dtype}" for path in paths() for dtype in checks.LIMITS}
     assert found["failures"] == []
     assert found["compared"] == 2 * 2 * len(list(paths())) * 3  # layers, types, paths, quantities

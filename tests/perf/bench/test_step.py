@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.methods import LoRA, Method, MoRA, Rotate, to_json
 from train.cli import main as cli
-from train.config.run import RunConfig
-from train.perf.bench import children, measure, options, program, record, step
+from train.perf.bench import children, measure, options, record, step
 from train.perf.bench.cases import SIZES, Case
-from train.perf.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, peer_job
+from train.perf.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, check_job, peer_job, step_job
 
 RATE = {"device": "toy", "platform": "cpu", "matmul_side": 8, "matmul_tflops": 2.0, "versions": {"jax": "1"}}
 CHECKED = {"worst": {"merged float32": 1e-6}, "failures": [], "compared": 4}
@@ -42,12 +42,26 @@ class World:
             return dict(self.rate)
         if isinstance(job, CheckJob):
             return dict(self.checked)
-        if job.method in self.failing:
+        if word(job) in self.failing:
             return {"error": "out of memory"}
-        return figures({"full": 12.0, "frozen": 8.0, "mora": 10.0}.get(job.method, 11.0))
+        return figures({"full": 12.0, "frozen": 8.0, "mora": 10.0}.get(word(job), 11.0))
 
     def methods(self) -> list[str]:
-        return [job.method for job in self.jobs if isinstance(job, StepJob | PeerJob)]
+        return [word(job) for job in self.jobs if isinstance(job, StepJob | PeerJob)]
+
+
+def word(job: StepJob | PeerJob) -> str:
+    """Returns the word of which the tiny case made a job."""
+    if isinstance(job, PeerJob):
+        return job.method
+    adapters = [choice for _, choice in job.rules if isinstance(choice, Method)]
+    if not adapters:
+        return "full" if job.rules == ((".*", "train"),) else "frozen"
+    plain, path = to_json(adapters[0]), job.spec.compute.adapter_path
+    operator = plain.get("operator", {}).get("name", "share")
+    words = plain["name"] + (f"-{operator}" if operator != "share" else "")
+    words += f":{plain['rank']}" if plain["rank"] != 8 else ""
+    return words + (f"/{path}" if path != "auto" else "")
 
 
 @pytest.fixture
@@ -228,18 +242,34 @@ def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest
     assert "MoRA r 8 (merged path)" in capsys.readouterr().out
 
 
-def test_a_deterministic_case_sets_the_flags_of_xla(monkeypatch: pytest.MonkeyPatch):
+def test_a_job_holds_methods_not_words():
+    case = SIZES["tiny"]()
+    job = step_job(case, "mora-rotate:4/merged", 1, 2)
+    assert [choice for _, choice in job.rules] == [MoRA(4, Rotate(), align=8), "train", "frozen"]
+    assert (job.spec.model, job.spec.compute.adapter_path) == (case.config.model, "merged")
+    assert (job.batch, job.base_dtype, job.warmup, job.steps) == ((4, 32), "float32", 1, 2)
+    check = check_job(
+        case, [step_job(case, text, 1, 2) for text in ("full", "mora", "mora/merged", "lora:4")]
+    )
+    assert [type(method) for method in check.methods] == [MoRA, LoRA]
+    assert (check.model, check.tokens) == (case.config.model, 4 * 32)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda case: step_job(case, "mora", 1, 2), lambda case: check_job(case, [])]
+)
+def test_a_deterministic_case_sets_the_flags_of_xla(monkeypatch: pytest.MonkeyPatch, make):
     """They are set before JAX starts, as in a run, and the figures have another setting."""
     seen = []
 
-    def stop(config: RunConfig) -> None:
-        seen.append(config.deterministic)
+    def stop(deterministic: bool) -> None:
+        seen.append(deterministic)
         raise InterruptedError
 
-    monkeypatch.setattr(program.backend, "set_flags", stop)
+    monkeypatch.setattr(measure.backend, "set_flags", stop)
     case = SIZES["tiny"]()
     deterministic = dataclasses.replace(case, config=dataclasses.replace(case.config, deterministic=True))
     with pytest.raises(InterruptedError):
-        measure.run(StepJob(deterministic, "mora", 1, 2))
+        measure.run(make(deterministic))
     assert seen == [True]
     assert record.setting(case) != record.setting(deterministic)

@@ -1,6 +1,7 @@
 """Sweeps around a case, and their picture."""
 
 import dataclasses
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from mora_jax.errors import InputError
+from mora_jax.methods import Method
 from train.perf.bench import children, sweep, sweep_plot
 from train.perf.bench.cases import SIZES
 from train.perf.bench.jobs import MatmulJob
@@ -29,9 +31,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if isinstance(job, MatmulJob):
             return {"device": "toy", "platform": "gpu", "matmul_tflops": 1.0, "matmul_side": 8}
         done.append(job)
-        config = job.case.config
-        milliseconds = config.tokens_per_step() * config.model.hidden_size / 1e6
-        return {"milliseconds": milliseconds, "peak_gib": None, "planned_gib": config.method.rank / 10}
+        (rank,) = {choice.rank for _, choice in job.rules if isinstance(choice, Method)}
+        milliseconds = math.prod(job.batch) * job.spec.model.hidden_size / 1e6
+        return {"milliseconds": milliseconds, "peak_gib": None, "planned_gib": rank / 10}
 
     monkeypatch.setattr(children, "call", call)
     return done

@@ -1,5 +1,6 @@
 """Plans: bytes of the state, the formula, the command line, and the TPU compiler."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -14,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.methods import Decouple
+from mora_jax.methods import Decouple, mora
 from train.cli import main as cli
 from train.config import flags
 from train.perf.plan import targets
@@ -145,9 +146,13 @@ def test_mora_all_gathers_activations_over_tensor(abstract, config):
 # The command
 
 
-def test_simulated_devices(capsys, tiny_yaml, tmp_path):
+def test_simulated_devices(capsys, monkeypatch, tiny_yaml, tmp_path):
+    costs, cost = set(), mora.flops_per_byte
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: costs.add((sharding.device_kind(), cost())) or cost())
     out = tmp_path / "plan.json"
     words = ["--devices", "2", "--mesh.data", "2", "--every-program", "--out", str(out)]
+    # A seed of its own: the step is traced here, and not found in a cache.
+    words += ["--compute.adapter-path", "merged", "--seed", "7"]
     cli.main(["plan", str(tiny_yaml), *words])
     shown = " ".join(capsys.readouterr().out.split())  # where lines break depends on the path
     assert "2 simulated devices" in shown
@@ -161,6 +166,7 @@ def test_simulated_devices(capsys, tiny_yaml, tmp_path):
     train = figures["programs"][0]
     assert train["peak"] >= sum(figures["held"].values())
     assert {c["axes"] for c in train["collectives"]} == {"data"}
+    assert costs == {("cpu", 250)}
 
 
 def test_a_config_that_does_not_fit_exits_with_status_1(capsys, tiny_yaml):
@@ -224,17 +230,33 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+PLAN = """
+import sys
+from mora_jax import sharding
+from mora_jax.methods import mora
+from train.cli import main
+costs, cost = set(), mora.flops_per_byte
+mora.flops_per_byte = lambda: costs.add((sharding.device_kind(), cost())) or cost()
+main.main(["plan", *sys.argv[1:]])
+print("costs:", sorted(costs))
+"""
+
+
 def planned_for_tpus(*words: str, folder: Path) -> dict:
-    """Returns the figures of `mora plan` from a process of its own, with XLA's optimizations."""
+    """Returns the figures of `mora plan` from a process of its own, with XLA's optimizations.
+
+    Under "costs" are the kinds of device that MoRA computed a cost for, and the costs.
+    """
     out = folder / "plan.json"
     environment = {
         k: v for k, v in os.environ.items() if k not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
     }
-    command = [sys.executable, "-m", "train.cli", "plan", *words, "--out", str(out)]
+    command = [sys.executable, "-c", PLAN, *words, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "by the TPU compiler (libtpu " in done.stdout
-    return json.loads(out.read_text())
+    costs = ast.literal_eval(done.stdout.rpartition("costs:")[2].strip())
+    return json.loads(out.read_text()) | {"costs": costs}
 
 
 @needs_libtpu
@@ -243,11 +265,15 @@ def planned_for_tpus(*words: str, folder: Path) -> dict:
     [pytest.param(4, id="activation path", marks=pytest.mark.slow), pytest.param(64, id="merged path")],
 )
 def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
-    """The formula agrees with the compiler about what is sent in float32 and what in bfloat16."""
+    """The formula agrees with the compiler about what is sent in float32 and what in bfloat16.
+
+    MoRA's costs are those of the topology's devices, not of the CPU that compiles.
+    """
     words = ["--topology", "v5e:2x2", "--mesh.data", "4"]
     words += ["--compute.dtype", "bfloat16", "--batch-size", str(rows)]
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
     assert (figures["devices"], figures["fits"]) == (4, True)
+    assert figures["costs"] == ([] if rows == 4 else [("TPU v5 lite", 205)])
     (train,) = figures["programs"]
     assert train["peak"] > sum(figures["held"].values())
     assert train["flops"] > 0

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from mora_jax import sharding
 from mora_jax.methods import Adapter, Method, Path, dense
 from mora_jax.methods.base import padded
 from mora_jax.methods.linear import TILE
@@ -72,7 +73,8 @@ def check(
     found = []
     for method in dict.fromkeys(methods):
         for layer, (k, widths) in layers(model).items():
-            errors = _errors(method, k, widths, tokens, base_dtype)
+            with jax.set_mesh(sharding.make_mesh(1)):  # as in a step; methods see the kind of the device
+                errors = _errors(method, k, widths, tokens, base_dtype)
             for (path, dtype), by_quantity in errors.items():
                 found += [
                     Finding(repr(method), layer, path, dtype, what, float(error))

@@ -2,11 +2,23 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
+from mora_jax import transform
 from mora_jax.errors import InputError
-from train.perf.bench.cases import Case
+from mora_jax.methods import Method
+from mora_jax.models.llama import LlamaConfig
+from train.perf.bench.cases import Case, DType, with_method
+from train.step.spec import StepSpec, spec_of
 
-PEERS = ("full", "lora", "mora", "mora-rotate")
+CHECKED_TOKENS = 4096  # at most
+# PyTorch programs, and what their rows have in common with those of this project's methods.
+PEERS = {
+    "full": {"name": "full"},
+    "lora": {"name": "lora"},
+    "mora": {"name": "mora", "operator": "share"},
+    "mora-rotate": {"name": "mora", "operator": "rotate"},
+}
 PEER = re.compile(r"(?P<method>[a-z\-]+)(:(?P<rank>\d+))?(/(?P<options>[a-z0-9\-]+))?")
 
 
@@ -19,25 +31,44 @@ class MatmulJob:
 
 @dataclasses.dataclass(frozen=True)
 class CheckJob:
-    """Checks every path of computing the methods' layers."""
+    """Checks every path of computing the methods' layers.
 
-    case: Case
-    methods: tuple[str, ...]
+    Attributes:
+      model: the model whose layers are checked.
+      methods: the methods to check.
+      tokens: tokens of the input.
+      base_dtype: dtype of the kernels.
+      deterministic: whether XLA excludes nondeterministic operations.
+    """
+
+    model: LlamaConfig
+    methods: tuple[Method, ...]
+    tokens: int
+    base_dtype: DType
+    deterministic: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class StepJob:
     """Times the training step of one method.
 
+    The methods travel as objects, not as words, so a process needs no table of methods.
+
     Attributes:
-      case: model and batch.
-      method: as `cases.with_method` parses it.
+      spec: what the step computes.
+      rules: regexes of parameters and their methods.
+      batch: sequences and tokens of a batch.
+      base_dtype: dtype of the frozen parameters.
+      deterministic: whether XLA excludes nondeterministic operations.
       warmup: steps before the timed ones.
       steps: timed steps.
     """
 
-    case: Case
-    method: str
+    spec: StepSpec
+    rules: transform.Rules
+    batch: tuple[int, int]
+    base_dtype: DType
+    deterministic: bool
     warmup: int
     steps: int
 
@@ -64,6 +95,28 @@ class PeerJob:
     pure: bool
     warmup: int
     steps: int
+
+
+def check_job(case: Case, jobs: Sequence[StepJob]) -> CheckJob:
+    """Returns the check of the methods that some jobs time."""
+    methods = (choice for job in jobs for _, choice in job.rules if isinstance(choice, Method))
+    tokens = min(CHECKED_TOKENS, case.config.tokens_per_step())
+    config = case.config
+    return CheckJob(
+        config.model, tuple(dict.fromkeys(methods)), tokens, case.base_dtype, config.deterministic
+    )
+
+
+def step_job(case: Case, text: str, warmup: int, steps: int) -> StepJob:
+    """Returns the job for a method, as `cases.with_method` parses it.
+
+    Raises:
+      InputError: as `cases.with_method`.
+    """
+    config = with_method(case.config, text)
+    batch = (config.batch_size, config.data.sequence_length)
+    rules, exact = config.parameter_rules(), config.deterministic
+    return StepJob(spec_of(config), rules, batch, case.base_dtype, exact, warmup, steps)
 
 
 def peer_job(case: Case, text: str, warmup: int, steps: int) -> PeerJob:

@@ -1,6 +1,7 @@
 """The measuring process for JAX: the rate of matmuls, the check of all paths, or the step of one method."""
 
 import importlib.metadata
+import math
 import platform
 import time
 from typing import Any
@@ -9,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.methods import Method
 from train.perf.bench import children, flops
-from train.perf.bench.cases import Case, with_method
 from train.perf.bench.check import check
 from train.perf.bench.jobs import CheckJob, MatmulJob, StepJob
 from train.perf.bench.program import Program, compile_step
@@ -22,7 +21,6 @@ MATMULS = 10  # one after another, between two readings of the clock
 MATMUL_SECONDS = 2.0  # a device is faster after a rest than at work
 SIDE = {"gpu": 8192, "tpu": 8192}
 SIDE_ELSEWHERE = 1024
-CHECKED_TOKENS = 4096
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -30,9 +28,8 @@ def run(job: MatmulJob | CheckJob | StepJob) -> dict[str, Any]:
     """Does one job and returns what it measured."""
     if isinstance(job, MatmulJob):
         return matmul_rate(job.dtype)
-    if isinstance(job, CheckJob):
-        return checked(job.case, job.methods)
-    return step(job)
+    backend.set_flags(job.deterministic)  # before JAX starts
+    return checked(job) if isinstance(job, CheckJob) else step(job)
 
 
 def matmul_rate(dtype: str) -> dict[str, Any]:
@@ -64,13 +61,9 @@ def matmul_rate(dtype: str) -> dict[str, Any]:
     }
 
 
-def checked(case: Case, words: tuple[str, ...]) -> dict[str, Any]:
+def checked(job: CheckJob) -> dict[str, Any]:
     """Returns the largest error of each path and dtype, and a sentence for each that is too large."""
-    backend.set_flags(case.config.deterministic)
-    methods = [with_method(case.config, word).method for word in words]
-    adapters = [method for method in methods if isinstance(method, Method)]
-    tokens = min(CHECKED_TOKENS, case.config.tokens_per_step())
-    found = check(case.config.model, adapters, tokens, case.base_dtype)
+    found = check(job.model, job.methods, job.tokens, job.base_dtype)
     worst: dict[str, float] = {}
     for finding in found:
         name = f"{finding.path} {finding.dtype}"
@@ -80,14 +73,13 @@ def checked(case: Case, words: tuple[str, ...]) -> dict[str, Any]:
 
 def step(job: StepJob) -> dict[str, Any]:
     """Times one method's step, and returns a row of the table."""
-    config = with_method(job.case.config, job.method)
-    program = compile_step(config, job.case.base_dtype)
+    program = compile_step(job.spec, job.rules, job.batch, job.base_dtype)
     program.run(job.warmup)
     milliseconds = 1e3 * np.array(program.run(job.steps))
     if not np.isfinite(program.loss):
         raise FloatingPointError(f"the loss is {program.loss}")
     count = flops.needed(program.state.params, program.methods)
-    tokens = config.tokens_per_step()
+    tokens = math.prod(job.batch)
     return {
         **spread(milliseconds),
         "tokens_per_second": tokens / np.median(milliseconds) * 1e3,

@@ -18,9 +18,11 @@ from rich.table import Table
 
 import mora_jax
 from train.console.terminal import console
-from train.perf.bench.cases import Case, with_method
+from train.perf.bench.cases import Case
 from train.perf.bench.hlo import Op, kind_by_name, operations
+from train.perf.bench.jobs import step_job
 from train.perf.bench.program import Program, compile_step
+from train.runtime import backend
 
 # A graph launches many kernels at once and hides which operation each belongs to.
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
@@ -88,7 +90,9 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
       InputError: as `cases.with_method` and `program.compile_step`.
     """
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_GRAPHS}".strip()
-    program = compile_step(with_method(case.config, method), case.base_dtype)
+    job = step_job(case, method, 0, steps)
+    backend.set_flags(job.deterministic)  # before JAX starts
+    program = compile_step(job.spec, job.rules, job.batch, job.base_dtype)
     program.run(3)
     step_milliseconds = statistics.median(program.run(10)) * 1e3
     device = jax.devices()[0].device_kind

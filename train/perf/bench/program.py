@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from mora_jax import transform, trees
+from mora_jax import sharding, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.models.llama import abstract_params
 from mora_jax.transform import Methods
-from train.config.run import RunConfig
 from train.perf.bench.cases import DType
-from train.runtime import backend
-from train.step.spec import spec_of
+from train.step.spec import StepSpec
 from train.step.state import TrainState, init_params, init_state
 from train.step.step import train_step
 
@@ -28,7 +26,7 @@ BATCHES = 4  # different batches, used in turn
 
 @dataclasses.dataclass
 class Program:
-    """`train.step.step.train_step`, compiled for one config.
+    """`train.step.step.train_step`, compiled.
 
     Attributes:
       compiled: the step, a function of a state and a batch.
@@ -63,48 +61,54 @@ class Program:
         return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def compile_step(config: RunConfig, base_dtype: DType = "float32") -> Program:
+def compile_step(
+    spec: StepSpec, rules: transform.Rules, batch: tuple[int, int], base_dtype: DType = "float32"
+) -> Program:
     """Compiles the step for the first device, with random parameters and tokens.
 
+    Args:
+      spec: what the step computes.
+      rules: regexes of parameters and their methods.
+      batch: sequences and tokens of a batch.
+      base_dtype: dtype of the frozen parameters.
+
     Raises:
-      InputError: for rules that do not fit the model, an attention that needs another device, or a
-        deterministic config if JAX has started without its flags.
+      InputError: for rules that do not fit the model, or an attention that needs another device.
     """
-    backend.set_flags(config.deterministic)  # before JAX starts
-    if config.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
+    if spec.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError(NO_CUDNN)
-    methods = transform.assign(config.parameter_rules(), abstract_params(config.model))
-    state = random_state(config, methods, base_dtype)
-    batches = random_batches(config)
+    methods = transform.assign(rules, abstract_params(spec.model))
+    state = random_state(spec, methods, base_dtype)
+    batches = random_batches(spec, batch)
     started = time.perf_counter()
-    compiled = train_step.lower(spec_of(config), methods, state, batches[0]).compile()
+    with jax.set_mesh(sharding.make_mesh(1)):  # as in a run; methods see the kind of the device
+        compiled = train_step.lower(spec, methods, state, batches[0]).compile()
     return Program(compiled, methods, state, batches, time.perf_counter() - started)
 
 
-def random_state(config: RunConfig, methods: Methods, base_dtype: DType) -> TrainState:
+def random_state(spec: StepSpec, methods: Methods, base_dtype: DType) -> TrainState:
     """Returns the state before the first update. A bfloat16 base is never held in float32.
 
     Raises:
       InputError: if parameters of a bfloat16 base are trained.
     """
-    spec = spec_of(config)
     if base_dtype == "float32":
         return jax.jit(lambda: init_state(spec, methods, init_params(spec)))()
     if methods.trained():
         raise InputError(
             "parameters of a bfloat16 base cannot be trained; give --params.train '' and an adapter"
         )
-    params = random_params(config, jnp.dtype(base_dtype))
+    params = random_params(spec, jnp.dtype(base_dtype))
     # Parameters that pass through the jitted function are copied.
     rest = jax.jit(lambda p: dataclasses.replace(init_state(spec, methods, p), params=None))(params)
     return dataclasses.replace(rest, params=params)
 
 
-def random_params(config: RunConfig, dtype: jnp.dtype) -> Any:
+def random_params(spec: StepSpec, dtype: jnp.dtype) -> Any:
     """Returns random parameters. They are drawn layer by layer in their dtype, which takes little memory."""
-    shapes = trees.flatten(abstract_params(config.model))
-    keys = jax.random.split(jax.random.key(config.seed), len(shapes))
-    std = config.model.initializer_range
+    shapes = trees.flatten(abstract_params(spec.model))
+    keys = jax.random.split(jax.random.key(spec.seed), len(shapes))
+    std = spec.model.initializer_range
 
     def draw(key: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
         if path.endswith("scale"):
@@ -119,10 +123,9 @@ def random_params(config: RunConfig, dtype: jnp.dtype) -> Any:
     )
 
 
-def random_batches(config: RunConfig) -> list[Array]:
+def random_batches(spec: StepSpec, shape: tuple[int, int]) -> list[Array]:
     """Returns random token batches on the device."""
-    shape = (config.batch_size, config.data.sequence_length)
     draw: Callable[[Any], Array] = jax.jit(
-        lambda key: jax.random.randint(key, shape, 0, config.model.vocab_size, jnp.int32)
+        lambda key: jax.random.randint(key, shape, 0, spec.model.vocab_size, jnp.int32)
     )
-    return [draw(key) for key in jax.random.split(jax.random.key(config.seed), BATCHES)]
+    return [draw(key) for key in jax.random.split(jax.random.key(spec.seed), BATCHES)]

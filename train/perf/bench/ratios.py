@@ -6,6 +6,8 @@ from typing import Any
 
 from train.perf.bench.record import Record, Row, label
 
+# The method that is compared, and the one that it is compared with first.
+COMPARED, BASELINE = "mora", "lora"
 # The aims of docs/performance.md by case, for MoRA of rank 128: upper or lower bounds.
 AIMS = {
     "250m": {
@@ -65,15 +67,15 @@ def ratios(record: Record) -> list[Ratio]:
     """Returns all comparisons between rows that are there and did not fail."""
     found: list[Ratio] = []
     for row in (r for r in record.rows if "error" not in r and r["what"]["framework"] == "jax"):
-        if row["what"]["name"] == "mora":
-            found += _mora(record, row)
+        if row["what"]["name"] == COMPARED:
+            found += _compared(record, row)
         if record.case == TABLE_5:
             found += _table_5(record, row)
     return found
 
 
-def _mora(record: Record, row: Row) -> Iterator[Ratio]:
-    """Yields the comparisons of MoRA, with one operator and rank, with everything else."""
+def _compared(record: Record, row: Row) -> Iterator[Ratio]:
+    """Yields the comparisons of one row of the compared method with everything else."""
     what = row["what"]
     rank, name = what["rank"], label(what)
     chosen = what["path"] == "auto"  # aims are for the path that is chosen by default
@@ -83,7 +85,7 @@ def _mora(record: Record, row: Row) -> Iterator[Ratio]:
     if frozen := best(record, framework="jax", name="frozen"):
         extra = row["milliseconds"] - frozen["milliseconds"]
         yield Ratio(f"{name} minus the frozen base", extra, aims.get("minus frozen"), unit="ms")
-    if lora := best(record, framework="jax", name="lora", rank=rank):
+    if lora := best(record, framework="jax", name=BASELINE, rank=rank):
         aim = LORA_AIMS.get((what["operator"], rank)) if chosen and named else None
         yield Ratio(f"{name} / LoRA's best path, time", _times(row, lora), aim)
         if row["peak_gib"] and lora["peak_gib"]:
@@ -119,7 +121,7 @@ def _peers(record: Record, row: Row, aims: dict[str, float]) -> Iterator[Ratio]:
 def _table_5(record: Record, row: Row) -> Iterator[Ratio]:
     """Yields the comparisons with PEFT's LoRA of the same rank."""
     rank, name = row["what"].get("rank"), label(row["what"])
-    if peer := best(record, framework="torch", name="lora", rank=rank):
+    if peer := best(record, framework="torch", name=BASELINE, rank=rank):
         yield Ratio(f"{name} / PEFT LoRA, steps/s", 1 / _times(row, peer), TABLE_5_SPEED, at_least=True)
         if row["peak_gib"] and peer["peak_gib"]:
             yield Ratio(

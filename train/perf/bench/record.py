@@ -10,7 +10,7 @@ from mora_jax.methods import METHODS
 from train.config import method as method_section
 from train.config import run as run_config
 from train.perf.bench.cases import Case, with_method
-from train.perf.bench.jobs import PeerJob
+from train.perf.bench.jobs import PEERS, PeerJob
 
 Row = dict[str, Any]
 
@@ -105,10 +105,8 @@ def method_row(case: Case, text: str) -> dict[str, Any]:
 
 def peer_row(job: PeerJob) -> dict[str, Any]:
     """Returns the key of a peer's row."""
-    name, _, operator = job.method.partition("-")
-    what = {"framework": "torch", "name": name, "compiled": job.compiled, "pure": job.pure}
-    what |= {"rank": job.rank} if name != "full" else {}
-    return what | ({"operator": operator or "share"} if name == "mora" else {})
+    what = {"framework": "torch", **PEERS[job.method], "compiled": job.compiled, "pure": job.pure}
+    return what if job.method == "full" else what | {"rank": job.rank}
 
 
 def label(what: dict[str, Any]) -> str:
@@ -117,7 +115,8 @@ def label(what: dict[str, Any]) -> str:
     names |= {name: method.__name__ for name, method in METHODS.items()}
     name = str(names.get(what["name"], what["name"]))
     words = [f"PyTorch {name}" if what["framework"] == "torch" else name]
-    if what.get("operator", "share") != "share":
+    default = getattr(METHODS.get(what["name"]), "operator", None)
+    if "operator" in what and what["operator"] != getattr(default, "name", None):
         words.append(what["operator"])
     if "rank" in what:
         words.append(f"r {what['rank']}")

@@ -4,14 +4,14 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from mora_jax.errors import InputError
 from train.perf.bench import children, report
 from train.perf.bench.cases import Case
-from train.perf.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, peer_job
+from train.perf.bench.jobs import MatmulJob, PeerJob, StepJob, check_job, peer_job, step_job
 from train.perf.bench.options import BenchStep
 from train.perf.bench.program import NO_CUDNN
 from train.perf.bench.record import Record, label, method_row, peer_row, start
@@ -46,7 +46,7 @@ def measured(case: Case, options: BenchStep, programs: str) -> Record:
         return record
     begin_run(record, case)
     if not options.no_check:
-        check(record, case, [job.method for _, job in work if isinstance(job, StepJob)])
+        check(record, case, [job for _, job in work if isinstance(job, StepJob)])
     longest = 0.0
     for what, job in work:
         spent = time.monotonic() - began
@@ -68,7 +68,7 @@ def planned(case: Case, options: BenchStep, record: Record) -> Iterator[Work]:
     for text in expanded(options.methods, case.methods):
         what = method_row(case, text)
         if not (options.missing and done(record, what)):
-            yield what, StepJob(case, text, *times)
+            yield what, step_job(case, text, *times)
     peers = [peer_job(case, text, *times) for text in expanded(options.peers, case.peers)]
     absent = [name for name in NEEDED_BY_PEERS if importlib.util.find_spec(name) is None]
     if peers and absent:
@@ -114,11 +114,11 @@ def begin_run(record: Record, case: Case) -> None:
     progress(f"{device}: {found['matmul_tflops']:.3g} TFLOP/s ({found['matmul_side']}-cube matmul)")
 
 
-def check(record: Record, case: Case, methods: list[str]) -> None:
+def check(record: Record, case: Case, jobs: Sequence[StepJob]) -> None:
     """Raises InputError unless every path of every method agrees with its formula."""
-    if not methods:
+    if not jobs:
         return
-    found = children.call(JAX, CheckJob(case, tuple(methods)), SECONDS)
+    found = children.call(JAX, check_job(case, jobs), SECONDS)
     if "error" in found:
         raise InputError(f"the check of the paths failed: {found['error']}")
     if found["failures"]:
@@ -136,14 +136,14 @@ def measure(
     if isinstance(job, PeerJob):
         figures = children.call(TORCH, job, peer_seconds)
     else:
-        figures = children.call(JAX, job, SECONDS, environment(job, programs))
+        figures = children.call(JAX, job, SECONDS, environment(what, programs))
     record.put(what, figures)
     progress(f"{label(what)}: {figures.get('error') or _figures(figures)}")
 
 
-def environment(job: StepJob, programs: str) -> dict[str, str]:
+def environment(what: dict[str, Any], programs: str) -> dict[str, str]:
     """Returns variables for a process. Only the frozen base uses the cache: others report compile times."""
-    if job.method != FROZEN:
+    if what["name"] != FROZEN:
         return {}
     return {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
@@ -151,9 +151,9 @@ def environment(job: StepJob, programs: str) -> dict[str, str]:
 def measure_drift(record: Record, work: list[Work], programs: str) -> None:
     """Measures the frozen base again, to see whether the device has become faster or slower."""
     for what, job in work:
-        if isinstance(job, StepJob) and job.method == FROZEN and done(record, what):
+        if what["framework"] == "jax" and what["name"] == FROZEN and done(record, what):
             before = record.find(what) or {}
-            after = children.call(JAX, job, SECONDS, environment(job, programs))
+            after = children.call(JAX, job, SECONDS, environment(what, programs))
             if "error" not in after:
                 record.runs[-1]["frozen_milliseconds"] = [before["milliseconds"], after["milliseconds"]]
                 drift = after["milliseconds"] / before["milliseconds"] - 1

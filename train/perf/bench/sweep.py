@@ -11,7 +11,7 @@ from mora_jax.methods.registry import from_json, to_flat
 from train.config.run import RunConfig
 from train.perf.bench import children
 from train.perf.bench.cases import Case
-from train.perf.bench.jobs import StepJob
+from train.perf.bench.jobs import StepJob, step_job
 from train.perf.bench.options import BenchSweep
 from train.perf.bench.record import Record, label, method_row, start
 from train.perf.bench.step import JAX, SECONDS, begin_run, done, expanded, progress
@@ -67,7 +67,7 @@ def points(case: Case, options: BenchSweep) -> Iterator[tuple[dict[str, Any], St
                 what = point(scaled_case, text)
                 if what not in seen:
                     seen.append(what)
-                    yield what, StepJob(scaled_case, text, options.warmup_steps, options.timed_steps)
+                    yield what, step_job(scaled_case, text, options.warmup_steps, options.timed_steps)
 
 
 def point(case: Case, text: str) -> dict[str, Any]:
