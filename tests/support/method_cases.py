@@ -9,7 +9,6 @@ import pytest
 
 from mora_jax.methods import (
     METHODS,
-    OPERATORS,
     LoRA,
     Method,
     MoRA,
@@ -17,13 +16,12 @@ from mora_jax.methods import (
     Share,
 )
 
-# Every method with a small rank, and variants that take other branches.
+# The variants of every method with a small rank, and others that take other branches.
 CASES: list[Method] = [
-    *(method(rank=4) for method in METHODS.values()),  # pyright: ignore[reportCallIssue]
+    *(variant for method in METHODS.values() for variant in method.variants(4).values()),
     LoRA(3, alpha=7.0, rslora=True, b_lr_scale=4.0),
     LoRA(3, train_factors="b", a_init="orthogonal"),
     LoRA(3, train_factors="b", a_init="normal"),
-    *(MoRA(4, operator()) for operator in OPERATORS.values()),
     MoRA(4, Share(1)),
     MoRA(4, Share((0, 1), "wrap", cycle=4)),
     MoRA(4, Rotate("wrap", "drop"), align=16),
