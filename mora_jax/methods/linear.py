@@ -6,7 +6,7 @@ Legend of shapes in names: K inputs, D outputs of a kernel; leading axes of x ar
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -86,38 +86,42 @@ class _Kernel:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["w", "arrays"], meta_fields=["method", "layout"]
+    jax.tree_util.register_dataclass, data_fields=["ws", "arrays"], meta_fields=["methods", "layouts"]
 )
 @dataclasses.dataclass(frozen=True)
-class _Factor:
-    """One kernel as a product takes it; its gradient has the same form.
+class _Factors:
+    """The kernels of one product, an entry for each; their gradients have the same form.
 
     Attributes:
-      w: the stored kernel.
-      arrays: arrays of an adapter that is merged into it; empty if none is.
-      method: the method of that adapter.
-      layout: how the kernel lies on an ambient mesh; None if there is none.
+      ws: the stored kernels.
+      arrays: arrays of the adapters that are merged into them; empty for a kernel without one.
+      methods: methods of these adapters.
+      layouts: how the kernels lie on an ambient mesh; None if there is none.
     """
 
-    w: Array
-    arrays: Arrays
-    method: Method | None
-    layout: Layout | None
+    ws: tuple[Array, ...]
+    arrays: tuple[Arrays, ...]
+    methods: tuple[Method | None, ...]
+    layouts: tuple[Layout | None, ...]
+
+    def __iter__(self) -> Iterator[tuple[Array, Arrays, Method | None, Layout | None]]:
+        return zip(self.ws, self.arrays, self.methods, self.layouts, strict=True)
 
 
 def _applied(x: Array, kernels: Sequence[_Kernel], path: Path, tile: int) -> list[Array]:
     merged = _merged(x, kernels, path)
-    factors = tuple(
-        _Factor(k.w, dict(k.adapter.arrays), k.adapter.method, k.layout)
-        if k.adapter and inside
-        else _Factor(k.w, {}, None, k.layout)
-        for k, inside in zip(kernels, merged, strict=True)
+    inside = [k.adapter if is_merged else None for k, is_merged in zip(kernels, merged, strict=True)]
+    factors = _Factors(
+        tuple(k.w for k in kernels),
+        tuple(dict(adapter.arrays) if adapter else {} for adapter in inside),
+        tuple(adapter.method if adapter else None for adapter in inside),
+        tuple(k.layout for k in kernels),
     )
     y: Any = _product(path, tile, x, factors)
     ys = jnp.split(y, _ends(_widths(factors, tile)), axis=-1)
     return [
-        y + padded(_delta(x, k), -1, tile) if k.adapter and not inside else y
-        for y, k, inside in zip(ys, kernels, merged, strict=True)
+        y + padded(_delta(x, k), -1, tile) if k.adapter and not is_merged else y
+        for y, k, is_merged in zip(ys, kernels, merged, strict=True)
     ]
 
 
@@ -156,28 +160,29 @@ def _delta(x: Array, kernel: _Kernel) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(path: Path, tile: int, x: Array, factors: tuple[_Factor, ...]) -> Any:
+def _product(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
     """Returns x times the effective kernels, side by side."""
     return x @ _effective(tile, x, factors)
 
 
-def _effective(tile: int, x: Array, factors: Sequence[_Factor]) -> Array:
+def _effective(tile: int, x: Array, factors: _Factors) -> Array:
     """Returns the effective kernels in x's type, rows padded to x's width and columns to full tiles."""
     merged = [
-        f.method.weight(_replicated(f.arrays, f.method, f.layout), f.w) if f.method else f.w for f in factors
+        method.weight(_replicated(arrays, method, layout), w) if method else w
+        for w, arrays, method, layout in factors
     ]
     cast = [w.astype(x.dtype) for w in merged]
-    used = [sharding.gathered(w, f.layout) if f.layout else w for w, f in zip(cast, factors, strict=True)]
+    used = [sharding.gathered(w, at) if at else w for w, at in zip(cast, factors.layouts, strict=True)]
     return jnp.concatenate([padded(padded(w, 0, x.shape[-1]), 1, tile) for w in used], axis=-1)
 
 
-def _product_forward(path: Path, tile: int, x: Array, factors: tuple[_Factor, ...]) -> Any:
+def _product_forward(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
     return _product(path, tile, x, factors), (x, factors)
 
 
 def _product_backward(path: Path, tile: int, saved: Any, dy: Array) -> Any:
-    if any(f.layout for f in saved[1]) and sharding.gathers():
+    if any(saved[1].layouts) and sharding.gathers():
         saved = jax.lax.optimization_barrier(saved)  # gathers kernels again instead of keeping them
     x, factors = saved
     # Without the barrier XLA computes dy again for each sum over it, instead of reading it.
@@ -189,29 +194,27 @@ def _product_backward(path: Path, tile: int, saved: Any, dy: Array) -> Any:
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _factor_gradients(
-    path: Path, tile: int, x: Array, factors: Sequence[_Factor], dy: Array
-) -> tuple[_Factor, ...]:
+def _factor_gradients(path: Path, tile: int, x: Array, factors: _Factors, dy: Array) -> _Factors:
     """Returns the gradients of the kernels and of their adapters' arrays, from those of all outputs."""
-    arrays = [_replicated(f.arrays, f.method, f.layout) if f.method else {} for f in factors]
-    x, widths = x[..., : factors[0].w.shape[0]], _widths(factors, tile)
+    arrays = [_replicated(a, method, layout) if method else {} for _, a, method, layout in factors]
+    x, widths = x[..., : factors.ws[0].shape[0]], _widths(factors, tile)
     # XLA removes what is not used of this product; it is one for all kernels, as in the forward pass.
     dws = jnp.split(outer(x, dy), _ends(widths), axis=-1)
-    dws = [dw[:, : f.w.shape[1]].astype(f.w.dtype) for dw, f in zip(dws, factors, strict=True)]
-    found: list[Arrays] = [{} for _ in factors]
+    dws = [dw[:, : w.shape[1]].astype(w.dtype) for dw, w in zip(dws, factors.ws, strict=True)]
+    found: list[Arrays] = [{} for _ in dws]
     together: dict[Any, list[int]] = {}  # kernels of one method and shape
-    for i, f in enumerate(factors):
-        if f.method and (path == "folded" or not f.method.additive):
-            _, vjp = jax.vjp(f.method.weight, arrays[i], f.w)
+    for i, (w, _, method, _) in enumerate(factors):
+        if method and (path == "folded" or not method.additive):
+            _, vjp = jax.vjp(method.weight, arrays[i], w)
             found[i], dws[i] = vjp(dws[i])
-        elif f.method:
-            together.setdefault((f.method, f.w.shape), []).append(i)
+        elif method:
+            together.setdefault((method, w.shape), []).append(i)
     for (method, shape), at in together.items():
         gradients = method.compressed_gradients if path == "compressed" else method.gradients
         dy_BND = _stacked(dy, widths, at)[..., : shape[1]]
         for i, gradient in zip(at, gradients([arrays[i] for i in at], x, dy_BND), strict=True):
             found[i] = gradient
-    return tuple(_scattered(f, dw, g) for f, dw, g in zip(factors, dws, found, strict=True))
+    return _scattered(factors, dws, found)
 
 
 def _stacked(dy: Array, widths: Sequence[int], at: Sequence[int]) -> Array:
@@ -222,13 +225,15 @@ def _stacked(dy: Array, widths: Sequence[int], at: Sequence[int]) -> Array:
     return jnp.stack([parts[i] for i in at], axis=-2)
 
 
-def _scattered(factor: _Factor, dw: Array, arrays: Arrays) -> _Factor:
-    """Returns a factor's gradients, each in the layout of its array."""
-    if factor.layout:
-        dw = sharding.scattered(dw, factor.layout)
-        leaves = factor.method.leaves() if factor.method else {}
-        arrays = {name: sharding.scattered(g, leaves[name].layout) for name, g in arrays.items()}
-    return dataclasses.replace(factor, w=dw, arrays=arrays)
+def _scattered(factors: _Factors, dws: Sequence[Array], arrays: Sequence[Arrays]) -> _Factors:
+    """Returns the gradients, each in the layout of its array."""
+    placed_ws, placed_arrays = list(dws), list(arrays)
+    for i, (_, _, method, layout) in enumerate(factors):
+        if layout:
+            leaves = method.leaves() if method else {}
+            placed_ws[i] = sharding.scattered(dws[i], layout)
+            placed_arrays[i] = {n: sharding.scattered(g, leaves[n].layout) for n, g in arrays[i].items()}
+    return dataclasses.replace(factors, ws=tuple(placed_ws), arrays=tuple(placed_arrays))
 
 
 def _replicated(arrays: Arrays, method: Method, layout: Layout | None) -> Arrays:
@@ -239,9 +244,9 @@ def _replicated(arrays: Arrays, method: Method, layout: Layout | None) -> Arrays
     return {name: sharding.gathered(a, leaves[name].layout) for name, a in arrays.items()}
 
 
-def _widths(factors: Sequence[_Factor], tile: int) -> list[int]:
+def _widths(factors: _Factors, tile: int) -> list[int]:
     """Returns the widths of the kernels' outputs, in full tiles."""
-    return [f.w.shape[1] + -f.w.shape[1] % tile for f in factors]
+    return [w.shape[1] + -w.shape[1] % tile for w in factors.ws]
 
 
 def _ends(widths: Sequence[int]) -> list[int]:

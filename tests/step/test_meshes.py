@@ -89,14 +89,14 @@ class Trained(NamedTuple):
     """What became of a run.
 
     Attributes:
-      told: loss and norm of the gradients of every update.
+      scalars: loss and norm of the gradients of every update.
       state: the last one.
       before: the states before the restart and before the updates that are looked at.
       gradients: of every trained leaf, in these updates.
       restarted: the state after the restart.
     """
 
-    told: np.ndarray
+    scalars: np.ndarray
     state: Any
     before: dict[Any, Any]
     gradients: dict[int, dict[str, np.ndarray]]
@@ -110,7 +110,7 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
     those at the very states that `one` had.
     """
     mesh = sharding.make_mesh(*shape)
-    told, before, gradients, restarted = [], {}, {}, None
+    logged, before, gradients, restarted = [], {}, {}, None
     with jax.set_mesh(mesh):
         methods = assign_methods(config)
         abstract = abstract_state(config, methods, mesh)
@@ -132,8 +132,8 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
                 gradients[step] = gradients_of(config, before[step], after)
             state, scalars = train_step(spec_of(config), methods, state, on_mesh)
             assert jax.tree.map(lambda x: x.sharding, state) == places
-            told.append((float(scalars["loss"]), float(scalars["grad_norm"])))
-    return Trained(np.array(told), state, before, gradients, restarted)
+            logged.append((float(scalars["loss"]), float(scalars["grad_norm"])))
+    return Trained(np.array(logged), state, before, gradients, restarted)
 
 
 def gradients_of(config: RunConfig, before: Any, after: Any) -> dict[str, np.ndarray]:
@@ -177,8 +177,8 @@ def test_every_mesh_computes_what_one_device_computes(name, steps, path, shape):
     config = configured(name, steps, path)
     one = on_one(config)
     many = trained(config, shape, one)
-    np.testing.assert_allclose(many.told, one.told, rtol=1e-5)
-    assert steps < STEPS or one.told[-1, 0] < one.told[0, 0]
+    np.testing.assert_allclose(many.scalars, one.scalars, rtol=1e-5)
+    assert steps < STEPS or one.scalars[-1, 0] < one.scalars[0, 0]
     # At the same states the gradient of every leaf is the same, beside its largest entry.
     assert list(one.gradients) == [step for step in LOOKED_AT if step < steps]
     for step, gradients in one.gradients.items():
@@ -202,7 +202,7 @@ def test_kernels_that_share_a_product_have_gradients_of_their_own_on_a_mesh(shap
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
     one = on_one(config)
     many = trained(config, shape, one)
-    np.testing.assert_allclose(many.told, one.told, rtol=1e-2)
+    np.testing.assert_allclose(many.scalars, one.scalars, rtol=1e-2)
     for leaf, expected in one.gradients[0].items():
         error = np.linalg.norm(many.gradients[0][leaf] - expected) / np.linalg.norm(expected)
         assert error < 5e-2, leaf

@@ -29,9 +29,10 @@ def main() -> None:
             one = trained(config, (1, 1, 1))
             for shape in [(count, 1, 1), (1, count, 1), (1, 1, count)]:
                 many = trained(config, shape, one)
-                worst = max(worst, difference := float(np.max(np.abs(many.told / one.told - 1))))
+                worst = max(worst, difference := float(np.max(np.abs(many.scalars / one.scalars - 1))))
                 print(
-                    f"{mixture}, {path}, {shape}: {difference:.1e}, loss {many.told[-1, 0]:.6f}", flush=True
+                    f"{mixture}, {path}, {shape}: {difference:.1e}, loss {many.scalars[-1, 0]:.6f}",
+                    flush=True,
                 )
     sys.exit(worst > LARGEST)
 
