@@ -47,16 +47,16 @@ class MoRA(Method):
       operator: how inputs are compressed to r_hat and outputs decompressed from it.
       align: m is stored padded with zeros to a multiple of this. The padding has exactly zero gradient, so it
         stays zero; 128 keeps products fast and m divisible over a mesh.
+      dropout: share of the adapter's inputs that training sets to zero.
       r_hat_from: "rank" computes r_hat by `r_hat`; "stored" takes the side of the stored m, as for adapters
         of other programs that round differently, and needs align 1.
-      dropout: share of the adapter's inputs that training sets to zero.
     """
 
     rank: int = 128
     operator: Operator = Share()  # noqa: RUF009 (frozen and hashable, so safe to share)
     align: int = 1
-    r_hat_from: Literal["rank", "stored"] = "rank"
     dropout: float = 0.0
+    r_hat_from: Literal["rank", "stored"] = "rank"
     name: ClassVar[str] = "mora"
     merged_min_tokens: ClassVar[int] = 1024  # no product is needed to make its update of a kernel
     float32_gradients: ClassVar[bool] = True

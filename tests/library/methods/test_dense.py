@@ -226,7 +226,7 @@ def test_kernels_that_need_no_cast_are_not_copied_side_by_side():
 
 @pytest.mark.parametrize("operator", [Share(), Rotate()], ids=str)
 def test_products_take_whole_rows_of_an_m_that_is_stored_without_padding(operator, monkeypatch):
-    monkeypatch.setattr(mora, "FLOPS_PER_BYTE", 0)  # so that sums and cuts come before the product
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: 0)  # so that sums and cuts come before the product
     method, w = MoRA(4, operator), kernel(0, 90, 90)
     arrays = random_arrays(method, w)
     assert arrays["m_RR"].shape == (26, 26)

@@ -96,7 +96,7 @@ def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
         ({"name": "mora", "rank": 0}, "at least 1"),
         ({"name": "lora", "rank": 0}, "at least 1"),
         ({"name": "dora", "rank": 0}, "at least 1"),
-        ({"name": "lora", "train_factors": "a"}, "trains 'ab' or 'b'"),
+        ({"name": "lora", "train_factors": "a"}, "train_factors is 'ab' or 'b'"),
         ({"name": "lora", "a_init": "ones"}, "a_init is"),
         ({"name": "lora", "dropout": 1.0}, "dropout lies in"),
         ({"name": "mora", "dropout": -0.1}, "dropout lies in"),
