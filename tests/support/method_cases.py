@@ -1,5 +1,6 @@
 """Methods, shapes and random arrays for tests that every method must pass."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,14 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.methods import (
-    METHODS,
-    LoRA,
-    Method,
-    MoRA,
-    Rotate,
-    Share,
-)
+from mora_jax.methods import METHODS, LoRA, Method, MoRA, Rotate, Share
 
 # The variants of every method with a small rank, and others that take other branches.
 CASES: list[Method] = [
@@ -27,23 +21,11 @@ CASES: list[Method] = [
     MoRA(4, Rotate("wrap", "drop"), align=16),
     MoRA(4, align=16),
 ]
-
-
 ADDITIVE = [m for m in CASES if m.additive]
-
-
 PATHS: list[Any] = ["merged", "compressed", "folded", "activation"]
-
-
 SHAPES = [pytest.param(24, 24, marks=pytest.mark.slow), (20, 33), (33, 20)]
-
-
 every_case = pytest.mark.parametrize("method", CASES, ids=str)
-
-
 every_additive = pytest.mark.parametrize("method", ADDITIVE, ids=str)
-
-
 every_shape = pytest.mark.parametrize(("k", "d"), SHAPES)
 
 
@@ -51,8 +33,9 @@ def kernel(seed: int, k: int, d: int) -> jax.Array:
     return 0.3 * jax.random.normal(jax.random.key(seed), (k, d))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def random_arrays(method: Method, w: jax.Array, seed: int = 0) -> dict[str, jax.Array]:
-    """Arrays as after some training: everything that may be non-zero is random."""
+    """Returns arrays as after some training: everything that may be non-zero is random."""
     arrays = method.init(jax.random.key(seed), w)
     keys = jax.random.split(jax.random.key(seed + 1), len(arrays))
     arrays = {

@@ -25,18 +25,23 @@ from mora_jax.methods.linear import merges_float32
 
 @every_case
 @every_shape
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)]
 )
-def test_dense_is_x_times_weight_on_every_path(method, k, d, path, dtype, tolerance):
+def test_dense_is_x_times_weight_on_every_path(method, k, d, dtype, tolerance):
     w = kernel(0, k, d)
-    adapter = Adapter(random_arrays(method, w), method)
     x = jax.random.normal(jax.random.key(5), (6, k))
-    (y,) = dense(x.astype(dtype), [w], [adapter], path)
-    assert y.dtype == jnp.dtype(dtype)
-    expected = x @ method.weight(adapter.arrays, w)
-    assert relative_error(y, expected) < tolerance
+
+    @jax.jit  # one program for all paths: they compile faster together
+    def results(x, w, arrays):
+        adapter = Adapter(arrays, method)
+        ys = {path: dense(x.astype(dtype), [w], [adapter], path)[0] for path in PATHS}
+        return ys, x @ method.weight(arrays, w)
+
+    ys, expected = results(x, w, random_arrays(method, w))
+    for path, y in ys.items():
+        assert y.dtype == jnp.dtype(dtype)
+        assert relative_error(y, expected) < tolerance, path
 
 
 @every_case
@@ -52,9 +57,14 @@ def test_gradients_of_every_path_are_those_of_the_plain_formula(method):
     def through(path):
         return lambda x, w, arrays: jnp.sum(dy * dense(x, [w], [Adapter(arrays, method)], path)[0])
 
-    expected = jax.grad(plain, argnums=(0, 1, 2))(x, w, arrays)
-    for path in PATHS:
-        got = jax.jit(jax.grad(through(path), argnums=(0, 1, 2)))(x, w, arrays)
+    @jax.jit
+    def gradients(*args):
+        functions = {"plain": plain} | {path: through(path) for path in PATHS}
+        return {name: jax.grad(f, argnums=(0, 1, 2))(*args) for name, f in functions.items()}
+
+    found = gradients(x, w, arrays)
+    expected = found.pop("plain")
+    for path, got in found.items():
         for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             assert relative_error(g, e) < 1e-5, path
 
@@ -134,9 +144,14 @@ def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(
         ys = dense(x.astype(dtype), ws, [Adapter(a, method) for a in arrays], path)
         return sum(jnp.sum(dy * y.astype(jnp.float32)) for y, dy in zip(ys, dys, strict=True))
 
-    expected = jax.grad(through)(arrays, "activation", "float32")
-    for path, dtype in itertools.product(("merged", "compressed", "folded"), ("float32", "bfloat16")):
-        got = jax.grad(through)(arrays, path, dtype)
+    ways = list(itertools.product(("merged", "compressed", "folded"), ("float32", "bfloat16")))
+
+    @jax.jit
+    def gradients(arrays):
+        return [jax.grad(through)(arrays, *way) for way in (("activation", "float32"), *ways)]
+
+    expected, *found = gradients(arrays)
+    for (path, dtype), got in zip(ways, found, strict=True):
         for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             assert relative_error(g, e) < 1e-5, (path, dtype)
 
@@ -187,33 +202,34 @@ def test_whether_activations_are_cut_into_blocks_follows_the_sizes():
 
 
 @every_case
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 1e-2)]
 )
-def test_whole_tiles_change_nothing_but_add_zeros(method, path, dtype, tolerance):
+def test_whole_tiles_change_nothing_but_add_zeros(method, dtype, tolerance):
     """Outputs widened, and an input that was widened before, against the kernels as they are.
 
     Kernels of float32 share a product where it is computed in bfloat16.
     """
     ws = [kernel(i, 20, 33) for i in range(2)]
-    adapters = [Adapter(random_arrays(method, w, i), method) for i, w in enumerate(ws)]
+    arrays = [random_arrays(method, w, i) for i, w in enumerate(ws)]
     x, wide = jax.random.normal(jax.random.key(5), (6, 20)).astype(dtype), [(0, 0), (0, 12)]
 
-    def total(x, ws, arrays, tile):
+    def total(x, ws, arrays, path, tile):
         ys = dense(x, ws, [Adapter(a, method) for a in arrays], path, tile=tile)
         assert [y.shape[-1] for y in ys] == [-(-33 // tile) * tile] * 2
         return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in ys)  # sin(0) = 0
 
-    arrays = [a.arrays for a in adapters]
-    plain = jax.grad(total, argnums=(0, 1, 2))(x, ws, arrays, 1)
-    tiled = jax.grad(total, argnums=(0, 1, 2))(jnp.pad(x, wide), ws, arrays, 16)
-    np.testing.assert_allclose(
-        total(jnp.pad(x, wide), ws, arrays, 16), total(x, ws, arrays, 1), rtol=tolerance
-    )
-    assert relative_error(tiled[0][:, :20], plain[0]) < tolerance
-    for t, p in zip(jax.tree.leaves(tiled[1:]), jax.tree.leaves(plain[1:]), strict=True):
-        assert relative_error(t, p) < tolerance
+    @jax.jit
+    def values_and_gradients(x, ws, arrays):
+        both = jax.value_and_grad(total, argnums=(0, 1, 2))
+        wider = jnp.pad(x, wide)
+        return {p: (both(x, ws, arrays, p, 1), both(wider, ws, arrays, p, 16)) for p in PATHS}
+
+    for path, ((value, plain), (wide_value, tiled)) in values_and_gradients(x, ws, arrays).items():
+        np.testing.assert_allclose(wide_value, value, rtol=tolerance, err_msg=path)
+        assert relative_error(tiled[0][:, :20], plain[0]) < tolerance, path
+        for t, p in zip(jax.tree.leaves(tiled[1:]), jax.tree.leaves(plain[1:]), strict=True):
+            assert relative_error(t, p) < tolerance, path
 
 
 def test_kernels_that_need_no_cast_are_not_copied_side_by_side():
