@@ -19,8 +19,9 @@ from mora_jax.methods import (
     dense,
 )
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.sharding import Layout
 from mora_jax.spectrum import singular_values
-from mora_jax.transform import Methods, assign, attach, bind, labels, merge, partition, restart
+from mora_jax.transform import Group, Methods, assign, attach, bind, labels, merge, partition, restart
 from mora_jax.trees import combine
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "Compute",
     "Decouple",
     "DoRA",
+    "Group",
     "InputError",
+    "Layout",
     "Leaf",
     "Llama",
     "LlamaConfig",

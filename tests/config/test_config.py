@@ -283,3 +283,9 @@ def test_a_deterministic_run_has_no_attention_of_cudnn():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_here_warn_of_nothing(path):
     assert flags.read_config(str(path)).warnings() == []
+
+
+def test_a_scan_that_recomputes_nothing_warns():
+    config = RunConfig(compute=Compute(layers="scan"))
+    assert any("compute.remat dots keeps the products only" in s for s in config.warnings())
+    assert RunConfig(compute=Compute(layers="scan", remat="dots")).warnings() == []

@@ -12,7 +12,7 @@ from mora_jax import transform, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
-from train.config.sections import BadSteps, Data, Optimizer, Restart, Schedule
+from train.config.sections import BadSteps, Data, Evaluation, Log, Optimizer, Restart, Schedule
 from train.run.state import assign_methods
 from train.step import optim
 from train.step.spec import spec_of
@@ -67,6 +67,14 @@ def trained(config: RunConfig, updates: int):
     for step in range(updates):
         state, metrics = train_step(spec_of(config), methods, state, tokens(step))
     return methods, state, metrics
+
+
+def test_a_step_depends_on_nothing_that_it_does_not_compute():
+    """Runs that differ in the rest share the compiled step."""
+    other = dataclasses.replace(CONFIG, run_dir="elsewhere", log=Log("project"), eval=Evaluation(every=3))
+    assert spec_of(other) == spec_of(CONFIG)
+    assert hash(spec_of(other)) == hash(spec_of(CONFIG))
+    assert spec_of(dataclasses.replace(CONFIG, seed=1)) != spec_of(CONFIG)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -157,6 +157,11 @@ class RunConfig:
         if self.restart.every:
             adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
             found += sorted({method.restart_warning() for method in adapted} - {""})
+        if self.compute.layers == "scan" and self.compute.remat == "none":
+            found.append(
+                "compute.layers scan with compute.remat none keeps every intermediate value of a layer; "
+                "compute.remat dots keeps the products only"
+            )
         if 0 < self.restart.every <= self.bad_steps.window:
             found.append(
                 "no spike of the gradient can be detected: bad_steps.window "
