@@ -132,7 +132,7 @@ def test_an_empty_bucket(bucket: str):
 
 def test_no_room(remote: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(InputError, match=r"has room for 0.0 GB, .* in MORA_CACHE"):
+    with pytest.raises(InputError, match=r"has room for 0.0 GB, .* set MORA_CACHE"):
         staged(remote)
 
 

@@ -13,6 +13,7 @@ from etils import epath
 from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import MoRA, Share
+from mora_jax.models.llama import LAYOUTS
 from mora_jax.transform import Methods
 from train.config.run import DEFAULT_METHOD
 from train.config.sections import Checkpoint
@@ -254,7 +255,7 @@ def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
     expected, _ = load_model(str(tiny_run.folder))
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert jax.tree.map(lambda leaf: leaf.sharding, params) == sharding.shardings(params, mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == sharding.shardings(params, mesh, LAYOUTS)
     assert model == tiny_run.config.model
 
 

@@ -163,4 +163,4 @@ def test_a_file_in_the_place_of_the_checkpoints(run: Path, capsys: pytest.Captur
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").touch()
     assert listed(run) == exits.BAD_INPUT
-    assert capsys.readouterr().err == f"mora: {run}/checkpoints is no folder, as it must be; remove it\n"
+    assert capsys.readouterr().err == f"mora: {run}/checkpoints is not a folder; remove it\n"

@@ -45,6 +45,9 @@ def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
       InputError: if the checkpoint has a newer format, or holds anything else, whoever wrote it.
     """
     found = saved.read_meta(step)
+    unknown = f"{saved.folder(step)} was not saved by a run of this version"
+    if not isinstance(found, dict):
+        raise InputError(unknown)
     number = check_format(found, str(saved.folder(step)))
     try:
         if number == 1:
@@ -61,9 +64,9 @@ def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
             "predictions": int,
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{saved.folder(step)} was not saved by a run of this version: {error!r}") from error
+        raise InputError(f"{unknown}: {error!r}") from error
     if not valid:
-        raise InputError(f"{saved.folder(step)} was not saved by a run of this version")
+        raise InputError(unknown)
     return found
 
 

@@ -22,6 +22,7 @@ from train.perf.plan import targets
 from train.perf.plan.formula import expected
 from train.perf.plan.plan import held, make_plan
 from train.run.state import abstract_state, assign_methods
+from train.step.optim import adapter_labels, array_options
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -46,9 +47,13 @@ def abstract(config):
 # Sizes
 
 
-def test_the_state_on_one_device(abstract):
-    state, _, _ = abstract(data=2)
-    found = held(state)
+def labels(config, methods):
+    return adapter_labels(array_options(config.optimizer, methods))
+
+
+def test_the_state_on_one_device(abstract, config):
+    state, methods, _ = abstract(data=2)
+    found = held(state, labels(config, methods))
     assert found.parameters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     assert found.adapters == sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters)) > 0
     assert found.adapter_optimizer == 2 * found.adapters + 4  # two moments and a count
@@ -63,9 +68,10 @@ def test_the_state_on_a_device_falls_with_the_number_of_devices(name):
     """To 1 / N within a tenth: only vectors are replicated."""
     config = flags.read_config(str(CONFIGS / f"{name}.yaml"))
     methods = assign_methods(config)
-    whole = held(abstract_state(config, methods, divided(1)))
+    adapters = labels(config, methods)
+    whole = held(abstract_state(config, methods, divided(1)), adapters)
     for count in (8, 64, 256):
-        part = held(abstract_state(config, methods, divided(count)))
+        part = held(abstract_state(config, methods, divided(count)), adapters)
         assert whole.total() / count < part.total() < 1.1 * whole.total() / count
         assert part.adapters == whole.adapters / count
 
