@@ -72,7 +72,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
 
 def train(run: Run) -> dict[str, Any]:
     """Trains an opened run to its last step and returns the summary."""
-    config = run.config
+    config, spec = run.config, spec_of(run.config)
     state, methods, evaluation = start(run)
     score = Score(**evaluation) if evaluation else None
     first = int(state.step)
@@ -93,11 +93,11 @@ def train(run: Run) -> dict[str, Any]:
             if step == config.steps:
                 break
             if config.restarts_at(step):
-                state, cleared = restart_step(spec_of(config), methods, state)
+                state, cleared = restart_step(spec, methods, state)
                 methods = methods.after_restart()
                 log.note(step, restart_note(config, methods, step, float(cleared)))
             tokens_BT, data_wait = next_batch(batches)
-            state, scalars = train_step(spec_of(config), methods, state, tokens_BT)
+            state, scalars = train_step(spec, methods, state, tokens_BT)
             log.add(step, scalars, data_wait)
             run.saved.poll()
             score = None  # it was that of the previous state
