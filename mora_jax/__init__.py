@@ -1,11 +1,13 @@
 """MoRA and its relatives as a functional transform over Flax parameter trees."""
 
 from mora_jax.errors import InputError
+from mora_jax.frontends import adapted, value_and_grad
 from mora_jax.hf import load_hf, save_hf
 from mora_jax.methods import (
     METHODS,
     OPERATORS,
     Adapter,
+    Bound,
     Decouple,
     DoRA,
     Leaf,
@@ -19,15 +21,29 @@ from mora_jax.methods import (
     dense,
 )
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.on import On
 from mora_jax.sharding import Layout
 from mora_jax.spectrum import singular_values
-from mora_jax.transform import Group, Methods, assign, attach, bind, labels, merge, partition, restart
+from mora_jax.state import State
+from mora_jax.transform import (
+    Group,
+    Methods,
+    assign,
+    attach,
+    bind,
+    describe,
+    labels,
+    merge,
+    partition,
+    restart,
+)
 from mora_jax.trees import combine
 
 __all__ = [
     "METHODS",
     "OPERATORS",
     "Adapter",
+    "Bound",
     "Compute",
     "Decouple",
     "DoRA",
@@ -41,15 +57,19 @@ __all__ = [
     "Method",
     "Methods",
     "MoRA",
+    "On",
     "Operator",
     "Rotate",
     "Share",
+    "State",
     "Truncate",
+    "adapted",
     "assign",
     "attach",
     "bind",
     "combine",
     "dense",
+    "describe",
     "labels",
     "load_hf",
     "merge",
@@ -57,4 +77,5 @@ __all__ = [
     "restart",
     "save_hf",
     "singular_values",
+    "value_and_grad",
 ]

@@ -8,6 +8,7 @@ depends on it.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -18,28 +19,39 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import methods as method_table
 from mora_jax import sharding, trees
-from mora_jax.errors import InputError
-from mora_jax.methods.base import Adapter, Method
+from mora_jax.errors import InputError, nearest
+from mora_jax.methods.base import Bound, Method
+from mora_jax.on import CHOICES, On
 
-Choice: TypeAlias = Method | Literal["train", "frozen"]
+Choice: TypeAlias = Method | On | Literal["train", "frozen"]
 Rules: TypeAlias = Sequence[tuple[str, Choice]]
+Params: TypeAlias = Any  # any pytree of arrays
 Tree: TypeAlias = dict[str, Any]
-# Flax's names of parameters that multiply no input. Stacked ones have two axes as well.
+# Flax's names of parameters that a bare method cannot be meant for: they multiply no input.
 NO_KERNELS = ("scale", "bias", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """Says what is done with every parameter: a static map from path to a method, "train" or "frozen"."""
+    """Says what is done with every parameter: a static map from path to a choice.
+
+    A choice is a Method on a kernel (in, out), `On`, "train" (the parameter itself) or "frozen".
+    """
 
     choices: tuple[tuple[str, Choice], ...]
 
     def __getitem__(self, path: str) -> Choice:
         return dict(self.choices)[path]
 
+    def kernels(self) -> Iterator[tuple[str, On]]:
+        """Returns the paths of the adapted kernels, each with its method and the roles of its axes."""
+        for path, choice in self.choices:
+            if isinstance(choice, Method | On):
+                yield path, choice if isinstance(choice, On) else On(choice)
+
     def adapted(self) -> Iterator[tuple[str, Method]]:
         """Returns the paths of the adapted kernels, each with its method."""
-        return ((path, choice) for path, choice in self.choices if isinstance(choice, Method))
+        return ((path, on.method) for path, on in self.kernels())
 
     def trained(self) -> frozenset[str]:
         """Returns the paths of the parameters that are trained themselves."""
@@ -47,7 +59,7 @@ class Methods:
 
     def after_restart(self) -> "Methods":
         """Returns the methods that follow a restart."""
-        return Methods(tuple((p, c.after_restart() if isinstance(c, Method) else c) for p, c in self.choices))
+        return Methods(tuple((path, _after_restart(choice)) for path, choice in self.choices))
 
     def trainable(self) -> dict[str, "Group"]:
         """Returns the optimizer group of every trainable array, by path under `params/` or `adapters/`."""
@@ -68,7 +80,7 @@ class Methods:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data, from which `from_json` makes an equal object."""
-        return {p: method_table.to_json(c) if isinstance(c, Method) else c for p, c in self.choices}
+        return {path: choice_to_json(choice) for path, choice in self.choices}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Methods":
@@ -90,104 +102,288 @@ class Group:
     lr_scale: float = 1.0
     weight_decay: bool = True
 
+    @property
+    def label(self) -> str:
+        """Name of the group's optimizer state, such as "base" or "adapter*16.0"."""
+        scale = "" if self.lr_scale == 1 else f"*{self.lr_scale}"
+        return f"{'adapter' if self.adapter else 'base'}{scale}{'' if self.weight_decay else ', undecayed'}"
+
+
+def choice_to_json(choice: Choice) -> Any:
+    """Returns plain data, from which `choice_from_json` makes an equal choice."""
+    if isinstance(choice, On):
+        method = method_table.to_json(choice.method)
+        return {"method": method, "inputs": list(choice.inputs), "stack": list(choice.stack)}
+    return method_table.to_json(choice) if isinstance(choice, Method) else choice
+
 
 def choice_from_json(data: Any) -> Choice:
-    """Returns a rule's choice from YAML: "train", "frozen", or a mapping with a method's name and fields."""
+    """Returns a rule's choice from YAML or JSON.
+
+    Args:
+      data: "train", "frozen", a mapping with a method's name and fields, or a mapping with such a mapping as
+        `method`, and the axes `inputs` and `stack` of `On`.
+
+    Raises:
+      InputError: for anything else.
+    """
     if data in ("train", "frozen"):
         return data
     if isinstance(data, str):
         raise InputError(f"a rule's value is 'train', 'frozen' or a method, not {data!r}")
-    return method_table.from_json(data)
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), Mapping):
+        return method_table.from_json(data)
+    if extra := data.keys() - {"method", "inputs", "stack"}:
+        raise InputError(f"a rule has method, inputs and stack, not {sorted(map(str, extra))[0]}")
+    return On(method_table.from_json(data["method"]), data.get("inputs", (-2,)), data.get("stack", ()))
 
 
-def assign(rules: Rules, params: Tree) -> Methods:
+def assign(rules: Rules, params: Params, stacked: str = "") -> Methods:
     """Assigns a choice to every parameter, by the first rule whose regex matches its full path.
 
     Args:
-      rules: pairs of (regex, choice); a choice is a Method, "train" (the parameter itself) or "frozen".
-      params: the model's parameters, or their shapes.
+      rules: pairs of (regex, choice); a choice is a Method, `On` (a method on named axes), "train" (the
+        parameter itself) or "frozen".
+      params: the model's parameters as any pytree, or their shapes. Paths look like `a/b/0/kernel`.
+      stacked: regex of the paths of stacked kernels (L, in, out): a Method on these means
+        `On(method, stack=(0,))`.
 
     Raises:
-      InputError: if a rule decides nothing, no rule covers a parameter, or a method is assigned to what is no
-        kernel (fewer than two axes, or named scale, bias or embedding).
+      InputError: if a rule decides nothing, no rule covers a parameter, a choice is none, or a bare Method is
+        assigned to what is no kernel (in, out): any other number of axes, or named scale, bias or embedding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mora_jax import LoRA, MoRA, On, assign
+      >>> params = {"query": jnp.ones((8, 2, 4)), "out": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+      >>> rules = [("query", On(MoRA(2), inputs=(0,))), ("out", LoRA(2)), (".*", "frozen")]
+      >>> assign(rules, params)["bias"]
+      'frozen'
     """
+    for _, choice in rules:
+        if not isinstance(choice, Method | On) and choice not in ("train", "frozen"):
+            raise InputError(f"a rule's choice is {CHOICES}, not {choice!r}")
     flat = trees.flatten(params)
-    choices = trees.first_match(rules, flat)
-    for path, choice in choices.items():
-        shape, name = flat[path].shape, path.rpartition("/")[2]
-        if isinstance(choice, Method) and (len(shape) < 2 or name in NO_KERNELS):
-            raise InputError(f"{choice.name} adapts kernels (..., in, out); {path!r} has shape {shape}")
+    choices = {}
+    for path, choice in trees.first_match(rules, flat).items():
+        if isinstance(choice, Method) and stacked and re.fullmatch(stacked, path):
+            choice = On(choice, stack=(0,))
+        _check(path, choice, flat[path].shape)
+        choices[path] = choice
     return Methods(tuple(choices.items()))
 
 
-def attach(key: PRNGKeyArray, params: Tree, methods: Methods) -> Tree:
-    """Initialises the adapters' arrays, each stack of layers layer by layer.
+def _check(path: str, choice: Choice, shape: tuple[int, ...]) -> None:
+    if isinstance(choice, Method) and (len(shape) != 2 or path.rpartition("/")[2] in NO_KERNELS):
+        raise InputError(
+            f"{choice.name} adapts kernels (in, out), and {path!r} has shape {shape}: name its axes, as in "
+            f"On(method, inputs=(0,)) for (D, heads, width) or On(method, stack=(0,)) for (L, in, out), or "
+            f"choose 'train' or 'frozen'"
+        )
+    if isinstance(choice, Method | On):
+        on = choice if isinstance(choice, On) else On(choice)
+        try:
+            axes = on.axes(shape)
+            on.method.count(axes.k, axes.d)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def attach(key: PRNGKeyArray, params: Params, methods: Methods) -> Tree:
+    """Initialises the adapters' arrays, each kernel of a stack by itself.
 
     Returns:
       A nested dict: the paths of the adapted kernels, then the names of the method's arrays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import MoRA, assign, attach
+      >>> params = {"up": {"kernel": jnp.ones((8, 8))}}
+      >>> jax.tree.map(jnp.shape, attach(jax.random.key(0), params, assign([(".*", MoRA(2))], params)))
+      {'up': {'kernel': {'m_RR': (5, 5)}}}
     """
     flat = trees.flatten(params)
-    adapted = list(methods.adapted())
+    adapted = list(methods.kernels())
     keys = jax.random.split(key, max(len(adapted), 1))
     arrays = {
         f"{path}/{name}": array
-        for key, (path, method) in zip(keys, adapted, strict=False)
-        for name, array in _init(key, method, flat[path]).items()
+        for key, (path, on) in zip(keys, adapted, strict=False)
+        for name, array in _init(key, on.method, on.axes(flat[path].shape).matrices(flat[path])).items()
     }
     return trees.unflatten(arrays)
 
 
-def bind(adapters: Tree, methods: Methods) -> Tree:
-    """Returns a tree with an `Adapter` at each adapted kernel's path: the model's "adapter" collection."""
-    return trees.unflatten({path: Adapter(a, m) for path, m, a in _adapters(adapters, methods)})
+def bind(params: Params, adapters: Tree, methods: Methods) -> Params:
+    """Returns the parameters with each adapted kernel joined to its adapter, for models that call `dense`.
 
+    The place of a kernel then holds a `Bound`, which `dense` applies. Everything else that reads it raises an
+    InputError, so no adapter is ignored. Models that do not call `dense` take `adapted` instead.
 
-def merge(params: Tree, adapters: Tree, methods: Methods) -> Tree:
-    """Merges every adapter into its kernel, in float32, and returns the parameters.
+    Raises:
+      InputError: if an adapted kernel is not laid out (in, out), with stacked axes before.
 
-    Kernels keep their type, so a base of lower precision than float32 rounds the update.
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import MoRA, assign, attach, bind, dense
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> methods = assign([("kernel", MoRA(2))], params)
+      >>> bound = bind(params, attach(jax.random.key(0), params, methods), methods)
+      >>> dense(jnp.ones((2, 8)), [bound["kernel"]])[0].shape
+      (2, 4)
     """
     flat = trees.flatten(params)
-    for path, method, arrays in _adapters(adapters, methods):
-        w = flat[path]
-        flat[path] = _each_layer(method.weight, arrays, w.astype(jnp.float32)).astype(w.dtype)
-    return trees.unflatten(flat)
+    bound = {}
+    for path, on, arrays in adapters_of(params, adapters, methods):
+        axes = on.axes(flat[path].shape)
+        n = len(axes.shape)
+        if axes.inputs != (n - 2,) or axes.stack != tuple(range(n - 2)):
+            raise InputError(f"{path}: dense takes kernels (in, out), not {on}; use adapted, not bind")
+        bound[path] = Bound(flat[path], arrays, on.method, path)
+    return trees.replaced(params, bound)
 
 
-def restart(key: PRNGKeyArray, params: Tree, adapters: Tree, methods: Methods) -> tuple[Tree, Tree, Methods]:
+def merge(params: Params, adapters: Tree, methods: Methods) -> Params:
+    """Merges every adapter into its kernel, in float32, and returns the very tree of parameters.
+
+    Containers, types and shardings stay, so a base of lower precision than float32 rounds the update.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import DoRA, assign, attach, merge
+      >>> params = [{"kernel": jnp.ones((8, 4))}]
+      >>> methods = assign([(".*", DoRA(2))], params)
+      >>> bool(jnp.allclose(merge(params, attach(jax.random.key(0), params, methods), methods)[0]["kernel"], 1))
+      True
+    """
+    flat = trees.flatten(params)
+    merged = {
+        path: _like(flat[path], effective(on, arrays, flat[path]))
+        for path, on, arrays in adapters_of(params, adapters, methods)
+    }
+    return trees.replaced(params, merged)
+
+
+def effective(on: On, arrays: Mapping[str, Array], w: Array) -> Array:
+    """Returns the effective kernel in w's shape, in float32 or w's wider type."""
+    axes = on.axes(w.shape)
+    matrices = axes.matrices(w).astype(jnp.promote_types(w.dtype, jnp.float32))
+    return axes.kernel(_each_layer(on.method.weight, dict(arrays), matrices))
+
+
+def restart(
+    key: PRNGKeyArray, params: Params, adapters: Tree, methods: Methods
+) -> tuple[Params, Tree, Methods]:
     """Merges the adapters, initialises new ones and replaces every method by its successor.
 
     MoRA's sharing switches its group type. The model's outputs do not change. The caller resets the adapters'
-    optimizer state.
+    optimizer state, as `State.restart` does.
 
     Returns:
       (params, adapters, methods) after the restart.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import MoRA, assign, attach, restart
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> methods = assign([(".*", MoRA(2))], params)
+      >>> adapters = attach(jax.random.key(0), params, methods)
+      >>> params, adapters, methods = restart(jax.random.key(1), params, adapters, methods)
+      >>> methods["kernel"].pattern
+      '1'
     """
     params = merge(params, adapters, methods)
     methods = methods.after_restart()
     return params, attach(key, params, methods), methods
 
 
-def partition(params: Tree, adapters: Tree, methods: Methods) -> tuple[Tree, Tree]:
+def partition(params: Params, adapters: Tree, methods: Methods) -> tuple[Tree, Tree]:
     """Splits all arrays into (trainable, frozen), each a tree {"params": ..., "adapters": ...}.
 
-    `combine` joins the two to {"params": params, "adapters": adapters} again.
+    `combine` joins the two to {"params": params, "adapters": adapters} again. Entries of dicts that are not in
+    a part are left out; in other containers None stands for them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import MoRA, assign, attach, combine, partition
+      >>> params = {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(8)}
+      >>> methods = assign([("kernel", MoRA(2)), (".*", "train")], params)
+      >>> parts = partition(params, attach(jax.random.key(0), params, methods), methods)
+      >>> [sorted(part["params"]) for part in parts], sorted(combine(*parts)["params"])
+      ([['scale'], ['kernel']], ['kernel', 'scale'])
     """
     trained = methods.trainable()
     return trees.split({"params": params, "adapters": adapters}, trained.__contains__)
 
 
-def labels(params: Tree, adapters: Tree, methods: Methods) -> Tree:
+def labels(params: Params, adapters: Tree, methods: Methods) -> Tree:
     """Returns the optimizer `Group` of every trainable leaf, in the structure of `partition`'s first tree."""
     groups = methods.trainable()
-    flat = trees.flatten({"params": params, "adapters": adapters})
-    return trees.unflatten({path: groups[path] for path in flat if path in groups})
+    trainable, _ = partition(params, adapters, methods)
+    return trees.replaced(trainable, {path: groups[path] for path in trees.flatten(trainable)})
 
 
-def _adapters(adapters: Tree, methods: Methods) -> Iterator[tuple[str, Method, dict[str, Any]]]:
-    flat = trees.flatten(adapters)
-    for path, method in methods.adapted():
-        yield path, method, {name: flat[f"{path}/{name}"] for name in method.leaves()}
+def describe(params: Params, methods: Methods) -> str:
+    """Returns a table of every parameter: path, shape, how its method sees it, and numbers trained.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mora_jax import MoRA, On, assign, describe
+      >>> params = {"query": jnp.ones((8, 2, 4)), "scale": jnp.ones(8)}
+      >>> print(describe(params, assign([("query", On(MoRA(2), inputs=(0,))), (".*", "train")], params)))
+      path   shape      seen as  method              trained
+      query  (8, 2, 4)  (8, 8)   mora r 2, r_hat 5        25
+      scale  (8,)                train                     8
+      total                                            33 of 72
+    """
+    rows, trained, total = [("path", "shape", "seen as", "method", "trained")], 0, 0
+    choices = dict(methods.choices)
+    kernels = dict(methods.kernels())
+    for path, leaf in trees.flatten(params).items():
+        seen, what, count = "", str(choices[path]), math.prod(leaf.shape) if choices[path] == "train" else 0
+        if on := kernels.get(path):
+            axes = on.axes(leaf.shape)
+            seen, what = axes.describe(), on.method.describe(axes.k, axes.d)
+            count = math.prod(axes.sizes(axes.stack)) * on.method.count(axes.k, axes.d)
+        rows.append((path, str(tuple(leaf.shape)), seen, what, f"{count:,}"))
+        trained, total = trained + count, total + math.prod(leaf.shape)
+    rows.append(("total", "", "", "", f"{trained:,} of {total:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([*map(str.ljust, row[:-1], widths), row[-1].rjust(widths[-1])]).rstrip() for row in rows
+    )
+
+
+def adapters_of(
+    params: Params, adapters: Tree, methods: Methods
+) -> Iterator[tuple[str, On, dict[str, Array]]]:
+    """Returns path, method and arrays of every adapted kernel.
+
+    Raises:
+      InputError: if a kernel or an array is missing, or an array does not fit the kernel's stack.
+    """
+    kernels, arrays = trees.flatten(params), trees.flatten(adapters)
+    for path, on in methods.kernels():
+        if path not in kernels:
+            raise InputError(f"the parameters have no {path!r}, which the methods adapt{nearest(path, kernels)}")
+        found = {name: arrays.get(f"{path}/{name}") for name in on.method.leaves()}
+        axes = on.axes(kernels[path].shape)
+        stack = axes.sizes(axes.stack)
+        if any(array is None or array.shape[: len(stack)] != stack for array in found.values()):
+            raise InputError(f"the adapters have no arrays of {on.method.name} for {path!r}")
+        yield path, on, found
+
+
+def _after_restart(choice: Choice) -> Choice:
+    if isinstance(choice, On):
+        return dataclasses.replace(choice, method=choice.method.after_restart())
+    return choice.after_restart() if isinstance(choice, Method) else choice
+
+
+def _like(old: Any, new: Array) -> Array:
+    """Returns an array in the type of another, and on its devices if these are known."""
+    new = new.astype(old.dtype)
+    placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer)
+    return jax.device_put(new, old.sharding) if placed and not isinstance(new, jax.core.Tracer) else new
 
 
 def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:

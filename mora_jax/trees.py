@@ -1,27 +1,54 @@
-"""Parameter trees by path: nested dicts flattened to "a/b/c", first-match rules, split and combine."""
+"""Pytrees by path: leaves named "a/b/0/kernel", first-match rules, split and combine."""
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import jax
 from flax import traverse_util
+from jax.tree_util import KeyPath
 
-from mora_jax.errors import InputError, some
+from mora_jax.errors import InputError, nearest, some
 
 V = TypeVar("V")
-Tree = Mapping[str, Any]
+Tree: TypeAlias = Any  # any pytree
 CATCH_ALL = ".*"
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Returns a nested dict as one flat dict, whose keys are paths such as `layers/mlp/up_proj/kernel`."""
-    return traverse_util.flatten_dict(dict(tree), sep="/")
+    """Returns the leaves of any pytree by path, such as `layers/0/mlp/kernel`, in JAX's order.
+
+    A path holds the keys of dicts, the indices of lists and tuples, and the names of attributes. The value of
+    an `nnx.Variable` has the variable's path.
+
+    Raises:
+      InputError: if two leaves have one path, as those of `{"a/b": x}` and `{"a": {"b": x}}` in one tree.
+    """
+    flat: dict[str, Any] = {}
+    for path, leaf in _leaves(tree):
+        if path in flat:
+            raise InputError(f"two leaves of the tree have the path {path!r}")
+        flat[path] = leaf
+    return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dict that `flatten` flattened."""
+    """Returns the nested dict whose leaves have these paths."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def replaced(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Returns the same tree with other leaves at some paths.
+
+    Raises:
+      InputError: if the tree has no leaf at one of the paths.
+    """
+    old = flatten(tree)
+    if missing := [path for path in leaves if path not in old]:
+        raise InputError(f"the tree has no {some([repr(path) for path in missing])}{nearest(missing[0], old)}")
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves.get(path, leaf) for path, leaf in old.items()])
 
 
 def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[str, V]:
@@ -51,24 +78,92 @@ def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[st
     return {name: rules[winner][1] for name, winner in winners.items() if winner is not None}
 
 
-def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns two trees: the leaves of `tree` whose path `keep` accepts, and the rest."""
-    flat = flatten(tree)
-    kept = {name: leaf for name, leaf in flat.items() if keep(name)}
-    rest = {name: leaf for name, leaf in flat.items() if name not in kept}
-    return unflatten(kept), unflatten(rest)
+def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Returns two trees: the leaves of `tree` whose path `keep` accepts, and the rest.
+
+    Entries of dicts that hold no leaf of their part are left out. In other containers None stands for them.
+    """
+    chosen = iter([keep(path) for path in flatten(tree)])
+    marked = jax.tree.map(lambda leaf: _Leaf(leaf, next(chosen)), tree)
+    return _part(marked, True), _part(marked, False)
 
 
-def combine(*trees: Tree) -> dict[str, Any]:
-    """Returns one tree with the leaves of all, as before `split`. Raises ValueError if two share a path."""
-    flat: dict[str, Any] = {}
-    for tree in trees:
-        leaves = flatten(tree)
-        shared = flat.keys() & leaves.keys()
-        if shared:
-            raise ValueError(f"combine: more than one tree holds {some([repr(n) for n in sorted(shared)])}")
-        flat.update(leaves)
-    return unflatten(flat)
+def combine(*trees: Tree) -> Tree:
+    """Returns one tree with the leaves of all, as before `split`.
+
+    Raises:
+      ValueError: if two trees have a leaf at one place.
+
+    Example:
+      >>> from mora_jax import trees
+      >>> kept, rest = trees.split({"a": [1, 2], "b": 3}, lambda path: path == "a/0")
+      >>> kept, rest
+      ({'a': [1, None]}, {'a': [None, 2], 'b': 3})
+      >>> trees.combine(kept, rest)
+      {'a': [1, 2], 'b': 3}
+    """
+    return _combined("", trees)
+
+
+class _Leaf:
+    """A leaf of a tree that is split, and the part it belongs to."""
+
+    def __init__(self, leaf: Any, kept: bool) -> None:
+        self.leaf, self.kept = leaf, kept
+
+
+def _part(node: Any, kept: bool) -> Any:
+    if isinstance(node, _Leaf):
+        return node.leaf if node.kept == kept else None
+    if type(node) is dict:
+        parts = {key: _part(child, kept) for key, child in node.items()}
+        return {key: part for key, part in parts.items() if not _is_lost(part, node[key])}
+    children, structure = _children(node)
+    parts = [_part(child, kept) for child in children]
+    return jax.tree.unflatten(
+        structure,
+        [None if _is_lost(part, child) else part for part, child in zip(parts, children, strict=True)],
+    )
+
+
+def _is_lost(part: Any, whole: Any) -> bool:
+    """Returns whether a part has none of the leaves that the whole has."""
+    return not jax.tree.leaves(part) and bool(jax.tree.leaves(whole))
+
+
+def _combined(path: str, parts: Sequence[Any]) -> Any:
+    parts = [part for part in parts if part is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    if all(type(part) is dict for part in parts):
+        keys = dict.fromkeys(key for part in parts for key in part)
+        return {k: _combined(f"{path}/{k}".lstrip("/"), [p[k] for p in parts if k in p]) for k in keys}
+    if any(jax.tree_util.all_leaves([part]) for part in parts):
+        raise ValueError(f"combine: more than one tree holds {path!r}")
+    opened = [_children(part) for part in parts]
+    if any(structure != opened[0][1] for _, structure in opened):
+        raise ValueError(f"combine: the trees differ in structure at {path!r}")
+    joined = [_combined(path, children) for children in zip(*(c for c, _ in opened), strict=True)]
+    return jax.tree.unflatten(opened[0][1], joined)
+
+
+def _children(node: Any) -> tuple[list[Any], Any]:
+    """Returns what a container holds, None included, and how to make it again."""
+    return jax.tree.flatten(node, is_leaf=lambda child: child is not node)
+
+
+def _leaves(tree: Tree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    nnx = sys.modules.get("flax.nnx")  # without it there are no variables
+    if nnx is None:
+        return [(_written(path), leaf) for path, leaf in leaves]
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
+    variables = {path for path, node in nodes if isinstance(node, nnx.Variable)}
+    return [(_written(path[:-1] if path[:-1] in variables else path), leaf) for path, leaf in leaves]
+
+
+def _written(path: KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _compiled(regex: str) -> re.Pattern[str]:

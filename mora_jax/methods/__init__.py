@@ -1,6 +1,6 @@
 """The methods: one file each, and an entry in METHODS."""
 
-from mora_jax.methods.base import Adapter, Leaf, Method
+from mora_jax.methods.base import Adapter, Bound, Leaf, Method
 from mora_jax.methods.dora import DoRA
 from mora_jax.methods.linear import Path, dense
 from mora_jax.methods.lora import LoRA
@@ -12,6 +12,7 @@ __all__ = [
     "METHODS",
     "OPERATORS",
     "Adapter",
+    "Bound",
     "Decouple",
     "DoRA",
     "Leaf",

@@ -165,6 +165,37 @@ class Adapter:
     method: Method
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["w", "arrays"], meta_fields=["method", "path"]
+)
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A kernel with its adapter, in the kernel's place among the parameters; only `dense` can apply it.
+
+    Attributes:
+      w: the kernel (..., in, out). The first leaf: Flax compares its shape with that of the initialisation.
+      arrays: the adapter's arrays.
+      method: what the arrays mean.
+      path: the kernel's path, for messages.
+    """
+
+    w: Array
+    arrays: Arrays
+    method: Method
+    path: str
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter by itself."""
+        return Adapter(self.arrays, self.method)
+
+    def __jax_array__(self) -> Array:
+        raise InputError(
+            f"the model reads {self.path} itself, and would ignore its {self.method.name} adapter: bind is for "
+            f"models that call mora_jax.dense, use mora_jax.adapted"
+        )
+
+
 def padded(x: Array, axis: int, multiple: int) -> Array:
     """Returns x padded with zeros at the end of an axis, up to a multiple."""
     widths = [(0, 0)] * x.ndim

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
-from mora_jax.methods.base import Adapter, Arrays, Method, outer, padded
+from mora_jax.methods.base import Adapter, Arrays, Bound, Method, outer, padded
 from mora_jax.sharding import Layout
 
 Path: TypeAlias = Literal["auto", "merged", "compressed", "folded", "activation"]
@@ -25,8 +25,8 @@ TILE = 128
 
 def dense(
     x: Float[Array, "*B K"],
-    ws: Sequence[Float[Array, "K ?D"]],
-    adapters: Sequence[Adapter | None],
+    ws: Sequence[Float[Array, "K ?D"] | Bound],
+    adapters: Sequence[Adapter | None] | None = None,
     path: Path = "auto",
     dropout_key: PRNGKeyArray | None = None,
     tile: int = 1,
@@ -43,8 +43,8 @@ def dense(
 
     Args:
       x: the input, in the type to compute in. It may be wider than the kernels, padded with zeros.
-      ws: kernels (k, d_i), in the stored type.
-      adapters: one entry for each kernel.
+      ws: kernels (k, d_i), in the stored type, or as `bind` joins them to their adapters.
+      adapters: one entry for each kernel. Without it, the bound kernels have adapters and the others none.
       path: forces a path where there is a choice: "merged", the same with "compressed" or "folded" gradients,
         or "activation". "auto" merges for large batches over a float32 base.
       dropout_key: random key of a training step whose methods have dropout, which takes the activation path.
@@ -62,6 +62,9 @@ def dense(
       >>> [y.shape for y in dense(x, [w, w], [adapter, None])]
       [(2, 4), (2, 4)]
     """
+    if adapters is None:
+        adapters = [w.adapter if isinstance(w, Bound) else None for w in ws]
+    ws = [w.w if isinstance(w, Bound) else w for w in ws]
     known = list(layouts) if layouts and sharding.in_use() else [None] * len(ws)
     # Each kernel draws the same dropout mask whether the kernels share a product or not.
     keys: Sequence[PRNGKeyArray | None] = [dropout_key] * len(ws)

@@ -66,6 +66,9 @@ class MoRA(Method):
         check_rank("MoRA's rank", self.rank)
         check_rank("MoRA's align", self.align)
         check_dropout(self.dropout)
+        if not isinstance(self.operator, Operator):
+            names = ", ".join(f"{cls.__name__}()" for cls in OPERATORS.values())
+            raise InputError(f"MoRA's operator is one of {names}, not {self.operator!r}")
         if self.r_hat_from not in ("rank", "stored"):
             raise InputError(f"MoRA's r_hat_from is 'rank' or 'stored', not {self.r_hat_from!r}")
         if self.r_hat_from == "stored" and self.align != 1:

@@ -1,7 +1,7 @@
 """LLaMA in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Parameters are float32 and stacked over layers; products run in `Compute.dtype`. Adapters are passed as the
-variable collection "adapter" (`mora_jax.bind`), at the paths of the kernels they adapt.
+Parameters are float32 and stacked over layers; products run in `Compute.dtype`. `mora_jax.bind` joins kernels
+to their adapters.
 
 Legend of shapes in names: B batch, T sequence, D hidden width, F MLP width, N query heads, K key/value heads,
 H head width, V vocabulary, L layers.
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Adapter
+from mora_jax.methods.base import Bound
 from mora_jax.methods.linear import TILE, Path, dense
 from mora_jax.models.attention import HEADS, attention
 from mora_jax.models.attention import Kernel as AttentionKernel
@@ -29,6 +29,9 @@ from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout, Rules
 
 # Name of the residual stream between attention and MLP. The loop over layers keeps what enters each layer.
 RESIDUAL = "residual"
+
+# The kernels that are stacked over layers, by path.
+STACKED = "layers/.*"
 
 # How the parameters may be divided over a mesh, by the end of their path.
 LAYOUTS: Rules = (
@@ -152,14 +155,13 @@ class Kernel(nn.Module):
     def __call__(self) -> "Parts":
         w = self.param("kernel", nn.initializers.normal(self.std), self.shape)
         layout = sharding.find("/".join((*self.path, "kernel")), LAYOUTS)
-        return Parts(w, self.get_variable("adapter", "kernel", None), layout)
+        return Parts(w, layout)
 
 
 class Parts(NamedTuple):
-    """A kernel, its adapter if it has one, and how it may be divided over a mesh."""
+    """A kernel, bound to its adapter if it has one, and how it may be divided over a mesh."""
 
-    w: Array
-    adapter: Adapter | None
+    w: Array | Bound
     layout: Layout
 
 
@@ -288,8 +290,8 @@ class Llama(nn.Module):
         """Returns the effective kernel from hidden states to logits."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.T
-        w, adapter, _ = self.lm_head()
-        return w if adapter is None else adapter.method.weight(adapter.arrays, w)
+        w = self.lm_head().w
+        return w.method.weight(w.arrays, w.w) if isinstance(w, Bound) else w
 
 
 def abstract_params(config: LlamaConfig) -> Any:
@@ -308,7 +310,7 @@ def _stack(block: type[nn.Module], length: int, compute: Compute) -> Any:
         block = nn.remat(block, prevent_cse=unrolled, policy=policy)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "adapter": 0},
+        variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=length,
@@ -325,9 +327,9 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 1) -> list[Array]:
-    ws, adapters, layouts = zip(*kernels, strict=True)
+    ws, layouts = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    return dense(x, ws, adapters, module.compute.adapter_path, key, tile, layouts)
+    return dense(x, ws, None, module.compute.adapter_path, key, tile, layouts)
 
 
 def _rope(length: int, head_dim: int, theta: float) -> tuple[Array, Array]:

@@ -1,0 +1,86 @@
+"""Optax with adapters: one optimizer state a group, and what a restart does to the adapters' state."""
+
+import zlib
+from collections.abc import Callable, Set
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from mora_jax.errors import InputError
+
+Clear: TypeAlias = Literal["reset", "magnitude", "random"]
+
+
+def clear_adapters(
+    opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float, key: PRNGKeyArray
+) -> Any:
+    """Clears the optimizer state of adapters, or a share of it, after their update was merged.
+
+    "reset" starts it anew. The counts of learning rate schedules stay. Pruning zeroes a share of the non-zero
+    entries of each Adam moment of each kernel, the smallest ones ("magnitude") or random ones (ReLoRA,
+    arXiv:2307.05695), and keeps Adam's count.
+
+    Args:
+      opt_state: any Optax state; what belongs to adapters lies in states of `optax.partition`.
+      fresh: the state that the optimizer's `init` returns.
+      labels: labels of the adapters in `optax.partition`.
+      how: what to do.
+      share: share to prune.
+      key: random key of pruning.
+
+    Raises:
+      InputError: if nothing is pruned, since the optimizer has no Adam moments.
+    """
+    pruned: list[Any] = []
+
+    def cleared(path: Any, old: Any, new: Any) -> Any:
+        if isinstance(old, optax.ScaleByScheduleState):
+            return old
+        if how == "reset":
+            return new
+        if not isinstance(old, optax.ScaleByAdamState):
+            return old
+        pruned.append(path)
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        mu_key, nu_key = jax.random.split(own_key)
+        return old._replace(mu=_pruned(old.mu, how, share, mu_key), nu=_pruned(old.nu, how, share, nu_key))
+
+    def by_label(old: Any, new: Any) -> Any:
+        if not isinstance(old, optax.transforms.PartitionState):
+            return old
+        ours, others = ({k: s for k, s in p.inner_states.items() if k in labels} for p in (old, new))
+        states = jax.tree_util.tree_map_with_path(cleared, ours, others, is_leaf=_is_whole)
+        return old._replace(inner_states={**old.inner_states, **states})
+
+    def is_partition(node: Any) -> bool:
+        return isinstance(node, optax.transforms.PartitionState)
+
+    result = jax.tree.map(by_label, opt_state, fresh, is_leaf=is_partition)
+    if how != "reset" and not pruned:
+        raise InputError(f"{how} pruning needs an optimizer with optax.scale_by_adam, such as optax.adamw")
+    return result
+
+
+def _is_whole(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState | optax.ScaleByScheduleState)
+
+
+def _pruned(moments: Any, how: Clear, share: float, key: PRNGKeyArray) -> Any:
+    leaves, structure = jax.tree.flatten(moments)
+    keys = jax.random.split(key, len(leaves))
+    pruned = [_pruned_stack(x, how, share, k) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, pruned)
+
+
+def _pruned_stack(x: Array, how: Clear, share: float, key: PRNGKeyArray) -> Array:
+    """Returns a kernel's array pruned, or each layer of a stack."""
+    if x.ndim > 2:
+        keys = jax.random.split(key, x.shape[0])
+        return jax.vmap(lambda x, k: _pruned_stack(x, how, share, k))(x, keys)
+    if how == "random":
+        return jnp.where(jax.random.bernoulli(key, share, x.shape), 0.0, x)
+    size = jnp.where(x == 0, jnp.nan, jnp.abs(x))  # padding is zero and does not count
+    return jnp.where(size > jnp.nanquantile(size, share), x, 0.0)
