@@ -1,5 +1,6 @@
 """MoRA and its relatives as a functional transform over Flax parameter trees."""
 
+from mora_jax.adapter_file import load, save
 from mora_jax.errors import InputError
 from mora_jax.frontends import adapted, value_and_grad
 from mora_jax.hf import load_hf, save_hf
@@ -71,10 +72,12 @@ __all__ = [
     "dense",
     "describe",
     "labels",
+    "load",
     "load_hf",
     "merge",
     "partition",
     "restart",
+    "save",
     "save_hf",
     "singular_values",
     "value_and_grad",

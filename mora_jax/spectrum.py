@@ -7,14 +7,16 @@ from mora_jax import trees
 from mora_jax.transform import Methods, Params
 
 
-def singular_values(before: Params, after: Params, methods: Methods) -> dict[str, Float[Array, "*L R"]]:
+def singular_values(
+    before: Params, after: Params, methods: Methods | None = None
+) -> dict[str, Float[Array, "*L R"]]:
     """Returns the singular values, largest first, of the update of every kernel that changed.
 
     Args:
       before: parameters, such as those at the start of a run.
       after: the same tree later, with the adapters merged (`mora_jax.merge`).
-      methods: which axes of an adapted kernel are inputs, outputs and stack. Other parameters count as kernels
-        (in, out) if they have two axes.
+      methods: which axes of an adapted kernel are inputs, outputs and stack. Other parameters count as
+        kernels (in, out) if they have two axes.
 
     Returns:
       path -> (*stack, min(k, d)).
@@ -26,7 +28,7 @@ def singular_values(before: Params, after: Params, methods: Methods) -> dict[str
       >>> singular_values(before, {"w": before["w"].at[0, 0].set(4.0)}, assign([("w", LoRA(1))], before))["w"]
       Array([4., 0.], dtype=float32)
     """
-    now, kernels = trees.flatten(after), dict(methods.kernels())
+    now, kernels = trees.flatten(after), dict(methods.kernels() if methods else ())
     found = {}
     for path, w in trees.flatten(before).items():
         if path in kernels or w.ndim == 2:

@@ -1,4 +1,4 @@
-"""`State`: parameters, adapters and methods in one value whose compiled steps cannot meet the wrong methods."""
+"""`State`: parameters, adapters and methods together, so that compiled steps never meet the wrong methods."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from mora_jax import optim, transform, trees
+from mora_jax import moments, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.transform import Group, Methods, Params, Rules, Tree
 
@@ -22,10 +22,10 @@ from mora_jax.transform import Group, Methods, Params, Rules, Tree
 class State:
     """A model's parameters with their adapters, as an argument of a compiled step.
 
-    The methods are part of the pytree's structure. So a step that is compiled by `jax.jit` with a State as its
-    argument is compiled again when a restart changes a method, and never runs with the old one. For the same
-    reason a State is not what a checkpoint holds: save its arrays, and `methods.to_json()` beside them, or use
-    `mora_jax.save`.
+    The methods are part of the pytree's structure. So a step that is compiled by `jax.jit` with a State as
+    its argument is compiled again when a restart changes a method, and never runs with the old one. For the
+    same reason a checkpoint does not hold a State: save its arrays, and `methods.to_json()` beside them, or
+    use `mora_jax.save`.
 
     Attributes:
       params: the model's parameters, any pytree.
@@ -70,17 +70,17 @@ class State:
         return State(params, transform.attach(key, params, methods), methods, jnp.zeros((), jnp.int32))
 
     @property
-    def trainable(self) -> Tree:
+    def trainable(self) -> Params:
         """What is trained, {"params": ..., "adapters": ...}: what an optimizer's functions take."""
         return transform.partition(self.params, self.adapters, self.methods)[0]
 
-    def with_trainable(self, trainable: Tree) -> "State":
+    def with_trainable(self, trainable: Params) -> "State":
         """Returns the state with other trained arrays; the frozen ones stay."""
         _, frozen = transform.partition(self.params, self.adapters, self.methods)
         arrays = trees.combine(trainable, frozen)
         return dataclasses.replace(self, params=arrays["params"], adapters=arrays.get("adapters", {}))
 
-    def updated(self, updates: Tree) -> "State":
+    def updated(self, updates: Params) -> "State":
         """Returns the state after one update, as an optimizer's `update` returns it."""
         state = self.with_trainable(optax.apply_updates(self.trainable, updates))
         return dataclasses.replace(state, step=self.step + 1)
@@ -103,8 +103,7 @@ class State:
             `weight_decay` say what may be treated differently.
         """
         labels = transform.labels(self.params, self.adapters, self.methods)
-        groups = set(jax.tree.leaves(labels))
-        by_label = {g.label: _scaled(tx if isinstance(tx, optax.GradientTransformation) else tx(g), g) for g in groups}
+        by_label = {group.label: _scaled(tx, group) for group in jax.tree.leaves(labels)}
         return optax.partition(by_label, jax.tree.map(lambda group: group.label, labels))
 
     def restart(
@@ -112,7 +111,7 @@ class State:
         key: PRNGKeyArray,
         opt_state: Any,
         optimizer: optax.GradientTransformation,
-        how: optim.Clear = "reset",
+        how: moments.Clear = "reset",
         share: float = 0.9,
     ) -> tuple["State", Any]:
         """Merges the adapters, initialises new ones, switches the methods and clears the adapters' state.
@@ -142,8 +141,9 @@ class State:
         groups = jax.tree.leaves(transform.labels(self.params, self.adapters, self.methods))
         labels = frozenset(group.label for group in groups if group.adapter)
         fresh = optimizer.init(state.trainable)
-        return state, optim.clear_adapters(opt_state, fresh, labels, how, share, pruning_key)
+        return state, moments.clear(opt_state, fresh, labels, how, share, pruning_key)
 
 
-def _scaled(tx: optax.GradientTransformation, group: Group) -> optax.GradientTransformation:
+def _scaled(tx: Any, group: Group) -> optax.GradientTransformation:
+    tx = tx if isinstance(tx, optax.GradientTransformation) else tx(group)
     return tx if group.lr_scale == 1 else optax.chain(tx, optax.scale(group.lr_scale))

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import methods as method_table
@@ -107,6 +108,21 @@ class Group:
         """Name of the group's optimizer state, such as "base" or "adapter*16.0"."""
         scale = "" if self.lr_scale == 1 else f"*{self.lr_scale}"
         return f"{'adapter' if self.adapter else 'base'}{scale}{'' if self.weight_decay else ', undecayed'}"
+
+
+def method_of(choice: Choice) -> Method | None:
+    """Returns the method of a choice, None for "train" and "frozen"."""
+    choice = choice.method if isinstance(choice, On) else choice
+    return choice if isinstance(choice, Method) else None
+
+
+def count_trained(choice: Choice, shape: Sequence[int]) -> int:
+    """Returns how many numbers are trained for one parameter; padding of stored arrays does not count."""
+    if isinstance(choice, str):
+        return math.prod(shape) if choice == "train" else 0
+    on = choice if isinstance(choice, On) else On(choice)
+    axes = on.axes(shape)
+    return math.prod(axes.sizes(axes.stack)) * on.method.count(axes.k, axes.d)
 
 
 def choice_to_json(choice: Choice) -> Any:
@@ -252,7 +268,8 @@ def merge(params: Params, adapters: Tree, methods: Methods) -> Params:
       >>> from mora_jax import DoRA, assign, attach, merge
       >>> params = [{"kernel": jnp.ones((8, 4))}]
       >>> methods = assign([(".*", DoRA(2))], params)
-      >>> bool(jnp.allclose(merge(params, attach(jax.random.key(0), params, methods), methods)[0]["kernel"], 1))
+      >>> adapters = attach(jax.random.key(0), params, methods)
+      >>> bool(jnp.allclose(merge(params, adapters, methods)[0]["kernel"], 1))
       True
     """
     flat = trees.flatten(params)
@@ -299,8 +316,8 @@ def restart(
 def partition(params: Params, adapters: Tree, methods: Methods) -> tuple[Tree, Tree]:
     """Splits all arrays into (trainable, frozen), each a tree {"params": ..., "adapters": ...}.
 
-    `combine` joins the two to {"params": params, "adapters": adapters} again. Entries of dicts that are not in
-    a part are left out; in other containers None stands for them.
+    `combine` joins the two to {"params": params, "adapters": adapters} again. Entries of dicts that are not
+    in a part are left out; in other containers None stands for them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -333,17 +350,16 @@ def describe(params: Params, methods: Methods) -> str:
       path   shape      seen as  method              trained
       query  (8, 2, 4)  (8, 8)   mora r 2, r_hat 5        25
       scale  (8,)                train                     8
-      total                                            33 of 72
+      total                                         33 of 72
     """
     rows, trained, total = [("path", "shape", "seen as", "method", "trained")], 0, 0
     choices = dict(methods.choices)
     kernels = dict(methods.kernels())
     for path, leaf in trees.flatten(params).items():
-        seen, what, count = "", str(choices[path]), math.prod(leaf.shape) if choices[path] == "train" else 0
+        seen, what, count = "", str(choices[path]), count_trained(choices[path], leaf.shape)
         if on := kernels.get(path):
             axes = on.axes(leaf.shape)
             seen, what = axes.describe(), on.method.describe(axes.k, axes.d)
-            count = math.prod(axes.sizes(axes.stack)) * on.method.count(axes.k, axes.d)
         rows.append((path, str(tuple(leaf.shape)), seen, what, f"{count:,}"))
         trained, total = trained + count, total + math.prod(leaf.shape)
     rows.append(("total", "", "", "", f"{trained:,} of {total:,}"))
@@ -364,13 +380,14 @@ def adapters_of(
     kernels, arrays = trees.flatten(params), trees.flatten(adapters)
     for path, on in methods.kernels():
         if path not in kernels:
-            raise InputError(f"the parameters have no {path!r}, which the methods adapt{nearest(path, kernels)}")
-        found = {name: arrays.get(f"{path}/{name}") for name in on.method.leaves()}
+            hint = nearest(path, kernels)
+            raise InputError(f"the parameters have no {path!r}, which the methods adapt{hint}")
+        names = {name: f"{path}/{name}" for name in on.method.leaves()}
         axes = on.axes(kernels[path].shape)
         stack = axes.sizes(axes.stack)
-        if any(array is None or array.shape[: len(stack)] != stack for array in found.values()):
+        if any(n not in arrays or arrays[n].shape[: len(stack)] != stack for n in names.values()):
             raise InputError(f"the adapters have no arrays of {on.method.name} for {path!r}")
-        yield path, on, found
+        yield path, on, {name: arrays[n] for name, n in names.items()}
 
 
 def _after_restart(choice: Choice) -> Choice:
@@ -382,8 +399,8 @@ def _after_restart(choice: Choice) -> Choice:
 def _like(old: Any, new: Array) -> Array:
     """Returns an array in the type of another, and on its devices if these are known."""
     new = new.astype(old.dtype)
-    placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer)
-    return jax.device_put(new, old.sharding) if placed and not isinstance(new, jax.core.Tracer) else new
+    known = not any(isinstance(array, Tracer) for array in (old, new))
+    return jax.device_put(new, old.sharding) if known and isinstance(old, jax.Array) else new
 
 
 def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:

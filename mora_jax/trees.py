@@ -47,8 +47,10 @@ def replaced(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
     """
     old = flatten(tree)
     if missing := [path for path in leaves if path not in old]:
-        raise InputError(f"the tree has no {some([repr(path) for path in missing])}{nearest(missing[0], old)}")
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves.get(path, leaf) for path, leaf in old.items()])
+        names = some([repr(path) for path in missing])
+        raise InputError(f"the tree has no {names}{nearest(missing[0], old)}")
+    values = [leaves.get(path, leaf) for path, leaf in old.items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), values)
 
 
 def first_match(rules: Sequence[tuple[str, V]], names: Iterable[str]) -> dict[str, V]:

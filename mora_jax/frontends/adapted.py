@@ -25,9 +25,10 @@ LINEN = "params"
 def adapted(f: Callable[..., Any], methods: Methods | None = None, path: Path = "auto") -> Callable[..., Any]:
     """Returns f with adapters: equal to f at the merged parameters, without merging where that is faster.
 
-    `f` is traced, and its program is evaluated with adapters. Products that contract the inputs of an adapted
-    kernel take the paths of `dense`, also inside jit, `jax.checkpoint`, `lax.scan` and `vmap`; every other use
-    takes the effective kernel. So f may be `model.apply` of Linen or Haiku, or a plain function such as a loss.
+    `f` is traced, and its program is evaluated with adapters. Products that contract the inputs of an
+    adapted kernel take the paths of `dense`, also inside jit, `jax.checkpoint`, `lax.scan` and `vmap`. Every
+    other use takes the effective kernel. So f may be `model.apply` of Linen or Haiku, or a plain function,
+    such as a loss.
 
     Args:
       f: a function whose first argument is the parameters, or a dict that holds them as "params".
@@ -35,9 +36,9 @@ def adapted(f: Callable[..., Any], methods: Methods | None = None, path: Path = 
       path: forces a path of `dense`.
 
     Returns:
-      A function of f's arguments, and two more by name: `adapters`, and `dropout_key`, a random key in training
-      and None elsewhere, which must be given if a method has dropout. With a `State` as first argument, f is
-      called with its parameters, and `adapters` are its own. The function raises an InputError
+      A function of f's arguments, and two more by name: `adapters`, and `dropout_key`, a random key in
+      training and None elsewhere, which must be given if a method has dropout. With a `State` as first
+      argument, f is called with its parameters, and `adapters` are its own. The function raises an InputError
 
       * if the parameters lack a kernel, or f reads no adapted kernel at all;
       * if an update would be rounded away: a kernel in bfloat16 that is not multiplied by its inputs;
@@ -97,8 +98,9 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
       >>> import jax, jax.numpy as jnp
       >>> from mora_jax import LoRA, State, value_and_grad
       >>> state = State.init(jax.random.key(0), {"w": jnp.ones((4, 2))}, [("w", LoRA(1))])
-      >>> loss, gradients = value_and_grad(lambda params, x: jnp.sum(x @ params["w"]))(state, jnp.ones((3, 4)))
-      >>> float(loss), gradients["adapters"]["w"]["b_RD"].shape
+      >>> loss = lambda params, x: jnp.sum(x @ params["w"])
+      >>> value, gradients = value_and_grad(loss)(state, jnp.ones((3, 4)))
+      >>> float(value), gradients["adapters"]["w"]["b_RD"].shape
       (24.0, (1, 2))
     """
     apply = adapted(f)
@@ -117,7 +119,7 @@ def _dropout_key(kwargs: dict[str, Any], methods: Methods) -> PRNGKeyArray | Non
     """Returns the key that a call gives, and takes it out of its arguments."""
     drops = [method.name for _, method in methods.adapted() if method.dropout]
     if drops and "dropout_key" not in kwargs:
-        raise InputError(f"{drops[0]} has dropout: pass dropout_key=key in training and dropout_key=None elsewhere")
+        raise InputError(f"{drops[0]} has dropout: pass dropout_key=key in training, else dropout_key=None")
     return kwargs.pop("dropout_key", None) if drops else None
 
 

@@ -1,8 +1,8 @@
 """An interpreter of jaxprs in which some inputs are kernels with adapters.
 
 A kernel stays symbolic while the program casts, transposes, reshapes or slices it, and while it enters jit,
-`checkpoint` or a scan. A product that contracts its inputs becomes `dense`. Every other use takes the effective
-kernel, so the result is that of the merged parameters whatever the program does.
+`checkpoint` or a scan. A product that contracts its inputs becomes `dense`. Every other use takes the
+effective kernel, so the result is that of the merged parameters whatever the program does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,13 @@ def _transpose(eqn: JaxprEqn, args: Values) -> Values | None:
 
 
 def _reshape(eqn: JaxprEqn, args: Values) -> Values | None:
-    return _one(args[0].reshaped(eqn.outvars[0].aval.shape))
+    return _one(args[0].reshaped(eqn.params["new_sizes"]))
+
+
+def _squeeze(eqn: JaxprEqn, args: Values) -> Values | None:
+    dropped = eqn.params["dimensions"]
+    kept = [width for axis, width in enumerate(args[0].shape) if axis not in dropped]
+    return _one(args[0].reshaped(kept))
 
 
 def _broadcast(eqn: JaxprEqn, args: Values) -> Values | None:
@@ -156,7 +162,7 @@ RULES: dict[str, Callable[[JaxprEqn, Values], Values | None]] = {
     "convert_element_type": _cast,
     "transpose": _transpose,
     "reshape": _reshape,
-    "squeeze": _reshape,
+    "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,

@@ -1,7 +1,7 @@
 """A kernel on its way through a program: which of its axes went where, until a product or another use.
 
-Axes are named by their place in the stored kernel. `Kernel.groups` has an entry for each axis that the program
-sees: the stored axes that were flattened to it.
+Axes are named by their place in the stored kernel. `Kernel.groups` has an entry for each axis that the
+program sees: the stored axes that were flattened to it.
 """
 
 import dataclasses
@@ -73,13 +73,13 @@ class Kernel:
         """
         if jnp.finfo(self.dtype).bits < 32 and jnp.finfo(self.w.dtype).bits < 32:
             raise InputError(
-                f"{self.name} is stored in {self.w.dtype} and read by {reader}, not by a product of its inputs: "
-                f"adding a small update would round it away; store it in float32, or freeze it"
+                f"{self.name} is stored in {self.w.dtype} and read by {reader}, not by a product of its "
+                f"inputs: adding a small update would round it away; store it in float32, or freeze it"
             )
         if self.key is not None and self.on.method.dropout:
             raise InputError(
-                f"{self.name} is read by {reader}, not by a product of its inputs, so {self.on.method.name}'s "
-                f"dropout cannot apply; set it to 0 for this kernel"
+                f"{self.name} is read by {reader}, not by a product of its inputs, so the dropout of "
+                f"{self.on.method.name} cannot apply; set it to 0 for this kernel"
             )
         w = effective(self.on, self.arrays, self.w)
         return jnp.transpose(w, sum(self.groups, ())).reshape(self.shape).astype(self.dtype)
@@ -156,7 +156,9 @@ class Kernel:
         key = self.key if self.key is None else jax.random.fold_in(self.key, i)
         return dataclasses.replace(self, key=key)
 
-    def product(self, x: Array, contract: tuple[Sequence[int], Sequence[int]], batch: Any) -> "Product | None":
+    def product(
+        self, x: Array, contract: tuple[Sequence[int], Sequence[int]], batch: Any
+    ) -> "Product | None":
         """Returns the product of an input with the kernel, if it contracts the inputs of every kernel.
 
         Args:
@@ -202,14 +204,16 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product with a label for each axis: an axis of the kernel, or ("x", i) for the i-th free axis of x."""
+    """A product with labels of its axes: an axis of the kernel, or ("x", i) for the i-th free axis of x."""
 
     y: Array
     labels: tuple[Any, ...]
     x_widths: tuple[int, ...]
     shared: Sequence[int]
 
-    def arranged(self, kernel: Kernel, contracted: Sequence[int], shared: Sequence[int], x_first: bool) -> Array:
+    def arranged(
+        self, kernel: Kernel, contracted: Sequence[int], shared: Sequence[int], x_first: bool
+    ) -> Array:
         """Returns the product as `lax.dot_general` orders it: shared axes, then those of either operand."""
         groups = [g for i, g in enumerate(kernel.groups) if i not in (*contracted, *shared)]
         of_x = [("x", i) for i in range(len(self.x_widths))]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -19,6 +20,8 @@ from mora_jax.io import is_plain_file, parse_json, read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+PYTORCH = {"format": "pt"}  # transformers requires this
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype(jnp.bfloat16)}
 _HEADER_LIMIT = 1 << 24  # the header of a model of ten thousand tensors takes about 1 MB
@@ -45,6 +48,10 @@ class Stored(NamedTuple):
         """Returns the bytes that the tensor takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def array(self) -> np.ndarray:
+        """Reads the whole tensor, in its own type. Raises InputError as `rows` does."""
+        return self._replace(shape=(1, *self.shape)).rows(0, 1)[0]
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Reads the rows from `start` to before `stop`, in the tensor's own type.
 
@@ -69,7 +76,9 @@ def read_headers(folder: epath.Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in _weight_files(folder):
-        header = _read_header(file)
+        if not file.exists():
+            raise InputError(f"{file} is missing, though {INDEX} names it; download it too")
+        header, _ = read_file(file)
         if shared := sorted(found.keys() & header.keys()):
             raise InputError(f"{file} holds {some(shared)}, which another file of the folder holds too")
         found |= header
@@ -77,28 +86,37 @@ def read_headers(folder: epath.Path) -> dict[str, Stored]:
 
 
 def write_tensors(
-    file: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
+    file: epath.Path,
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Iterable[np.ndarray],
+    metadata: Mapping[str, str] = PYTORCH,
 ) -> None:
     """Writes a file tensor by tensor; the host holds one tensor at a time.
 
     Args:
       file: the file to write.
-      shapes: the shape of every tensor, by name, in the order of the file.
-      dtype: the type of all tensors.
+      specs: shape and type of every tensor, by name, in the order of the file.
       tensors: their values, in the same order.
+      metadata: what the header says of the file.
+
+    Raises:
+      InputError: for a type that is not supported.
     """
-    code = next(name for name, known in _DTYPES.items() if known == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    for name, spec in specs.items():
+        dtype = np.dtype(spec.dtype)
+        if dtype not in codes:
+            raise InputError(f"{file}: {name!r} is of type {dtype}; only {', '.join(_DTYPES)} are supported")
+        start, end = end, end + math.prod(spec.shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(np.ascontiguousarray(tensor, dtype).tobytes())
+        for spec, tensor in zip(specs.values(), tensors, strict=True):
+            stream.write(np.ascontiguousarray(tensor, spec.dtype).tobytes())
 
 
 def _weight_files(folder: epath.Path) -> list[epath.Path]:
@@ -117,10 +135,14 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
     return [folder / name for name in names]
 
 
-def _read_header(file: epath.Path) -> dict[str, Stored]:
-    """Returns the tensors of a file. Raises InputError unless they fill the file exactly."""
+def read_file(file: epath.Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """Returns the tensors of a file by name, and its metadata. Reads the header only.
+
+    Raises:
+      InputError: if the file is missing, or its tensors do not fill it exactly.
+    """
     if not file.exists():
-        raise InputError(f"{file} is missing, though {INDEX} names it; download it too")
+        raise InputError(f"{file} is missing")
     if not is_plain_file(file):
         raise InputError(f"{file} is not a regular file")
     size = file.stat().length
@@ -144,7 +166,8 @@ def _read_header(file: epath.Path) -> dict[str, Stored]:
         if tensor.start != end:
             raise InputError(f"{file} is damaged: {name!r} does not begin where the tensor before it ends")
         end += tensor.nbytes
-    return tensors
+    metadata = header.get("__metadata__")
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _stored(file: epath.Path, start: int, name: str, entry: Any) -> Stored:

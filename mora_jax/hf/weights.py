@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -123,9 +124,9 @@ def _write_weights(
     files = {}
     for i, names in enumerate(shards, start=1):
         file = safetensors.WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shapes = {name: tensors[name].shape for name in names}
+        specs = {name: jax.ShapeDtypeStruct(tensors[name].shape, dtype) for name in names}
         values = (_tensor(flat, tensors[name]) for name in names)
-        safetensors.write_tensors(folder / file, shapes, dtype, values)
+        safetensors.write_tensors(folder / file, specs, values)
         files.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

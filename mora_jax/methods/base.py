@@ -191,8 +191,8 @@ class Bound:
 
     def __jax_array__(self) -> Array:
         raise InputError(
-            f"the model reads {self.path} itself, and would ignore its {self.method.name} adapter: bind is for "
-            f"models that call mora_jax.dense, use mora_jax.adapted"
+            f"the model reads {self.path} itself, and would ignore its {self.method.name} adapter: bind is "
+            f"for models that call mora_jax.dense, use mora_jax.adapted"
         )
 
 

@@ -5,9 +5,10 @@ import os
 import jax
 import pytest
 
+from mora_jax import On
 from mora_jax.methods import LoRA, MoRA
+from mora_jax.transform import count_trained
 from train.cli import main as cli
-from train.cli.describe import trained_entries
 
 
 def dry_run(capsys, *args: str) -> str:
@@ -56,10 +57,10 @@ def test_a_large_model_allocates_nothing(empty, capsys, request, attention):
 
 
 def test_what_is_trained_of_one_parameter():
-    assert trained_entries("train", (3, 4, 5)) == 60
-    assert trained_entries("frozen", (3, 4, 5)) == 0
-    assert trained_entries(LoRA(2), (3, 4, 5)) == 3 * 2 * (4 + 5)
-    assert trained_entries(MoRA(2, align=128), (3, 4, 5)) == 3 * 4**2  # without padding
+    assert count_trained("train", (3, 4, 5)) == 60
+    assert count_trained("frozen", (3, 4, 5)) == 0
+    assert count_trained(On(LoRA(2), stack=(0,)), (3, 4, 5)) == 3 * 2 * (4 + 5)
+    assert count_trained(On(MoRA(2, align=128), stack=(0,)), (3, 4, 5)) == 3 * 4**2  # without padding
 
 
 def test_rules_that_do_not_fit(tiny_yaml, capsys):

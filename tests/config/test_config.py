@@ -203,7 +203,7 @@ def test_a_config_fits_its_model(path):
     params = abstract_params(config.model)
     methods = assign_methods(config)
     assert {name for name, _ in methods.choices} == trees.flatten(params).keys()
-    decided = {choice for _, choice in methods.choices}
+    decided = {method_of(choice) or choice for _, choice in methods.choices}
     for _, choice in config.parameter_rules():
         assert choice in decided or choice == "frozen"
     assert path.stem.startswith(Path(config.run_dir).name)
@@ -245,7 +245,7 @@ def test_the_papers_values(path):
 def adapter_entries(path: Path) -> int:
     config = flags.read_config(str(path))
     flat = trees.flatten(abstract_params(config.model))
-    adapted = [(name, m) for name, m in assign_methods(config).adapted() if isinstance(m, Method)]
+    adapted = list(assign_methods(config).adapted())
     assert len(adapted) == 7
     return sum(m.count(*flat[n].shape[-2:]) * flat[n].shape[0] for n, m in adapted)
 

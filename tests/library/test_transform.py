@@ -7,7 +7,8 @@ import pytest
 
 from mora_jax import transform, trees
 from mora_jax.errors import InputError
-from mora_jax.methods import Adapter, LoRA, MoRA, Share
+from mora_jax.methods import Bound, LoRA, MoRA, Share
+from mora_jax.on import On
 from mora_jax.transform import Group, Methods
 
 RULES = [
@@ -51,7 +52,7 @@ def randomised(adapters: dict, seed: int = 1) -> dict:
 
 @pytest.fixture
 def methods() -> Methods:
-    return transform.assign(RULES, PARAMS)
+    return transform.assign(RULES, PARAMS, stacked="layers/.*")
 
 
 @pytest.fixture
@@ -95,10 +96,12 @@ def test_kernels_of_one_shape_start_differently():
 
 
 def test_bind_puts_methods_beside_their_arrays(adapters, methods):
-    bound = transform.bind(adapters, methods)["layers"]["q"]["kernel"]
-    assert isinstance(bound, Adapter)
+    bound = transform.bind(PARAMS, adapters, methods)["layers"]["q"]["kernel"]
+    assert isinstance(bound, Bound)
     assert bound.method == RULES[0][1]
-    assert len(jax.tree.leaves(bound)) == 1
+    kernel, array = jax.tree.leaves(bound)
+    np.testing.assert_array_equal(kernel, PARAMS["layers"]["q"]["kernel"])
+    np.testing.assert_array_equal(array, adapters["layers"]["q"]["kernel"]["m_RR"])
 
 
 def test_merge_of_a_stack_is_a_loop_over_its_layers(adapters, methods):
@@ -130,7 +133,7 @@ def test_a_restart_changes_no_weight_and_switches_the_group_type(adapters, metho
     now = transform.merge(params, fresh, after)
     for path, leaf in trees.flatten(before).items():
         np.testing.assert_allclose(trees.flatten(now)[path], leaf, atol=1e-6)
-    assert after["layers/q/kernel"] == MoRA(4, Share(1), align=8)
+    assert after["layers/q/kernel"] == On(MoRA(4, Share(1), align=8), stack=(0,))
     assert after["head/kernel"] == MoRA(4, Share(0))
     assert after["layers/up/kernel"] == methods["layers/up/kernel"]
     assert not np.asarray(fresh["head"]["kernel"]["m_RR"]).any()

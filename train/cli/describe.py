@@ -7,7 +7,7 @@ import jax
 from rich.table import Column, Table
 
 from mora_jax import trees
-from mora_jax.transform import Choice, Methods
+from mora_jax.transform import Choice, Methods, count_trained, method_of
 from train.config.run import RunConfig
 from train.console.terminal import console
 from train.run.state import assign_methods, state_shapes
@@ -29,18 +29,11 @@ def print_description(config: RunConfig) -> None:
     console().print(*describe(config))
 
 
-def trained_entries(choice: Choice, shape: tuple[int, ...]) -> int:
-    """Returns how many numbers are trained for one parameter; padding of stored arrays does not count."""
-    if isinstance(choice, str):
-        return math.prod(shape) if choice == "train" else 0
-    return choice.count(*shape[-2:]) * math.prod(shape[:-2])
-
-
 def _parameters(params: Any, methods: Methods) -> Table:
     path_column = Column("parameter", overflow="fold")  # a narrow terminal must not cut names off
     table = Table(path_column, "shape", "treatment", "trained", title="parameters", title_justify="left")
     for path, leaf in trees.flatten(params).items():
-        trained = trained_entries(methods[path], leaf.shape)
+        trained = count_trained(methods[path], leaf.shape)
         table.add_row(
             path, "x".join(map(str, leaf.shape)), _treatment(methods[path], leaf.shape), f"{trained:,}"
         )
@@ -49,7 +42,7 @@ def _parameters(params: Any, methods: Methods) -> Table:
 
 def _run(config: RunConfig, methods: Methods, state: Any) -> Table:
     flat = trees.flatten(state.params)
-    trained = sum(trained_entries(methods[path], leaf.shape) for path, leaf in flat.items())
+    trained = sum(count_trained(methods[path], leaf.shape) for path, leaf in flat.items())
     frozen = sum(math.prod(leaf.shape) for path, leaf in flat.items() if methods[path] != "train")
     table = Table("", "", title="run", title_justify="left", show_header=False)
     for name, value in {
@@ -66,9 +59,8 @@ def _run(config: RunConfig, methods: Methods, state: Any) -> Table:
 
 
 def _treatment(choice: Choice, shape: tuple[int, ...]) -> str:
-    if isinstance(choice, str):
-        return choice
-    return choice.describe(*shape[-2:])
+    method = method_of(choice)
+    return method.describe(*shape[-2:]) if method else str(choice)
 
 
 def _size(tree: Any) -> int:

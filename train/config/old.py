@@ -1,14 +1,18 @@
-"""Names of format 1, in one table: keys of configs, and fields of methods.
+"""What older formats wrote otherwise, in one table: keys of configs, and fields of methods.
 
-Runs of format 1 are read by `upgrade_config` and `upgrade_methods`. A user's file or flag with an old name
-is an error that gives the new one.
+Runs of these formats are read by `upgrade_config` and `upgrade_methods`. A user's file or flag with an old
+name is an error that gives the new one.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from mora_jax import transform
 from mora_jax.errors import InputError
-from mora_jax.methods.registry import METHODS, OPERATORS, flat_fields
+from mora_jax.methods.registry import METHODS, OPERATORS, flat_fields, from_json
+from mora_jax.models.llama import STACKED
+from mora_jax.on import On
 
 KEYS = {"method.adapt": "params.adapt", "method.train": "params.train"}
 LAYERS = {
@@ -53,8 +57,13 @@ def upgrade_config(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_methods(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the methods of a checkpoint of format 1, by path, with today's fields."""
-    return {path: _method(choice) for path, choice in plain.items()}
+    """Returns the methods of a checkpoint by path, with today's fields and the stacks that were left out."""
+    return {path: _on_stack(path, _method(choice)) for path, choice in plain.items()}
+
+
+def _on_stack(path: str, choice: Any) -> Any:
+    bare = isinstance(choice, Mapping) and "method" not in choice and re.fullmatch(STACKED, path)
+    return transform.choice_to_json(On(from_json(choice), stack=(0,))) if bare else choice
 
 
 def _method(choice: Any) -> Any:

@@ -11,9 +11,10 @@ import tyro
 
 from mora_jax import transform
 from mora_jax.errors import InputError
-from mora_jax.methods import METHODS, Method, MoRA, to_json
+from mora_jax.methods import METHODS, Method, MoRA
 from mora_jax.models.attention import check_splash
 from mora_jax.models.llama import Compute, LlamaConfig
+from mora_jax.on import On
 from train.config import method as method_section
 from train.config.method import WITHOUT_ADAPTERS, MethodChoice
 from train.config.sections import (
@@ -36,7 +37,7 @@ from train.config.sections import (
 )
 from train.storage.buckets import reachable
 
-Rule = tuple[str, "Method | str"]
+Rule = tuple[str, "Method | On | str"]
 Group = tuple[str, GroupRule]
 DEFAULT_METHOD = MoRA(align=128)
 
@@ -146,7 +147,7 @@ class RunConfig:
             raise InputError(
                 f"schedule.warmup {self.schedule.warmup} is longer than restart.every {self.restart.every}"
             )
-        adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
+        adapted = self._methods()
         if not adapted or not all(m.additive for m in adapted):
             additive = ", ".join(name for name, method in METHODS.items() if method.additive)
             raise InputError(f"restart.every needs methods with an update to merge: {additive}")
@@ -155,8 +156,7 @@ class RunConfig:
         """Returns a sentence for each setting that is allowed but probably not meant."""
         found: list[str] = []
         if self.restart.every:
-            adapted = [choice for _, choice in self.parameter_rules() if isinstance(choice, Method)]
-            found += sorted({method.restart_warning() for method in adapted} - {""})
+            found += sorted({method.restart_warning() for method in self._methods()} - {""})
         if self.compute.layers == "scan" and self.compute.remat == "none":
             found.append(
                 "compute.layers scan with compute.remat none keeps every intermediate value of a layer; "
@@ -169,6 +169,10 @@ class RunConfig:
                 f"choose one below restart.every {self.restart.every}"
             )
         return found
+
+    def _methods(self) -> list[Method]:
+        found = [transform.method_of(choice) for _, choice in self.parameter_rules()]
+        return [method for method in found if method]
 
     def parameter_rules(self) -> transform.Rules:
         """Returns the rules for `mora_jax.assign`, from `rules` or from `method` and `params`."""
@@ -222,7 +226,7 @@ def _plain(name: str, value: Any) -> Any:
         case "method":
             return method_section.to_plain(value)
         case "rules":
-            return [[regex, to_json(c) if isinstance(c, Method) else c] for regex, c in value]
+            return [[regex, transform.choice_to_json(choice)] for regex, choice in value]
         case "groups":
             return [[regex, dataclasses.asdict(rule)] for regex, rule in value]
     return to_plain(value) if dataclasses.is_dataclass(value) else value

@@ -39,7 +39,7 @@ def build_meta(
 
 
 def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
-    """Returns what `build_meta` built for a checkpoint; that of format 1 with today's names.
+    """Returns what `build_meta` built for a checkpoint; those of older formats with today's names.
 
     Raises:
       InputError: if the checkpoint has a newer format, or holds anything else, whoever wrote it.
@@ -51,8 +51,8 @@ def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
     number = check_format(found, str(saved.folder(step)))
     try:
         if number == 1:
-            config, methods = old.upgrade_config(found["config"]), old.upgrade_methods(found["methods"])
-            found = found | {KEY: number, "config": config, "methods": methods}
+            found = found | {KEY: number, "config": old.upgrade_config(found["config"])}
+        found = found | {"methods": old.upgrade_methods(found["methods"])}
         Methods.from_json(found["methods"])
         data, score, restarts = found["data"], found["evaluation"], found["restarts"]
         valid = isinstance(found["config"], dict)

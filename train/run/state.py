@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mora_jax import sharding, transform
 from mora_jax.errors import InputError
-from mora_jax.models.llama import abstract_params
+from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
 from train.config import old
 from train.config.run import RunConfig
@@ -22,7 +22,7 @@ from train.storage.format import KEY
 
 def assign_methods(config: RunConfig) -> Methods:
     """Returns what is done with each parameter before the first restart."""
-    return transform.assign(config.parameter_rules(), abstract_params(config.model))
+    return transform.assign(config.parameter_rules(), abstract_params(config.model), STACKED)
 
 
 def methods_at(config: RunConfig, step: int) -> Methods:

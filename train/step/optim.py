@@ -1,7 +1,6 @@
 """Learning-rate schedules, AdamW by parameter group, and what a restart does to its state."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mora_jax import trees
+from mora_jax import moments, trees
 from mora_jax.errors import InputError
 from mora_jax.transform import Methods
 from train.config.sections import GroupRule, Optimizer, Restart
@@ -130,10 +129,7 @@ def _decayed(decay: float, decays: dict[str, float]) -> optax.GradientTransforma
 def clear_adapters(
     opt_state: Any, how: Restart, key: PRNGKeyArray, labels: Set[str]
 ) -> tuple[Any, Float[Array, ""]]:
-    """Clears the adapters' Adam state, or a share of it.
-
-    "reset" zeroes moments and count. Pruning zeroes `how.prune` of the non-zero entries of each moment of
-    each layer, the smallest or random ones (ReLoRA, arXiv:2307.05695), and keeps the count.
+    """Clears the adapters' Adam state, or a share of it, as `mora_jax.moments.clear` does.
 
     Args:
       opt_state: state of `adamw`.
@@ -144,39 +140,13 @@ def clear_adapters(
     Returns:
       The new state, and the share of the moments' non-zero entries that was cleared.
     """
-    adapters = {label: state for label, state in opt_state.inner_states.items() if label in labels}
-
-    def clear(path: Any, state: Any) -> Any:
-        if not isinstance(state, optax.ScaleByAdamState):
-            return state
-        if how.optimizer == "reset":
-            return jax.tree.map(jnp.zeros_like, state)
-        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        mu_key, nu_key = jax.random.split(own_key)
-        return state._replace(mu=_pruned(state.mu, how, mu_key), nu=_pruned(state.nu, how, nu_key))
-
-    fresh = jax.tree_util.tree_map_with_path(clear, adapters, is_leaf=_is_adam)
-    before, after = (_non_zero(state) for state in (adapters, fresh))
-    cleared = 1 - after / jnp.maximum(before, 1)
-    return opt_state._replace(inner_states=opt_state.inner_states | fresh), cleared
-
-
-def _pruned(moments: Any, how: Restart, key: PRNGKeyArray) -> Any:
-    leaves, structure = jax.tree.flatten(moments)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        structure, [_pruned_stack(x, how, k) for x, k in zip(leaves, keys, strict=True)]
-    )
-
-
-def _pruned_stack(x: Array, how: Restart, key: PRNGKeyArray) -> Array:
-    """Returns a kernel's array pruned, or each layer of a stack."""
-    if x.ndim > 2:
-        return jax.vmap(lambda x, k: _pruned_stack(x, how, k))(x, jax.random.split(key, x.shape[0]))
-    if how.optimizer == "random":
-        return jnp.where(jax.random.bernoulli(key, how.prune, x.shape), 0.0, x)
-    size = jnp.where(x == 0, jnp.nan, jnp.abs(x))  # padding is zero and does not count
-    return jnp.where(size > jnp.nanquantile(size, how.prune), x, 0.0)
+    fresh = jax.tree.map(jnp.zeros_like, opt_state)  # what AdamW starts with
+    after = moments.clear(opt_state, fresh, labels, how.optimizer, how.prune, key)
+    counts = [
+        _non_zero({label: state for label, state in s.inner_states.items() if label in labels})
+        for s in (opt_state, after)
+    ]
+    return after, 1 - counts[1] / jnp.maximum(counts[0], 1)
 
 
 def _is_adam(node: Any) -> bool:
@@ -185,6 +155,6 @@ def _is_adam(node: Any) -> bool:
 
 def _non_zero(state: Any) -> Array:
     """Returns the number of non-zero entries of all moments."""
-    moments = [(s.mu, s.nu) for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
-    counts = [jnp.count_nonzero(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(moments)]
+    both = [(s.mu, s.nu) for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
+    counts = [jnp.count_nonzero(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(both)]
     return jnp.sum(jnp.stack(counts))

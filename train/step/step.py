@@ -83,7 +83,7 @@ def _loss(
     weights_B: Array,
     rngs: dict[str, PRNGKeyArray] | None = None,
 ) -> Any:
-    variables = {"params": params, "adapter": transform.bind(adapters, methods)}
+    variables = {"params": transform.bind(params, adapters, methods)}
     return model.apply(variables, tokens_BT, weights_B, method=Llama.loss, rngs=rngs)
 
 

@@ -1,13 +1,14 @@
 """The number that a run or a data set states of its format, so that an older program can refuse it.
 
-1: no number is stated, as in everything written before there was one. 2: the first that is stated.
+1: no number is stated, as in everything written before there was one. 2: the first that is stated. 3: the
+methods of stacked kernels name the axis of their stack.
 """
 
 from typing import Any
 
 from mora_jax.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 KEY = "format"
 
 

@@ -30,6 +30,7 @@ from mora_jax.methods import (
     Truncate,
     dense,
 )
+from mora_jax.on import On
 from mora_jax.spectrum import numerical_rank, singular_values
 
 
@@ -184,7 +185,7 @@ def test_orthogonal_factors_are_orthogonal():
 def test_stacked_kernels_merge_as_they_apply(method, dtype):
     """Merge then forward is forward, layer by layer, with random arrays."""
     w_LKD = jnp.stack([kernel(i, 20, 33) for i in range(3)])
-    methods = transform.assign([("w", method)], {"w": w_LKD})
+    methods = transform.assign([("w", On(method, stack=(0,)))], {"w": w_LKD})
     arrays = jax.vmap(lambda w, i: random_arrays(method, w, i))(w_LKD, jnp.arange(3))
     merged_LKD = transform.merge({"w": w_LKD}, {"w": arrays}, methods)["w"]
     x = jax.random.normal(jax.random.key(9), (5, 20)).astype(dtype)

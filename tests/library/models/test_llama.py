@@ -8,7 +8,7 @@ import pytest
 from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share
-from mora_jax.models.llama import Compute, Llama, LlamaConfig, abstract_params
+from mora_jax.models.llama import STACKED, Compute, Llama, LlamaConfig, abstract_params
 from mora_jax.transform import assign, attach, bind, merge
 from train.perf.plan.flops import product_flops
 
@@ -34,15 +34,13 @@ def params() -> dict:
     return random_params(GROUPED)
 
 
-def logits(params, compute: Compute, adapter=None) -> jax.Array:
-    variables = {"params": params} | ({"adapter": adapter} if adapter else {})
-    return Llama(GROUPED, compute).apply(variables, TOKENS)
+def logits(params, compute: Compute) -> jax.Array:
+    return Llama(GROUPED, compute).apply({"params": params}, TOKENS)
 
 
-def loss(params, compute: Compute, adapter=None, weights_B=None) -> jax.Array:
-    variables = {"params": params} | ({"adapter": adapter} if adapter else {})
+def loss(params, compute: Compute, weights_B=None) -> jax.Array:
     weights_B = jnp.ones(2) if weights_B is None else weights_B
-    total, count = Llama(GROUPED, compute).apply(variables, TOKENS, weights_B, method="loss")
+    total, count = Llama(GROUPED, compute).apply({"params": params}, TOKENS, weights_B, method="loss")
     return total / count
 
 
@@ -61,12 +59,12 @@ def test_layers_and_remat_change_no_value(params, layers, remat):
 
 @pytest.mark.parametrize("path", ["merged", "activation"])
 def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(params, path):
-    methods = assign([(LINEARS, MoRA(4)), (".*", "frozen")], params)
+    methods = assign([(LINEARS, MoRA(4)), (".*", "frozen")], params, STACKED)
     adapters = attach(jax.random.key(1), params, methods)
 
     def pullback(layers, remat):
         compute = Compute(layers=layers, remat=remat, loss_chunk=16, adapter_path=path)
-        return lambda a: jax.vjp(lambda a: loss(params, compute, bind(a, methods)), a)[1]
+        return lambda a: jax.vjp(lambda a: loss(bind(params, a, methods), compute), a)[1]
 
     def products(layers, remat):
         return product_flops(jax.make_jaxpr(lambda a: pullback(layers, remat)(a)(1.0))(adapters))
@@ -134,7 +132,7 @@ def head_part(params, table, t):
     ],
 )
 def test_adapted_forward_is_the_merged_forward(params, method, layers, remat):
-    methods = assign([(LINEARS, method), (".*", "frozen")], params)
+    methods = assign([(LINEARS, method), (".*", "frozen")], params, STACKED)
     adapters = jax.tree.map(
         lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape),
         attach(jax.random.key(1), params, methods),
@@ -145,7 +143,7 @@ def test_adapted_forward_is_the_merged_forward(params, method, layers, remat):
     assert float(jnp.abs(merged - logits(params, F32)).max()) > 0.1
     for path in ("merged", "activation"):
         compute = Compute(dtype="float32", layers=layers, remat=remat, adapter_path=path)
-        np.testing.assert_allclose(logits(params, compute, bind(adapters, methods)), merged, atol=2e-4)
+        np.testing.assert_allclose(logits(bind(params, adapters, methods), compute), merged, atol=2e-4)
 
 
 def cut_to_r_hat(adapters, params, method: MoRA):
@@ -159,17 +157,17 @@ def cut_to_r_hat(adapters, params, method: MoRA):
 
 
 def test_only_some_kernels_may_have_adapters(params):
-    methods = assign([("layers/mlp/up_proj/kernel", LoRA(2)), (".*", "frozen")], params)
+    methods = assign([("layers/mlp/up_proj/kernel", LoRA(2)), (".*", "frozen")], params, STACKED)
     adapters = jax.tree.map(lambda a: a + 0.3, attach(jax.random.key(1), params, methods))
-    got = logits(params, F32, bind(adapters, methods))
+    got = logits(bind(params, adapters, methods), F32)
     np.testing.assert_allclose(got, logits(merge(params, adapters, methods), F32), atol=1e-4)
 
 
 def test_an_adapter_of_the_head_counts():
     params = random_params(TINY)
-    methods = assign([("lm_head/kernel", LoRA(2)), (".*", "frozen")], params)
+    methods = assign([("lm_head/kernel", LoRA(2)), (".*", "frozen")], params, STACKED)
     adapters = jax.tree.map(lambda a: a + 0.3, attach(jax.random.key(1), params, methods))
-    got = Llama(TINY, F32).apply({"params": params, "adapter": bind(adapters, methods)}, TOKENS)
+    got = Llama(TINY, F32).apply({"params": bind(params, adapters, methods)}, TOKENS)
     expected = Llama(TINY, F32).apply({"params": merge(params, adapters, methods)}, TOKENS)
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
@@ -216,7 +214,7 @@ def tinyllama(golden, request):
     data = np.load(golden / f"tinyllama_mora_type{mora_type}.npz")
     shapes = trees.flatten(abstract_params(TINY))
     params = trees.unflatten({path: jnp.array(recorded(data, "base/", ".weight", path)) for path in shapes})
-    methods = assign([(LINEARS, MoRA(8, operator, r_hat_from="stored")), (".*", "frozen")], params)
+    methods = assign([(LINEARS, MoRA(8, operator, r_hat_from="stored")), (".*", "frozen")], params, STACKED)
     m = {f"{path}/m_RR": jnp.array(recorded(data, "M/", "", path)) for path, _ in methods.adapted()}
     return data, params, trees.unflatten(m), methods
 
@@ -228,11 +226,11 @@ def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
     tokens_BT = jnp.array(data["input_ids"], jnp.int32)
 
     def mean_loss(adapters):
-        variables = {"params": params, "adapter": bind(adapters, methods)}
+        variables = {"params": bind(params, adapters, methods)}
         total, count = model.apply(variables, tokens_BT, jnp.ones(4), method="loss")
         return total / count
 
-    adapted = model.apply({"params": params, "adapter": bind(adapters, methods)}, tokens_BT)
+    adapted = model.apply({"params": bind(params, adapters, methods)}, tokens_BT)
     np.testing.assert_allclose(adapted, data["logits"], atol=1e-5)
     merged = model.apply({"params": merge(params, adapters, methods)}, tokens_BT)
     np.testing.assert_allclose(merged, data["merged_logits"], atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 
 from mora_jax import transform
 from mora_jax.methods import LoRA, MoRA
-from mora_jax.models.llama import LlamaConfig, abstract_params
+from mora_jax.models.llama import STACKED, LlamaConfig, abstract_params
 from mora_jax.transform import Rules
 from train.config.sections import LINEARS
 from train.perf.bench import flops
@@ -16,7 +16,7 @@ HEAD = 8 * 100
 
 def count(rules: Rules, model: LlamaConfig = MODEL) -> flops.Flops:
     params = abstract_params(model)
-    return flops.needed(params, transform.assign(rules, params))
+    return flops.needed(params, transform.assign(rules, params, STACKED))
 
 
 def test_a_trained_weight_counts_six_and_a_frozen_one_four():

@@ -17,7 +17,7 @@ import torch
 
 from mora_jax import transform
 from mora_jax.methods import MoRA, Rotate, Share
-from mora_jax.models.llama import abstract_params
+from mora_jax.models.llama import STACKED, abstract_params
 from train.perf.bench import torch_mora, torch_peers
 from train.perf.bench.cases import SIZES, Case, with_method
 from train.perf.bench.jobs import PeerJob, peer_job
@@ -69,7 +69,7 @@ def test_a_peer_trains_as_many_parameters_as_this_project(word: str):
     if isinstance(config.method, MoRA):  # whose padding would count
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, align=1))
     params = abstract_params(config.model)
-    methods = transform.assign(config.parameter_rules(), params)
+    methods = transform.assign(config.parameter_rules(), params, STACKED)
     state = jax.eval_shape(lambda p: init_state(spec_of(config), methods, p), params)
     ours, _ = transform.partition(state.params, state.adapters, methods)
     assert trained == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))

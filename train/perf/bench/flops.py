@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from mora_jax import trees
-from mora_jax.transform import Methods
+from mora_jax.transform import Methods, count_trained
 
 FROZEN = 4  # two for the output, two for the gradient of the input
 TRAINED = 6  # two more for the gradient of the weight
@@ -42,5 +42,5 @@ def needed(params: Any, methods: Methods) -> Flops:
         if path.endswith("kernel") or (tied and path == "embed_tokens/embedding"):
             base += math.prod(leaf.shape) * (TRAINED if choice == "train" else FROZEN)
         if not isinstance(choice, str):
-            adapters += TRAINED * choice.count(*leaf.shape[-2:]) * math.prod(leaf.shape[:-2])
+            adapters += TRAINED * count_trained(choice, leaf.shape)
     return Flops(base, adapters)

@@ -99,12 +99,11 @@ class PeerJob:
 
 def check_job(case: Case, jobs: Sequence[StepJob]) -> CheckJob:
     """Returns the check of the methods that some jobs time."""
-    methods = (choice for job in jobs for _, choice in job.rules if isinstance(choice, Method))
+    found = (transform.method_of(choice) for job in jobs for _, choice in job.rules)
+    methods = dict.fromkeys(method for method in found if method)
     tokens = min(CHECKED_TOKENS, case.config.tokens_per_step())
     config = case.config
-    return CheckJob(
-        config.model, tuple(dict.fromkeys(methods)), tokens, case.base_dtype, config.deterministic
-    )
+    return CheckJob(config.model, tuple(methods), tokens, case.base_dtype, config.deterministic)
 
 
 def step_job(case: Case, text: str, warmup: int, steps: int) -> StepJob:

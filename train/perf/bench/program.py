@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import sharding, transform, trees
 from mora_jax.errors import InputError
-from mora_jax.models.llama import abstract_params
+from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
 from train.perf.bench.cases import DType
 from train.step.spec import StepSpec
@@ -77,7 +77,7 @@ def compile_step(
     """
     if spec.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError(NO_CUDNN)
-    methods = transform.assign(rules, abstract_params(spec.model))
+    methods = transform.assign(rules, abstract_params(spec.model), STACKED)
     state = random_state(spec, methods, base_dtype)
     batches = random_batches(spec, batch)
     started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Optax with adapters: one optimizer state a group, and what a restart does to the adapters' state."""
+"""What a restart does to the optimizer state of adapters: start it anew, or prune its moments."""
 
 import zlib
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -14,9 +14,7 @@ from mora_jax.errors import InputError
 Clear: TypeAlias = Literal["reset", "magnitude", "random"]
 
 
-def clear_adapters(
-    opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float, key: PRNGKeyArray
-) -> Any:
+def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float, key: PRNGKeyArray) -> Any:
     """Clears the optimizer state of adapters, or a share of it, after their update was merged.
 
     "reset" starts it anew. The counts of learning rate schedules stay. Pruning zeroes a share of the non-zero
