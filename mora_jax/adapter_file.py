@@ -76,6 +76,17 @@ def load(path: epath.PathLike, params: Params) -> State:
     Raises:
       InputError: if the file is none of `save`, is damaged, or does not fit the parameters: other paths or
         shapes, or adapted kernels of other values.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp
+      >>> from mora_jax import LoRA, State, load, save
+      >>> params = {"w": jnp.ones((4, 4))}
+      >>> state = State.init(jax.random.key(0), params, [("w", LoRA(1))])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/adapters.safetensors", state)
+      ...     again = load(f"{folder}/adapters.safetensors", params)
+      >>> bool(jnp.all(again.adapters["w"]["a_KR"] == state.adapters["w"]["a_KR"]))
+      True
     """
     file = epath.Path(path)
     tensors, metadata = read_file(file)

@@ -333,7 +333,17 @@ def partition(params: Params, adapters: Tree, methods: Methods) -> tuple[Tree, T
 
 
 def labels(params: Params, adapters: Tree, methods: Methods) -> Tree:
-    """Returns the optimizer `Group` of every trainable leaf, in the structure of `partition`'s first tree."""
+    """Returns the optimizer `Group` of every trainable leaf, in the structure of `partition`'s first tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import LoRA, assign, attach, labels
+      >>> params = {"w": jnp.ones((8, 4))}
+      >>> methods = assign([("w", LoRA(2, b_lr_scale=4.0))], params)
+      >>> found = labels(params, attach(jax.random.key(0), params, methods), methods)
+      >>> found["adapters"]["w"]["b_RD"].lr_scale
+      4.0
+    """
     groups = methods.trainable()
     trainable, _ = partition(params, adapters, methods)
     return trees.replaced(trainable, {path: groups[path] for path in trees.flatten(trainable)})

@@ -52,6 +52,16 @@ def save_hf(
 
     Raises:
       InputError: if `path` exists and is not an empty folder, or `params` do not fit `config`.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp
+      >>> from mora_jax import Llama, LlamaConfig, load_hf, save_hf
+      >>> config = LlamaConfig(32, 8, 16, 1, 2, 2)
+      >>> params = Llama(config).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_hf(f"{folder}/model", params, config)
+      ...     bool(jnp.all(load_hf(f"{folder}/model")[0]["norm"]["scale"] == params["norm"]["scale"]))
+      True
     """
     flat = flatten(params)
     _compare({name: leaf.shape for name, leaf in flat.items()}, parameter_shapes(config), "the parameters")
@@ -75,6 +85,16 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
     Raises:
       InputError: if the folder is incomplete or damaged, the model is not a plain LLaMA, or tensors are
         missing, unexpected or of another shape. The message names them.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp
+      >>> from mora_jax import Llama, LlamaConfig, load_hf, save_hf
+      >>> config = LlamaConfig(32, 8, 16, 1, 2, 2)
+      >>> params = Llama(config).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_hf(f"{folder}/model", params, config)
+      ...     load_hf(f"{folder}/model")[1] == config
+      True
     """
     folder = epath.Path(path)
     config = read_config(folder)

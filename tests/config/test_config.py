@@ -10,7 +10,7 @@ import yaml
 
 from mora_jax import trees
 from mora_jax.errors import InputError
-from mora_jax.methods import DoRA, LoRA, Method, MoRA, Rotate, Share
+from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
 from mora_jax.models.llama import Compute, abstract_params
 from train.config import flags
 from train.config import run as c

@@ -1,0 +1,387 @@
+"""`adapted`: unmodified functions with adapters compute what they compute at the merged parameters."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mora_jax import (
+    Decouple,
+    DoRA,
+    InputError,
+    LoRA,
+    MoRA,
+    On,
+    Rotate,
+    Share,
+    State,
+    Truncate,
+    adapted,
+    assign,
+    attach,
+    bind,
+    merge,
+    partition,
+    value_and_grad,
+)
+
+METHODS = [
+    MoRA(2),
+    MoRA(2, Share(1, pad="wrap")),
+    MoRA(2, Share((0, 1)), align=8),
+    MoRA(2, Truncate()),
+    MoRA(2, Decouple()),
+    MoRA(2, Rotate()),
+    LoRA(2, alpha=4.0),
+    DoRA(2),
+]
+# Functions of a kernel and an input, by the layout that they need.
+PRODUCTS = {
+    "x @ w": (lambda w, x: x @ w, (12, 20), (4, 12), {}),
+    "w.T @ x": (lambda w, x: w.T @ x, (12, 20), (12, 4), {}),
+    "(out, in)": (lambda w, x: x @ w.T, (20, 12), (4, 12), {"inputs": (1,)}),
+    "query": (lambda w, x: jnp.einsum("btd,dnh->btnh", x, w), (12, 2, 10), (2, 3, 12), {"inputs": (0,)}),
+    "output": (lambda w, x: jnp.einsum("btnh,nhd->btd", x, w), (3, 4, 20), (2, 5, 3, 4), {"inputs": (0, 1)}),
+    "gemma": (lambda w, x: jnp.einsum("btd,ndh->btnh", x, w), (2, 12, 10), (2, 3, 12), {"inputs": (1,)}),
+    "joined": (lambda w, x: jnp.einsum("bd,sdh->sbh", x, w), (3, 12, 20), (4, 12), {"stack": (0,)}),
+    "experts": (lambda w, x: jnp.einsum("ebd,edh->ebh", x, w), (3, 12, 20), (3, 4, 12), {"stack": (0,)}),
+    "reshaped": (lambda w, x: x @ w.reshape(12, 20), (12, 2, 10), (4, 12), {"inputs": (0,)}),
+    "indexed": (lambda w, x: (x @ w[0]) @ w[1], (2, 14, 14), (4, 14), {"stack": (0,)}),
+    "scanned": (
+        lambda w, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, w),
+        (3, 14, 14),
+        (4, 14),
+        {"stack": (0,)},
+    ),
+    "reused in a scan": (
+        lambda w, x: jax.lax.scan(lambda y, x: (jnp.tanh(y @ w + x), y), x[0], x),
+        (14, 14),
+        (3, 14),
+        {},
+    ),
+    "checkpoint": (lambda w, x: jax.checkpoint(lambda x: jnp.sin(x @ w))(x), (12, 20), (4, 12), {}),
+    "vmap": (lambda w, x: jax.vmap(lambda x: x @ w)(x), (12, 20), (4, 12), {}),
+}
+
+
+def noise(key: jax.Array, tree):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [a + 0.2 * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)],
+    )
+
+
+def random_adapters(params, methods, seed: int = 1):
+    """Returns random arrays; those of MoRA are cut to r_hat as training leaves them."""
+    flat = {}
+    for i, (path, on) in enumerate(methods.kernels()):
+        axes = on.axes(params[path].shape)
+        w = axes.matrices(params[path])
+        example = functools.partial(on.method.example, std=0.2)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), max(len(w), 1))
+        stacked = w.ndim == 3
+        flat[path] = jax.vmap(example)(keys, w) if stacked else example(keys[0], w)
+    return flat
+
+
+def weighted_sum(outputs) -> jax.Array:
+    """Returns a scalar whose gradients differ from entry to entry."""
+    return sum(jnp.sum(jnp.sin(y + jnp.arange(y.size).reshape(y.shape))) for y in jax.tree.leaves(outputs))  # pyright: ignore[reportReturnType]
+
+
+def check(f, params, adapters, methods, *inputs, tolerance=1e-5):
+    """Compares outputs, and gradients for adapters, with those of the merged parameters."""
+
+    def ours(adapters):
+        outputs = adapted(f, methods)(params, *inputs, adapters=adapters)
+        return weighted_sum(outputs), outputs
+
+    def theirs(adapters):
+        outputs = f(merge(params, adapters, methods), *inputs)
+        return weighted_sum(outputs), outputs
+
+    found = [jax.jit(jax.grad(g, has_aux=True))(adapters) for g in (ours, theirs)]
+    size = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(found[1]))
+    for got, expected in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(got, expected, atol=tolerance * size)
+
+
+def products_with_adapters(f, *args) -> int:
+    """Returns how many products of `dense` a function's program has, each scan's body counted once."""
+    return str(jax.make_jaxpr(f)(*args)).count("custom_vjp_call[")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("name", ["x @ w", "output", "experts"])
+def test_every_method_on_every_kind_of_layout(name, method):
+    f, shape, x_shape, axes = PRODUCTS[name]
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
+    methods = assign([("w", On(method, **axes))], params)
+    x = jax.random.normal(jax.random.key(2), x_shape)
+    check(lambda p, x: f(p["w"], x), params, random_adapters(params, methods), methods, x)
+
+
+@pytest.mark.parametrize(("f", "shape", "x_shape", "axes"), PRODUCTS.values(), ids=PRODUCTS.keys())
+def test_products_are_exact_and_never_form_the_effective_kernel(f, shape, x_shape, axes):
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
+    methods = assign([("w", On(MoRA(2), **axes))], params)
+    adapters = random_adapters(params, methods)
+    x = jax.random.normal(jax.random.key(2), x_shape)
+    check(lambda p, x: f(p["w"], x), params, adapters, methods, x)
+    call = adapted(lambda p, x: f(p["w"], x), methods, "activation")
+    count = products_with_adapters(lambda p, x, a: call(p, x, adapters=a), params, x, adapters)
+    assert count == (2 if f is PRODUCTS["indexed"][0] else 1)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w, x: jax.lax.conv(x[None, :, :, None], w[:, :, None, None], (1, 1), "SAME"),
+        lambda w, x: jnp.take(w, jnp.array([1, 0, 3]), axis=0),
+        lambda w, x: x @ w + jnp.sum(w**2),
+        lambda w, x: jax.nn.relu(w) @ x.T,
+        lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda w: w.sum(), lambda w: w.mean(), w),
+        lambda w, x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1],
+        lambda w, x: jnp.matmul(x, w, precision="highest"),
+        lambda w, x: jax.jit(lambda w: w.T)(w),
+    ],
+    ids=["conv", "lookup", "penalty", "relu", "cond", "while", "precision", "returned"],
+)
+def test_every_other_use_takes_the_effective_kernel(f):
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 12))}
+    methods = assign([("w", MoRA(2))], params)
+    adapters = random_adapters(params, methods)
+    x = jax.random.normal(jax.random.key(2), (12, 12))
+    call = adapted(lambda p, x: f(p["w"], x), methods)
+    expected = f(merge(params, adapters, methods)["w"], x)
+    np.testing.assert_allclose(call(params, x, adapters=adapters), expected, atol=1e-4)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        h = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(h, h, mask=nn.make_causal_mask(x[..., 0]))
+        return x + nn.Dense(16)(nn.gelu(nn.Dense(24)(nn.LayerNorm()(x)))), None
+
+
+SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+WAYS = {
+    "jit": nn.jit,
+    "remat": functools.partial(nn.remat, policy=SAVED),
+    "scan": functools.partial(nn.scan, variable_axes={"params": 0}, split_rngs={"params": True}, length=2),
+}
+
+
+class GPT(nn.Module):
+    """A model with the table tied to the head. `ways` transform its blocks."""
+
+    ways: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(11, 16, name="embed")
+        x, block = embed(tokens), Block
+        for way in self.ways:
+            block = WAYS[way](block)
+        if "scan" in self.ways:
+            x, _ = block(name="layers")(x, None)
+        else:
+            for i in range(2):
+                x, _ = block(name=f"layers_{i}")(x)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+def rules_of(stack: tuple[int, ...]):
+    first = len(stack)
+    return [
+        (".*(query|key|value)/kernel", On(MoRA(2), inputs=(first,), stack=stack)),
+        (".*out/kernel", On(LoRA(2), inputs=(first, first + 1), stack=stack)),
+        (".*Dense_0/kernel", On(MoRA(2, Rotate()), inputs=(first,), stack=stack)),
+        (".*Dense_1/kernel", On(DoRA(2), inputs=(first,), stack=stack)),
+        ("embed/embedding", On(LoRA(2), inputs=(1,))),
+        (".*scale", "train"),
+        (".*", "frozen"),
+    ]
+
+
+@pytest.mark.parametrize("ways", [(), ("remat",), ("jit",), ("remat", "scan"), ("jit", "scan")], ids="-".join)
+def test_a_linen_model_as_it_is(ways):
+    tokens = jnp.arange(10).reshape(2, 5)
+    model = GPT(ways)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    methods = assign(rules_of((0,) if "scan" in ways else ()), params)
+    adapters = noise(jax.random.key(1), attach(jax.random.key(1), params, methods))
+    apply = adapted(model.apply, methods)
+
+    @jax.jit
+    def ours(params, adapters):
+        return weighted_sum(apply({"params": params}, tokens, adapters=adapters))
+
+    @jax.jit
+    def theirs(params, adapters):
+        return weighted_sum(model.apply({"params": merge(params, adapters, methods)}, tokens))
+
+    got, expected = (jax.value_and_grad(f, (0, 1))(params, adapters) for f in (ours, theirs))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    trained = [jax.tree.leaves(partition(*g[1], methods)[0]) for g in (got, expected)]
+    size = max(float(jnp.abs(g).max()) for g in trained[1])
+    for ours_, theirs_ in zip(*trained, strict=True):
+        np.testing.assert_allclose(ours_, theirs_, atol=1e-5 * size)
+    kernels = len(list(methods.kernels()))
+    assert products_with_adapters(ours, params, adapters) == kernels  # the lookup takes the effective table
+
+
+def test_a_module_level_jit_meets_the_new_method_after_a_restart():
+    """Methods held by closure under `nn.jit` would be silently stale."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.jit(nn.Dense)(12)(x)
+
+    model, x = Model(), jax.random.normal(jax.random.key(0), (4, 12))
+    params = model.init(jax.random.key(1), x)["params"]
+    methods = assign([(".*kernel", MoRA(2)), (".*", "frozen")], params)
+    for _ in range(3):
+        adapters = noise(jax.random.key(2), attach(jax.random.key(1), params, methods))
+        got = adapted(model.apply, methods)({"params": params}, x, adapters=adapters)
+        expected = model.apply({"params": merge(params, adapters, methods)}, x)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        methods = methods.after_restart()
+
+
+def test_outputs_and_other_collections_are_those_of_the_function():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = nn.Dense(12)(x)
+            return {"y": nn.BatchNorm(use_running_average=not train)(x), "shape": x.shape}
+
+    model, x = Model(), jax.random.normal(jax.random.key(0), (4, 12))
+    variables = model.init(jax.random.key(1), x, train=False)
+    methods = assign([("Dense_0/kernel", MoRA(2)), (".*", "frozen")], variables["params"])
+    adapters = noise(jax.random.key(2), attach(jax.random.key(1), variables["params"], methods))
+    call = adapted(functools.partial(model.apply, mutable=["batch_stats"]), methods)
+    outputs, state = call(variables, x, train=True, adapters=adapters)
+    merged = variables | {"params": merge(variables["params"], adapters, methods)}
+    expected, expected_state = model.apply(merged, x, train=True, mutable=["batch_stats"])
+    assert outputs["shape"] == (4, 12)
+    np.testing.assert_allclose(outputs["y"], expected["y"], atol=1e-5)
+    for got, wanted in zip(*map(jax.tree.leaves, (state, expected_state)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_a_bfloat16_base_is_not_rounded():
+    """An update of 1e-4 vanishes in bfloat16 weights of 1. A product keeps it; nothing else is allowed."""
+    params = {"w": jnp.ones((16, 16), jnp.bfloat16)}
+    methods = assign([("w", MoRA(2))], params)
+    adapters = {"w": {"m_RR": jnp.full((8, 8), 1e-4)}}
+    call = adapted(lambda p, x: x @ p["w"].astype(jnp.float32), methods)
+    x = jnp.ones((3, 16))
+    np.testing.assert_allclose(call(params, x, adapters=adapters) - 16, 16e-4, rtol=1e-2)
+    wide = adapted(lambda p, x: jnp.sum(p["w"].astype(jnp.float32)) + x.sum(), methods)
+    np.testing.assert_allclose(wide(params, x, adapters=adapters), 256 * (1 + 1e-4) + 48, rtol=1e-5)
+    with pytest.raises(InputError, match=r"w is stored in bfloat16 and read by .*round it away"):
+        adapted(lambda p: p["w"] * 2, methods)(params, adapters=adapters)
+
+
+def test_dropout_is_applied_or_refused():
+    params = {"w": jnp.eye(16)}
+    methods = assign([("w", LoRA(16, dropout=0.5))], params)
+    adapters = {"w": {"a_KR": jnp.eye(16), "b_RD": jnp.eye(16)}}
+    call = adapted(lambda p, x: x @ p["w"], methods)
+    x = jnp.ones((64, 16))
+    with pytest.raises(InputError, match="lora has dropout: pass dropout_key"):
+        call(params, x, adapters=adapters)
+    np.testing.assert_allclose(call(params, x, adapters=adapters, dropout_key=None), 2.0)
+    dropped = call(params, x, adapters=adapters, dropout_key=jax.random.key(0))
+    assert set(np.unique(dropped)) == {1.0, 3.0}  # the base alone, or an update of 1 / (1 - 0.5)
+    with pytest.raises(InputError, match=r"w is read by .*dropout of lora cannot apply"):
+        adapted(lambda p: p["w"] * 2, methods)(params, adapters=adapters, dropout_key=jax.random.key(0))
+
+
+def test_layers_of_a_scan_drop_different_inputs():
+    params = {"w": jnp.zeros((2, 16, 16))}
+    methods = assign([("w", On(LoRA(16, dropout=0.5), stack=(0,)))], params)
+    eye = jnp.broadcast_to(jnp.eye(16), (2, 16, 16))
+    call = adapted(lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1], methods)
+    ys = call(
+        params, jnp.ones((4, 16)), adapters={"w": {"a_KR": eye, "b_RD": eye}}, dropout_key=jax.random.key(0)
+    )
+    assert not np.array_equal(ys[0], ys[1])
+
+
+def test_a_function_that_reads_no_adapted_kernel_is_refused():
+    params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2)), (".*", "frozen")], params)
+    adapters = attach(jax.random.key(0), params, methods)
+    with pytest.raises(InputError, match="reads none of the adapted kernels: 'w'"):
+        adapted(lambda p, x: x @ p["v"], methods)(params, jnp.ones((2, 8)), adapters=adapters)
+
+
+def test_missing_kernels_and_arrays_are_named():
+    params = {"w": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2))], params)
+    adapters = attach(jax.random.key(0), params, methods)
+    call = adapted(lambda p: p["v"], methods)
+    with pytest.raises(InputError, match="the parameters have no 'w', which the methods adapt"):
+        call({"v": jnp.ones((8, 8))}, adapters=adapters)
+    with pytest.raises(InputError, match="the adapters have no arrays of mora for 'w'"):
+        call(params, adapters={})
+
+
+def test_bind_under_a_model_that_does_not_call_dense_is_refused():
+    model, x = nn.Dense(8), jnp.ones((2, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    methods = assign([("kernel", MoRA(2)), (".*", "frozen")], params)
+    bound = bind(params, attach(jax.random.key(0), params, methods), methods)
+    with pytest.raises(InputError, match="the model reads kernel itself, and would ignore its mora adapter"):
+        model.apply({"params": bound}, x)
+    on = assign([("kernel", On(MoRA(2), inputs=(1,))), (".*", "frozen")], params)
+    with pytest.raises(InputError, match=r"kernel: dense takes kernels \(in, out\), not On"):
+        bind(params, attach(jax.random.key(0), params, on), on)
+
+
+def test_a_state_goes_through_ten_restarts_with_two_compilations_and_never_the_wrong_method():
+    model, x = (
+        nn.Sequential([nn.Dense(12), nn.tanh, nn.Dense(8)]),
+        jax.random.normal(jax.random.key(0), (4, 8)),
+    )
+    params = model.init(jax.random.key(0), x)["params"]
+    rules = [(".*kernel", MoRA(2)), (".*bias", "train"), (".*", "frozen")]
+    state = State.init(jax.random.key(1), params, rules)
+    optimizer = state.optimizer(optax.adam(1e-2))
+    opt_state, compiled = optimizer.init(state.trainable), 0
+
+    def loss(params, x):
+        return jnp.mean((model.apply({"params": params}, x) - x[::-1]) ** 2)
+
+    @jax.jit
+    def step(state, opt_state, x):
+        nonlocal compiled
+        compiled += 1
+        value, gradients = value_and_grad(loss)(state, x)
+        updates, opt_state = optimizer.update(gradients, opt_state, state.trainable)
+        return state.updated(updates), opt_state, value
+
+    losses = []
+    restart = jax.jit(lambda key, state, opt_state: state.restart(key, opt_state, optimizer))
+    for i in range(11):
+        state, opt_state, value = step(state, opt_state, x)
+        losses.append(float(value))
+        before = loss(state.merged(), x)
+        state, opt_state = restart(jax.random.key(i), state, opt_state)
+        np.testing.assert_allclose(adapted(loss)(state, x), before, rtol=1e-5)
+    assert compiled == 2
+    assert losses[-1] < losses[0]
+    other = assign(rules, params)
+    assert other != state.methods
+    with pytest.raises(InputError, match="a State has methods of its own"):
+        adapted(loss, other)(state, x)
