@@ -30,8 +30,9 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
       key: random key of pruning.
 
     Raises:
-      InputError: if nothing is pruned, since the optimizer has no Adam moments.
+      InputError: if there is no state of these labels, or nothing to prune, as without Adam's moments.
     """
+    found: set[str] = set()
     pruned: list[Any] = []
 
     def cleared(path: Any, old: Any, new: Any) -> Any:
@@ -49,6 +50,7 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     def by_label(old: Any, new: Any) -> Any:
         if not isinstance(old, optax.transforms.PartitionState):
             return old
+        found.update(labels & old.inner_states.keys())
         ours, others = ({k: s for k, s in p.inner_states.items() if k in labels} for p in (old, new))
         states = jax.tree_util.tree_map_with_path(cleared, ours, others, is_leaf=_is_whole)
         return old._replace(inner_states={**old.inner_states, **states})
@@ -57,6 +59,8 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
         return isinstance(node, optax.transforms.PartitionState)
 
     result = jax.tree.map(by_label, opt_state, fresh, is_leaf=is_partition)
+    if labels - found:
+        raise InputError("there is no optimizer state of adapters: make the optimizer with State.optimizer")
     if how != "reset" and not pruned:
         raise InputError(f"{how} pruning needs an optimizer with optax.scale_by_adam, such as optax.adamw")
     return result
