@@ -84,6 +84,7 @@ def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """Returns two trees: the leaves of `tree` whose path `keep` accepts, and the rest.
 
     Entries of dicts that hold no leaf of their part are left out. In other containers None stands for them.
+    What is empty in `tree` belongs to the rest.
     """
     chosen = iter([keep(path) for path in flatten(tree)])
     marked = jax.tree.map(lambda leaf: _Leaf(leaf, next(chosen)), tree)
@@ -119,18 +120,18 @@ def _part(node: Any, kept: bool) -> Any:
         return node.leaf if node.kept == kept else None
     if type(node) is dict:
         parts = {key: _part(child, kept) for key, child in node.items()}
-        return {key: part for key, part in parts.items() if not _is_lost(part, node[key])}
+        return {key: part for key, part in parts.items() if not _is_lost(part, node[key], kept)}
     children, structure = _children(node)
     parts = [_part(child, kept) for child in children]
     return jax.tree.unflatten(
         structure,
-        [None if _is_lost(part, child) else part for part, child in zip(parts, children, strict=True)],
+        [None if _is_lost(part, child, kept) else part for part, child in zip(parts, children, strict=True)],
     )
 
 
-def _is_lost(part: Any, whole: Any) -> bool:
-    """Returns whether a part has none of the leaves that the whole has."""
-    return not jax.tree.leaves(part) and bool(jax.tree.leaves(whole))
+def _is_lost(part: Any, whole: Any, kept: bool) -> bool:
+    """Returns whether a part stands for nothing: it has no leaf, and is not the rest of what was empty."""
+    return not jax.tree.leaves(part) and (kept or bool(jax.tree.leaves(whole)))
 
 
 def _combined(path: str, parts: Sequence[Any]) -> Any:

@@ -5,6 +5,8 @@ import yaml
 
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share, from_json
+from mora_jax.on import On
+from mora_jax.transform import choice_from_json
 from train.config import flags, old
 from train.config.run import RunConfig, to_plain
 from train.config.sections import Params
@@ -48,6 +50,14 @@ def test_rules_and_saved_methods():
     methods = old.upgrade_methods({"a": choice, "b": "train"})
     assert from_json(methods["a"]) == LoRA(4, 8.0, train_factors="b")
     assert methods["b"] == "train"
+
+
+def test_bare_methods_of_stacked_kernels_get_their_stack():
+    lora = {"name": "lora", "rank": 4, "alpha": 8.0}
+    methods = old.upgrade_methods({"layers/mlp/up_proj/kernel": lora, "lm_head/kernel": lora})
+    assert choice_from_json(methods["layers/mlp/up_proj/kernel"]) == On(LoRA(4, 8.0), stack=(0,))
+    assert choice_from_json(methods["lm_head/kernel"]) == LoRA(4, 8.0)
+    assert old.upgrade_methods(methods) == methods
 
 
 def test_the_config_of_a_run_is_read_whatever_its_format(tmp_path):

@@ -35,7 +35,7 @@ def copied(tiny_data: Path, tmp_path: Path) -> Path:
 
 
 def test_a_new_data_set_states_the_present_format(tiny_data: Path):
-    assert stated(tiny_data)["format"] == FORMAT == 2
+    assert stated(tiny_data)["format"] == FORMAT == 3
 
 
 def test_a_data_set_without_a_number_is_read(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch):
@@ -70,10 +70,11 @@ def test_an_unfinished_data_set_without_a_number_is_resumed(
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_newer_format_is_refused(copied: Path, tiny_text: Path, finished: bool):
-    state(copied, 3)
+    state(copied, FORMAT + 1)
     if not finished:
         (copied / layout.DESCRIBED).unlink()
-    message = rf"^{copied} has format 3, and this version reads formats up to 2; .*`mora --version`"
+    stated = rf"has format {FORMAT + 1}, and this version reads formats up to {FORMAT}"
+    message = rf"^{copied} {stated}; .*`mora --version`"
     with pytest.raises(InputError, match=message):
         load_info(str(copied))
     with pytest.raises(InputError, match=message):

@@ -49,6 +49,9 @@ def written_by_format_1(tiny_run, folder: Path, step: int) -> Path:
     ):
         state, _ = restore_state(tiny_run.config, original, step, sharding.make_mesh(1))
         meta = original.read_meta(step) | {"config": plain}
+        choices = meta["methods"].items()
+        meta["methods"] = {p: c["method"] if isinstance(c, dict) and "method" in c else c for p, c in choices}
+        assert meta["methods"] != original.read_meta(step)["methods"]
         del meta["format"]
         names = {name: old.STATE_FIELDS.get(name, name) for name in vars(state)}
         saved.save(step, {names[name]: value for name, value in vars(state).items()}, meta)

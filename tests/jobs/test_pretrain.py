@@ -72,7 +72,7 @@ def test_the_meta_of_a_checkpoint(tiny_run):
     # The restart at update 6 comes after the saving at 6.
     assert [meta[step]["restarts"] for step in (3, 6, 9)] == [1, 2, 4]
     kernel = "layers/mlp/up_proj/kernel"
-    groups = [meta[step]["methods"][kernel]["operator"]["group"] for step in (3, 6, 9)]
+    groups = [meta[step]["methods"][kernel]["method"]["operator"]["group"] for step in (3, 6, 9)]
     assert groups == [1, 0, 0]
 
 

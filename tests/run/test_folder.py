@@ -89,7 +89,7 @@ def test_a_folder_without_a_run(tmp_path):
 @pytest.mark.parametrize(("step", "switches"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (22, 10)])
 def test_the_methods_of_a_step(tiny_run, step, switches):
     path = "layers/mlp/up_proj/kernel"
-    assert methods_at(tiny_run.config, step)[path].operator.group == switches % 2
+    assert methods_at(tiny_run.config, step)[path].method.operator.group == switches % 2
 
 
 def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
@@ -374,4 +374,4 @@ def test_the_number_of_restarts_is_not_looped_over(tiny_run):
     config = dataclasses.replace(tiny_run.config, steps=2**31 - 1)
     for step in (2**31 - 3, 2**31 - 5):
         expected = config.restarts_before(step) % 2
-        assert methods_at(config, step)[path].operator.group == expected
+        assert methods_at(config, step)[path].method.operator.group == expected
