@@ -88,7 +88,8 @@ def split(tree: Tree, keep: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """
     chosen = iter([keep(path) for path in flatten(tree)])
     marked = jax.tree.map(lambda leaf: _Leaf(leaf, next(chosen)), tree)
-    return _part(marked, True), _part(marked, False)
+    kept, rest = _part(marked, True), _part(marked, False)
+    return {} if kept is _NOTHING else kept, {} if rest is _NOTHING else rest
 
 
 def combine(*trees: Tree) -> Tree:
@@ -108,6 +109,9 @@ def combine(*trees: Tree) -> Tree:
     return _combined("", trees)
 
 
+_NOTHING = object()
+
+
 class _Leaf:
     """A leaf of a tree that is split, and the part it belongs to."""
 
@@ -116,22 +120,18 @@ class _Leaf:
 
 
 def _part(node: Any, kept: bool) -> Any:
+    """Returns one of the parts of a node, or `_NOTHING` if it has none of the node's leaves."""
     if isinstance(node, _Leaf):
-        return node.leaf if node.kept == kept else None
+        return node.leaf if node.kept == kept else _NOTHING
     if type(node) is dict:
         parts = {key: _part(child, kept) for key, child in node.items()}
-        return {key: part for key, part in parts.items() if not _is_lost(part, node[key], kept)}
+        parts = {key: part for key, part in parts.items() if part is not _NOTHING}
+        return parts if parts or not (node or kept) else _NOTHING
     children, structure = _children(node)
     parts = [_part(child, kept) for child in children]
-    return jax.tree.unflatten(
-        structure,
-        [None if _is_lost(part, child, kept) else part for part, child in zip(parts, children, strict=True)],
-    )
-
-
-def _is_lost(part: Any, whole: Any, kept: bool) -> bool:
-    """Returns whether a part stands for nothing: it has no leaf, and is not the rest of what was empty."""
-    return not jax.tree.leaves(part) and (kept or bool(jax.tree.leaves(whole)))
+    if all(part is _NOTHING for part in parts) and (parts or kept):
+        return _NOTHING
+    return jax.tree.unflatten(structure, [None if part is _NOTHING else part for part in parts])
 
 
 def _combined(path: str, parts: Sequence[Any]) -> Any:
