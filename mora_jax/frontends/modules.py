@@ -157,7 +157,7 @@ def adapted_class(original: type, names: tuple[str, ...]) -> type:
     """Returns the subclass for modules whose kernels of these names are adapted."""
     members: dict[str, Any] = {name: EffectiveKernel(name) for name in names}
     members |= {name: _with_adapters(function) for name, function in _methods(original).items()}
-    members |= {f.__name__: f for f in (__setattr__, _graph_node_set_key, _graph_node_pop_key)}
+    members |= {f.__name__: f for f in (__setattr__, _graph_node_set_key)}
     members |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     keywords = {"pytree": original._pytree__is_pytree}  # pyright: ignore[reportAttributeAccessIssue]
     return types.new_class(
@@ -176,21 +176,13 @@ def __setattr__(self: Any, name: str, value: Any) -> None:
     original_class(self).__setattr__(self, name, value)
 
 
-# NNX reads and writes single attributes in these two, and means the stored kernel.
-
-
 def _graph_node_set_key(self: Any, key: Any, value: Any) -> None:
+    # Transforms of NNX set attributes by this, and mean the stored kernel.
     stored = vars(self).get(key)
     if isinstance(stored, nnx.Variable) and isinstance(value, nnx.Variable):
         stored.update_from_state(value)
     else:
         original_class(self)._graph_node_set_key(self, key, value)
-
-
-def _graph_node_pop_key(self: Any, key: Any) -> Any:
-    stored = vars(self)[key]
-    delattr(self, key)
-    return stored
 
 
 def modules(model: Any) -> Iterator[nnx.Pytree]:
