@@ -169,7 +169,8 @@ def optimizer(
     """Returns an optimizer of a model's trainable arrays, with a state of its own for each group of them.
 
     Use it where a method asks for a learning rate of its own (LoRA+), where other parameters are trained
-    beside the adapters, or to treat groups differently. Else `nnx.Optimizer(model, tx, wrt=AdapterParam)` does.
+    beside the adapters, or to treat groups differently. `nnx.Optimizer(model, tx, wrt=AdapterParam)` does
+    elsewhere.
 
     Args:
       model: a model with adapters.
