@@ -1,5 +1,8 @@
 """MoRA and its relatives as a functional transform over Flax parameter trees."""
 
+import importlib
+from typing import Any
+
 from mora_jax.adapter_file import load, save
 from mora_jax.errors import InputError
 from mora_jax.frontends import adapted, value_and_grad
@@ -82,3 +85,9 @@ __all__ = [
     "singular_values",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nnx":  # it imports flax.nnx, which takes long
+        return importlib.import_module("mora_jax.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
