@@ -219,10 +219,13 @@ def methods(model: Any) -> Methods:
       >>> mora_nnx.methods(mora_nnx.adapt(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), rules, nnx.Rngs(1)))["bias"]
       'train'
     """
-    choices = {id(kernel): spec.choice for kernel, spec, _ in _kernels(model)}
+    ons = {id(kernel): on for kernel, on, _ in _kernels(model)}
 
     def choice(variable: nnx.Variable) -> Choice:
-        return choices.get(id(variable)) or ("train" if trainable((), variable) else "frozen")
+        on = ons.get(id(variable))
+        if on is None:
+            return "train" if trainable((), variable) else "frozen"
+        return on.method if (variable.ndim, on.inputs) == (2, (0,)) else on
 
     return Methods(tuple((path, choice(variable)) for path, variable in _params(model).items()))
 
@@ -242,7 +245,7 @@ def _params(model: Any) -> dict[str, nnx.Variable]:
     }
 
 
-def _kernels(model: Any) -> Iterator[tuple[nnx.Variable, modules.Spec, dict[str, nnx.Variable]]]:
+def _kernels(model: Any) -> Iterator[tuple[nnx.Variable, On, dict[str, nnx.Variable]]]:
     return (parts for module in modules.modules(model) for parts in modules.kernels(module))
 
 

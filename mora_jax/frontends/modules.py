@@ -26,7 +26,7 @@ from flax import errors, nnx
 from mora_jax.errors import InputError
 from mora_jax.frontends.interpreter import evaluate, materialised
 from mora_jax.frontends.kernel import Kernel
-from mora_jax.methods.base import Arrays, Method
+from mora_jax.methods.base import Arrays
 from mora_jax.on import On
 
 Function: TypeAlias = Callable[..., Any]
@@ -72,11 +72,6 @@ class Spec:
         axes, lead = on.axes(shape), len(on.stack)
         shapes = tuple((array, tuple(a.shape[lead:])) for array, a in sorted(arrays.items()))
         return Spec(name, On(on.method, axes.inputs, axes.stack), len(shape), shapes)
-
-    @property
-    def choice(self) -> Method | On:
-        """The rule's choice: a bare method for a kernel (in, out)."""
-        return self.on.method if (self.axes, self.on.inputs) == (2, (0,)) else self.on
 
     def attribute(self, array: str) -> str:
         """Returns the attribute that holds an array of the adapter."""
@@ -160,9 +155,8 @@ def adapted_class(original: type, names: tuple[str, ...]) -> type:
     members |= {f.__name__: f for f in (__setattr__, _graph_node_set_key)}
     members |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     keywords = {"pytree": original._pytree__is_pytree}  # pyright: ignore[reportAttributeAccessIssue]
-    return types.new_class(
-        original.__name__, (original, Adapted), keywords, lambda body: body.update(members)
-    )
+    bases = (original, Adapted)
+    return types.new_class(original.__name__, bases, keywords, lambda body: body.update(members))
 
 
 def original_class(module: Any) -> Any:
@@ -190,11 +184,11 @@ def modules(model: Any) -> Iterator[nnx.Pytree]:
     return (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
 
 
-def kernels(module: Any) -> Iterator[tuple[nnx.Variable, Spec, dict[str, nnx.Variable]]]:
+def kernels(module: Any) -> Iterator[tuple[nnx.Variable, On, dict[str, nnx.Variable]]]:
     """Returns the stored kernels of a module that are adapted, and the variables of their adapters."""
     for spec in vars(module).get(SPECS, ()):
         arrays = {array: vars(module)[spec.attribute(array)] for array, _ in spec.shapes}
-        yield vars(module)[spec.name], spec, arrays
+        yield vars(module)[spec.name], spec.kernel(module).on, arrays
 
 
 def adopt(module: Any, adapters: Mapping[str, tuple[On, Mapping[str, nnx.Variable]]]) -> None:
@@ -207,23 +201,22 @@ def adopt(module: Any, adapters: Mapping[str, tuple[On, Mapping[str, nnx.Variabl
     if isinstance(module, CONTAINERS):
         raise InputError(f"kernels in an nnx.{name} cannot be adapted: make them attributes of a module")
     specs = []
-    for kernel, (on, arrays) in adapters.items():
+    for kernel in sorted(adapters):  # the order is part of the graph definition
+        on, arrays = adapters[kernel]
         shape = vars(module)[kernel].get_raw_value().shape
         spec = Spec.of(kernel, on, shape, {array: v.get_raw_value() for array, v in arrays.items()})
         for array, variable in arrays.items():
             if hasattr(module, spec.attribute(array)):
-                raise InputError(
-                    f"{name} has an attribute {spec.attribute(array)}, as the adapter would have"
-                )
+                raise InputError(f"{name} has an attribute {spec.attribute(array)}, the adapter's name")
             setattr(module, spec.attribute(array), variable)
         specs.append(spec)
     setattr(module, SPECS, tuple(specs))
-    object.__setattr__(module, "__class__", adapted_class(type(module), tuple(adapters)))
+    object.__setattr__(module, "__class__", adapted_class(type(module), tuple(sorted(adapters))))
 
 
 def release(module: Any) -> None:
     """Takes the adapters off a module, which gets its original class back."""
-    attributes = [spec.attribute(array) for _, spec, arrays in kernels(module) for array in arrays]
+    attributes = [spec.attribute(array) for spec in vars(module)[SPECS] for array, _ in spec.shapes]
     object.__setattr__(module, "__class__", original_class(module))
     for name in (*attributes, SPECS):
         delattr(module, name)
@@ -327,19 +320,17 @@ class _Call:
     def _changes(self, variables: Mapping[Any, nnx.Variable], before: Any, after: Any) -> list[jax.Array]:
         """Returns the arrays of the copy's variables that changed, and remembers the module's variables."""
         arrays = []
+        own = {(0, kernel.name.rpartition(".")[2]) for kernel in self.kernels}
         for path, (leaves, structure) in after.items():
             old, old_structure = before[path]
             if structure != old_structure:
                 raise _NotTraced
             if any(a is not b for a, b in zip(leaves, old, strict=True)):
-                if path not in variables or path in {(0, kernel_name) for kernel_name in self._names()}:
+                if path not in variables or path in own:
                     raise _NotTraced
                 self.changed.append((variables[path], structure))
                 arrays += leaves
         return arrays
-
-    def _names(self) -> list[str]:
-        return [kernel.name.rpartition(".")[2] for kernel in self.kernels]
 
 
 def _copied(root: Any, specs: tuple[Spec, ...], ws: list[jax.Array]) -> Any:

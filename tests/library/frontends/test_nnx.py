@@ -268,6 +268,16 @@ def test_a_scan_that_slices_only_the_kernels_is_refused():
         nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, None))(model.layers, jnp.ones((2, 4, D)))
 
 
+def test_ensembles_are_made_and_merged_in_vmap():
+    rules = [("kernel", LoRA(2)), (".*", "frozen")]
+    make = nnx.vmap(lambda key: mora_nnx.adapt(nnx.Linear(D, D, rngs=nnx.Rngs(key)), rules, nnx.Rngs(key)))
+    models = randomised(make(jax.random.split(KEY, 3)))
+    apply = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
+    close(apply(models, X), apply(nnx.vmap(mora_nnx.merged)(models), X))
+    with pytest.raises(InputError, match=r"Linear.kernel was adapted as .* has shape \(3, 8, 8\) now"):
+        mora_nnx.merged(models)
+
+
 def test_layers_that_are_alike_have_one_definition():
     rules = [("kernel", LoRA(2)), (".*", "frozen")]
     one, other = (adapted(nnx.Linear(D, D, rngs=nnx.Rngs(i)), rules) for i in (0, 1))
@@ -493,6 +503,24 @@ def test_nnx_and_jax_see_the_stored_kernel(odd):
     close(vars(doubled)["w"][...], 2 * stored[...])
     popped = nnx.pop(nnx.clone(odd), nnx.PathContains("w"))
     assert dict(nnx.to_flat_state(popped))[("w",)][...] is stored[...]
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Param(jax.random.normal(rngs.params(), (D, 6)))
+        self.down = nnx.Param(jax.random.normal(rngs.params(), (6, D)))
+
+    def __call__(self, x):
+        return (x @ self.up) @ self.down[...]
+
+
+def test_a_module_may_own_several_kernels():
+    model = adapted(Pair(nnx.Rngs(0)), [(".*", LoRA(2))])
+    close(call(model, X), call(mora_nnx.merged(model), X))
+    restarted, _ = mora_nnx.restarted(
+        model, nnx.Optimizer(model, optax.sgd(1.0), wrt=AdapterParam), nnx.Rngs(0)
+    )
+    assert nnx.graphdef(restarted) == nnx.graphdef(model)
 
 
 class Tied(nnx.Module):
