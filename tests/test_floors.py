@@ -20,6 +20,7 @@ ROOMS = (
     ("mora_jax.spectrum", "mora_jax.moments"),
     ("mora_jax.state",),
     ("mora_jax.frontends",),
+    ("mora_jax.nnx",),
     ("mora_jax.models",),
     ("mora_jax.hf",),
     ("mora_jax.adapter_file",),

@@ -650,9 +650,7 @@ def main() -> int:
     found = report(trials)
     print(table(found))
     if options.json:
-        settings = {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-        }
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
         data = {
             "device": device,
             "jax": jax.__version__,
