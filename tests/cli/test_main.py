@@ -329,6 +329,7 @@ def test_the_program_refuses_with_status_2_and_one_line(tiny_yaml, prepare, good
         assert expected in done.stderr
 
 
+@pytest.mark.slow  # tests/jobs/test_resume.py resumes in one process
 def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_path):
     """The first half is the uninterrupted run's own; the program says nothing but its progress and table."""
     folder = shutil.copytree(tiny_run.folder, tmp_path / "run")

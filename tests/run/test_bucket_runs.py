@@ -196,6 +196,7 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(buckets.CACHE, str(tmp_path / f"cache {time.monotonic_ns()}"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_on_another_machine(
     config, tiny_run, tiny_yaml: Path, tmp_path: Path, monkeypatch
 ):
