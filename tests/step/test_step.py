@@ -14,7 +14,7 @@ from mora_jax import transform, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
-from train.config.sections import BadSteps, Data, Evaluation, Log, Optimizer, Restart, Schedule
+from train.config.sections import BadSteps, Data, Evaluation, Log, Optimizer, Params, Restart, Schedule
 from train.run.state import assign_methods
 from train.step import optim
 from train.step.spec import spec_of
@@ -207,6 +207,7 @@ DROPPING = dataclasses.replace(
     CONFIG,
     batch_size=2,
     method=MoRA(4, align=8, dropout=0.5),
+    params=Params(adapt="layers/.*/[qkv]_proj/kernel"),
     schedule=Schedule("jagged-cosine", 0),
 )
 

@@ -115,7 +115,7 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
 
 @pytest.mark.parametrize(
     ("flops_per_byte", "align"),
-    [(0, 8), (0, 1), (5, 1), (10**9, 8)],
+    [(0, 8), pytest.param(0, 1, marks=pytest.mark.slow), (5, 1), (10**9, 8)],
     ids=["sums first", "sums first, M not padded", "mixed, M not padded", "product first"],
 )
 @pytest.mark.parametrize(
