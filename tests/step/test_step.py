@@ -46,7 +46,7 @@ METHODS = {
     "rotate": MoRA(4, Rotate(), align=8),
 }
 RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
-# The base alone, the paper's method, and an adapter with a frozen part. Their compiled steps serve many tests.
+# All weights, the paper's method, and an adapter with a frozen part. Many tests share their compiled steps.
 QUICK = ("full", "mora", "asylora")
 
 

@@ -50,6 +50,8 @@ def loss(params, compute: Compute, adapter=None, weights_B=None) -> jax.Array:
 
 
 WAYS = [("unrolled", "dots"), ("unrolled", "full"), ("scan", "none"), ("scan", "dots"), ("scan", "full")]
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def logits_and_gradient(params, compute: Compute):
     return logits(params, compute), jax.grad(loss)(params, compute)
