@@ -27,7 +27,7 @@ from train.step.step import train_step
 
 @pytest.mark.parametrize(
     ("updates", "saved"),
-    [(4, 3), (7, 6)],
+    [pytest.param(4, 3, marks=pytest.mark.slow), (7, 6)],
     ids=["before a restart", "exactly at a restart"],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):

@@ -48,7 +48,7 @@ def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("update", [0, 7])
+@pytest.mark.parametrize("update", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_signal_saves_the_current_update_and_the_same_command_resumes(free, tiny_run, monkeypatch, update):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:

@@ -120,7 +120,10 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
 )
 @pytest.mark.parametrize(
     "operator",
-    [Share(0), Share(1), Share((0, 1), "wrap"), Truncate(), Decouple(), Decouple("wrap", "drop")],
+    [
+        *(Share(0), Share((0, 1), "wrap"), Truncate(), Decouple("wrap", "drop")),
+        *(pytest.param(operator, marks=pytest.mark.slow) for operator in (Share(1), Decouple())),
+    ],
     ids=str,
 )
 def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(

@@ -50,6 +50,7 @@ def loss(params, compute: Compute, adapter=None, weights_B=None) -> jax.Array:
 
 
 WAYS = [("unrolled", "dots"), ("unrolled", "full"), ("scan", "none"), ("scan", "dots"), ("scan", "full")]
+QUICK_WAYS = [("unrolled", "dots"), ("scan", "dots"), ("scan", "full")]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -57,7 +58,10 @@ def logits_and_gradient(params, compute: Compute):
     return logits(params, compute), jax.grad(loss)(params, compute)
 
 
-@pytest.mark.parametrize(("layers", "remat"), WAYS)
+@pytest.mark.parametrize(
+    ("layers", "remat"),
+    [way if way in QUICK_WAYS else pytest.param(*way, marks=pytest.mark.slow) for way in WAYS],
+)
 def test_layers_and_remat_change_no_value(params, layers, remat):
     other = Compute(dtype="float32", layers=layers, remat=remat, loss_chunk=16)
     (y, got), (y_, expected) = (logits_and_gradient(params, compute) for compute in (other, F32))
