@@ -141,7 +141,7 @@ def head_part(params, table, t):
 @pytest.mark.parametrize(
     ("layers", "remat"),
     [
-        ("unrolled", "none"),
+        pytest.param("unrolled", "none", marks=pytest.mark.slow),
         ("scan", "full"),
         pytest.param("unrolled", "full", marks=pytest.mark.slow),
         pytest.param("scan", "none", marks=pytest.mark.slow),
@@ -236,7 +236,7 @@ def tinyllama(golden, request):
     return data, params, trees.unflatten(m), methods
 
 
-@pytest.mark.parametrize("path", ["merged", "activation"])
+@pytest.mark.parametrize("path", ["merged", pytest.param("activation", marks=pytest.mark.slow)])
 def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
     data, params, adapters, methods = tinyllama
     model = Llama(TINY, Compute(dtype="float32", adapter_path=path))
