@@ -86,6 +86,7 @@ def test_a_run_without_a_good_checkpoint_does_not_start_from_scratch(free, tiny_
     assert contents(folder) == before
 
 
+@pytest.mark.slow  # the next test starts from scratch, too
 def test_a_run_killed_in_its_first_save_starts_from_scratch(free, tiny_run, monkeypatch):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
