@@ -133,7 +133,8 @@ def test_a_stopped_run_is_resumed(run, config_file, tmp_path, monkeypatch):
     assert without_times(tmp_path / "run") == without_times(run)
 
 
-@pytest.mark.parametrize("axis", ["fsdp", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_it_is_described_listed_and_planned compiles a step for two devices
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
 def test_two_devices_train_it_as_one_does(run, config_file, tmp_path, axis):
     mesh = ["--mesh.data", "1", f"--mesh.{axis}", "2"]
     pretrain(config_file, tmp_path / "run", *mesh)

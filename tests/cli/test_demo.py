@@ -39,6 +39,7 @@ def config(tiny_yaml, tmp_path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_whole_path(config, tmp_path, capsys):
     folder = tmp_path / "demo"
     demo(config, str(folder), text_bytes=60_000)

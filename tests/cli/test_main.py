@@ -275,6 +275,7 @@ def figures(table: str) -> list[str]:
     return [row.split("│")[2].strip() for row in table.splitlines() if row.count("│") == 3]
 
 
+@pytest.mark.slow  # tests/run/test_folder.py compares the weights that a warm start takes
 def test_a_warm_start_begins_with_the_others_loss(mora, tiny_run, tiny_yaml, tmp_path):
     """From a run and from its export: the loss of the first batch is that of the merged model."""
     mora("export", str(tiny_run.folder), str(tmp_path / "hf"))
@@ -329,6 +330,7 @@ def test_the_program_refuses_with_status_2_and_one_line(tiny_yaml, prepare, good
         assert expected in done.stderr
 
 
+@pytest.mark.slow  # tests/jobs/test_resume.py resumes in one process
 def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_path):
     """The first half is the uninterrupted run's own; the program says nothing but its progress and table."""
     folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
@@ -362,7 +364,7 @@ def losses(folder: Path) -> list[float]:
     [
         ("methods", ">/dev/full", 74),
         ("methods", ">&-", 0),
-        ("evaluate nowhere", "2>/dev/full", 2),
+        pytest.param("evaluate nowhere", "2>/dev/full", 2, marks=pytest.mark.slow),
         ("evaluate nowhere", ">&- 2>&-", 2),
     ],
 )

@@ -27,7 +27,7 @@ from train.step.step import train_step
 
 @pytest.mark.parametrize(
     ("updates", "saved"),
-    [(4, 3), (7, 6)],
+    [pytest.param(4, 3, marks=pytest.mark.slow), (7, 6)],
     ids=["before a restart", "exactly at a restart"],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):
@@ -86,6 +86,7 @@ def test_a_run_without_a_good_checkpoint_does_not_start_from_scratch(free, tiny_
     assert contents(folder) == before
 
 
+@pytest.mark.slow  # the next test starts from scratch, too
 def test_a_run_killed_in_its_first_save_starts_from_scratch(free, tiny_run, monkeypatch):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:

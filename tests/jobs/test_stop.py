@@ -34,6 +34,7 @@ cli.main(["pretrain", *sys.argv[1:]])
 """
 
 
+@pytest.mark.slow  # tests/runtime/test_preempt.py sends second signals without a run
 def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
     words = [str(tiny_yaml), "--run-dir", str(tmp_path / "run"), "--checkpoint.every", "0"]
     with subprocess.Popen(
@@ -47,7 +48,7 @@ def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("update", [0, 7])
+@pytest.mark.parametrize("update", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_signal_saves_the_current_update_and_the_same_command_resumes(free, tiny_run, monkeypatch, update):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
@@ -68,6 +69,7 @@ def evaluate_signalled(*args, real=loop.evaluate):
     return real(*args)
 
 
+@pytest.mark.slow
 def test_an_evaluation_stopped_by_a_signal_is_repeated(free, tiny_run, monkeypatch):
     """At the first one and at the last one; twice each, so that a run also resumes without an update."""
     folder = Path(free.run_dir)
@@ -99,6 +101,7 @@ def test_a_repeated_evaluation_is_logged_once(free, tiny_run, monkeypatch):
     equal_runs(free, folder, tiny_run.folder)
 
 
+@pytest.mark.slow
 def test_a_run_whose_log_has_no_reader_stops_as_usual(tiny_yaml, tmp_path):
     """As by Ctrl-C for `mora pretrain ... 2>&1 | tee log`, which ends tee first; within the ten seconds."""
     folder = tmp_path / "run"

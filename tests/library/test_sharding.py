@@ -46,6 +46,7 @@ def numbers(folder: str, name: str) -> list[float]:
     return [line[name] for line in read_metrics(f"{folder}/metrics.jsonl") if name in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "validation_loss"])
 def test_four_devices_equal_one(tiny_run, four, name):
     ours, theirs = numbers(four.run_dir, name), numbers(str(tiny_run.folder), name)
@@ -53,6 +54,7 @@ def test_four_devices_equal_one(tiny_run, four, name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_four_devices_train_the_same_weights(tiny_run, four):
     ours, theirs = (trees.flatten(load_model(str(f))[0]) for f in (four.run_dir, tiny_run.folder))
     for path, leaf in ours.items():

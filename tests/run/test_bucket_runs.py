@@ -196,6 +196,7 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(buckets.CACHE, str(tmp_path / f"cache {time.monotonic_ns()}"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_on_another_machine(
     config, tiny_run, tiny_yaml: Path, tmp_path: Path, monkeypatch
 ):
@@ -226,9 +227,8 @@ def test_a_killed_run_resumes_on_another_machine(
     assert_undisturbed(config, tiny_run)
 
 
-def test_a_run_in_a_bucket_is_evaluated_exported_and_warm_started_from(
-    config, tiny_run, bucket: str, tmp_path: Path, monkeypatch
-):
+def stop_by_signal(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs until a signal comes, as the ninth batch is asked for."""
     real, asked = loop.next_batch, []
 
     def interrupted(batches):
@@ -242,6 +242,20 @@ def test_a_run_in_a_bucket_is_evaluated_exported_and_warm_started_from(
         patch.setattr(loop, "next_batch", interrupted)
         with pytest.raises(exits.Preempted):
             loop.pretrain(config)
+
+
+def test_a_stopped_run_resumes_on_another_machine(config, tiny_run, tmp_path: Path, monkeypatch):
+    stop_by_signal(config, monkeypatch)
+    another_machine(monkeypatch, tmp_path)
+    loop.pretrain(config)
+    assert_undisturbed(config, tiny_run)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_evaluated_exported_and_warm_started_from(
+    config, tiny_run, bucket: str, tmp_path: Path, monkeypatch
+):
+    stop_by_signal(config, monkeypatch)
     another_machine(monkeypatch, tmp_path)
     assert loop.pretrain(config) == loop.pretrain(config)  # the second finds it finished
     assert_undisturbed(config, tiny_run)

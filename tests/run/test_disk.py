@@ -66,7 +66,10 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, disk, update: int) -> None:
 
 @pytest.mark.parametrize(
     ("every", "message"),
-    [(0, r"run/metrics\.jsonl|run/tensorboard"), (3, "could not be saved: No space left")],
+    [
+        pytest.param(0, r"run/metrics\.jsonl|run/tensorboard", marks=pytest.mark.slow),
+        (3, "could not be saved: No space left"),
+    ],
     ids=["in the metrics", "in a save"],
 )
 # Where several files of a save fail, orbax ends its loop with the first; TensorStore reports the rest later.

@@ -24,6 +24,7 @@ from train.config.sections import Distributed
 from train.console import exits
 from train.data.rows.info import load_info
 from train.data.rows.read import train_batches
+from train.jobs.pretrain import pretrain
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import read_metrics
 from train.run.state import restore_state
@@ -120,6 +121,28 @@ def assert_same(ours: Path, theirs: Path) -> None:
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
 
 
+SHORT = ("--steps", "2", "--restart.every", "0", "--schedule.kind", "cosine", "--schedule.warmup", "1")
+
+
+def test_a_short_run_of_two_processes_is_that_of_one(config: Path):
+    """What they compute, what they print, and what their last checkpoint holds."""
+    folders = [config.parent / name for name in ("short", "short_alone")]
+    (said_0, _), (said_1, told_1) = finished(
+        launched(config, 2, DEVICES, "--run-dir", str(folders[0]), *SHORT)
+    )
+    assert "validation perplexity" in said_0
+    assert "validation" not in said_1
+    assert "mora:" not in told_1
+    words = ["--run-dir", str(folders[1]), "--mesh.data", "2", *SHORT]
+    pretrain(flags.read_config(str(config), words))
+    assert_same(*folders)
+    assert len(losses(folders[0])) == 2
+    whole = arrays(folders[0], 2)
+    for ours, theirs in zip(arrays(folders[0], 2, (1, 2, 2)), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(config: Path, run_of_two: Path):
     folder = config.parent / "alone"
     finished(launched(config, 1, 4, "--run-dir", str(folder)))
@@ -129,9 +152,10 @@ def test_two_processes_compute_what_one_does(config: Path, run_of_two: Path):
     assert list(losses(run_of_two, "skipped_steps").values()) == [0, 0, 0, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
-    [(1, 4, ("--mesh.data", "1", "--mesh.tensor", "2")), pytest.param(4, 1, (), marks=pytest.mark.slow)],
+    [(1, 4, ("--mesh.data", "1", "--mesh.tensor", "2")), (4, 1, ())],
     ids=["1 on another mesh", "4"],
 )
 def test_a_run_resumes_with_more_and_with_fewer_processes(run_of_two: Path, config, processes, devices, mesh):
@@ -153,6 +177,7 @@ def arrays(folder: Path, step: int, sizes: tuple[int, int, int] = (1, 1, 1)) -> 
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_equal_on_every_mesh(run_of_two: Path):
     whole = arrays(run_of_two, 6)
     assert any(leaf.ndim == 3 and np.any(leaf) for leaf in whole)
@@ -181,9 +206,8 @@ with joined(distributed, lambda error: print(error, file=sys.stderr) or 1):
 """
 
 
-@pytest.mark.parametrize(
-    ("processes", "sizes"), [(2, "1 2 2"), pytest.param(4, "2 4 1", marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "sizes"), [(2, "1 2 2"), (4, "2 4 1")], ids=str)
 def test_several_processes_restore_every_bit(run_of_two: Path, tmp_path: Path, processes, sizes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -241,6 +265,7 @@ def ask_to_stop(asked: int, processes: list[subprocess.Popen]) -> int:
 ENDLESS = ("--steps", "100000", "--eval.every", "0", "--bad-steps.window", "0")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_one(config: Path):
     """Both have read their parts of the model that the run began with."""
     folder, model = config.parent / "killed", config.parent / "model"

@@ -1,6 +1,9 @@
 """One update, one restart: what moves, what does not, and what is held."""
 
 import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from mora_jax import transform, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
-from train.config.sections import BadSteps, Data, Evaluation, Log, Optimizer, Restart, Schedule
+from train.config.sections import BadSteps, Data, Evaluation, Log, Optimizer, Params, Restart, Schedule
 from train.run.state import assign_methods
 from train.step import optim
 from train.step.spec import spec_of
@@ -44,6 +47,13 @@ METHODS = {
     "rotate": MoRA(4, Rotate(), align=8),
 }
 RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
+# All weights, the paper's method, and an adapter with a frozen part. Many tests share their compiled steps.
+QUICK = ("full", "mora", "asylora")
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Names of methods as parameters, of which `make test` takes those in QUICK alone."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def with_method(name: str) -> RunConfig:
@@ -57,15 +67,24 @@ def tokens(seed: int) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (4, 16), 0, 64)
 
 
+@functools.cache
+def parameters() -> Any:
+    """What every config here begins with."""
+    return jax.jit(init_params, static_argnums=0)(spec_of(CONFIG))
+
+
 def started(config: RunConfig):
+    assert (config.model, config.seed) == (CONFIG.model, CONFIG.seed)
     methods = assign_methods(config)
-    return methods, init_state(spec_of(config), methods, init_params(spec_of(config)))
+    params = jax.tree.map(jnp.copy, parameters())  # an update takes the arrays that it is given
+    return methods, init_state(spec_of(config), methods, params)
 
 
 def trained(config: RunConfig, updates: int):
     methods, state = started(config)
     for step in range(updates):
-        state, metrics = train_step(spec_of(config), methods, state, tokens(step))
+        tokens_BT = tokens(step)[: config.batch_size]
+        state, metrics = train_step(spec_of(config), methods, state, tokens_BT)
     return methods, state, metrics
 
 
@@ -77,7 +96,7 @@ def test_a_step_depends_on_nothing_that_it_does_not_compute():
     assert spec_of(dataclasses.replace(CONFIG, seed=1)) != spec_of(CONFIG)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", each(METHODS))
 def test_exactly_the_trainable_leaves_move(name):
     config = with_method(name)
     methods, before = started(config)
@@ -124,7 +143,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", RESTARTED)
+@pytest.mark.parametrize("name", each(RESTARTED))
 def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     config = with_method(name)
     methods, state, _ = trained(config, 3)
@@ -153,7 +172,7 @@ def test_another_way_of_drawing_is_another_random_state():
 
 
 def test_a_restart_draws_new_random_factors():
-    config = with_method("lora")
+    config = with_method("asylora")
     methods, state, _ = trained(config, 3)
     first = trees.flatten(started(config)[1].adapters)
     again = trees.flatten(restart_step(spec_of(config), methods, state)[0].adapters)
@@ -186,19 +205,20 @@ def test_the_first_rate_is_that_of_step_zero_and_rates_follow_the_step():
 
 DROPPING = dataclasses.replace(
     CONFIG,
+    batch_size=2,
     method=MoRA(4, align=8, dropout=0.5),
+    params=Params(adapt="layers/.*/[qkv]_proj/kernel"),
     schedule=Schedule("jagged-cosine", 0),
 )
 
 
 def test_dropout_differs_from_microbatch_to_microbatch():
     methods, state, _ = trained(DROPPING, 2)
-    alone = dataclasses.replace(DROPPING, batch_size=2)
-    twice = dataclasses.replace(DROPPING, microbatches=2)
+    twice = dataclasses.replace(DROPPING, batch_size=4, microbatches=2)
     rows = tokens(7)[:2]
     losses = [
         float(train_step(spec_of(config), methods, jax.tree.map(jnp.copy, state), tokens_BT)[1]["loss"])
-        for config, tokens_BT in ((alone, rows), (twice, jnp.repeat(rows, 2, axis=0)))
+        for config, tokens_BT in ((DROPPING, rows), (twice, jnp.repeat(rows, 2, axis=0)))
     ]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.1)
@@ -212,10 +232,10 @@ def test_dropout_differs_from_step_to_step_and_spares_evaluation():
         eval_step(model, methods, state.params, state.adapters, tokens(7), jnp.ones(4))[0] for _ in range(2)
     ]
     assert float(losses[0]) == float(losses[1])
-    still = dataclasses.replace(config, optimizer=Optimizer(learning_rate=1e-30))
     seen = []
-    for _ in range(3):
-        state, metrics = train_step(spec_of(still), methods, state, tokens(7))
+    for step in (3, 4, 5):
+        same = jax.tree.map(jnp.copy, state.replace(step=jnp.int32(step)))
+        _, metrics = train_step(spec_of(config), methods, same, tokens(7)[:2])
         seen.append(float(metrics["loss"]))
     assert len(set(seen)) == 3
 
@@ -230,7 +250,7 @@ def poisoned(state, path: tuple[str, ...]):
     return jax.tree.map(np.asarray, state.replace(params=params))
 
 
-@pytest.mark.parametrize("name", ["mora", "lora+", "full"])
+@pytest.mark.parametrize("name", each(["mora", "lora+", "full"]))
 def test_a_bad_step_changes_nothing_but_the_counts(name):
     config = with_method(name)
     methods, state, _ = trained(config, 2)
@@ -249,7 +269,7 @@ def test_a_bad_step_changes_nothing_but_the_counts(name):
 
 
 def test_a_spike_is_skipped_and_training_goes_on():
-    config = dataclasses.replace(CONFIG, bad_steps=BadSteps(window=2, factor=1.5))
+    config = dataclasses.replace(with_method("rotate"), bad_steps=BadSteps(window=2, factor=1.5))
     methods, state, _ = trained(config, 2)
     state = state.replace(spikes=state.spikes.replace(norms_W=state.spikes.norms_W / 100))
     before = jax.tree.map(np.asarray, state.adapters)
@@ -263,7 +283,8 @@ def test_a_spike_is_skipped_and_training_goes_on():
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))
 
 
-@pytest.mark.parametrize("name", ["mora", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_dense.py compares values and gradients of the paths
+@pytest.mark.parametrize("name", ["mora", "lora"])
 def test_two_hundred_updates_by_either_path_are_one_curve(name):
     """Rounding alone sets the paths apart: by a part in ten thousand of the loss at most.
 

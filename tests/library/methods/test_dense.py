@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_cases import PATHS, every_case, every_shape, kernel, random_arrays, relative_error
+from method_cases import CASES, PATHS, every_case, every_shape, kernel, random_arrays, relative_error
 
 from mora_jax.methods import (
     Adapter,
     Decouple,
+    DoRA,
     LoRA,
     MoRA,
     Rotate,
@@ -115,12 +116,15 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
 
 @pytest.mark.parametrize(
     ("flops_per_byte", "align"),
-    [(0, 8), (0, 1), (5, 1), (10**9, 8)],
+    [(0, 8), pytest.param(0, 1, marks=pytest.mark.slow), (5, 1), (10**9, 8)],
     ids=["sums first", "sums first, M not padded", "mixed, M not padded", "product first"],
 )
 @pytest.mark.parametrize(
     "operator",
-    [Share(0), Share(1), Share((0, 1), "wrap"), Truncate(), Decouple(), Decouple("wrap", "drop")],
+    [
+        *(Share(0), Share((0, 1), "wrap"), Truncate(), Decouple("wrap", "drop")),
+        *(pytest.param(operator, marks=pytest.mark.slow) for operator in (Share(1), Decouple())),
+    ],
     ids=str,
 )
 def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(
@@ -201,7 +205,12 @@ def test_whether_activations_are_cut_into_blocks_follows_the_sizes():
     assert mora._cut_first(768, 768, 3, 448, Truncate().blocks(443, 768, 768))
 
 
-@every_case
+TILED = [MoRA(4), MoRA(4, Rotate()), MoRA(4, Decouple()), LoRA(4), DoRA(4)]
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in TILED else pytest.param(m, marks=pytest.mark.slow) for m in CASES], ids=str
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 1e-2)]
 )

@@ -1,5 +1,7 @@
 """The model: recorded numbers of the authors' code, compute options against each other, causality."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ TOKENS = jax.random.randint(jax.random.key(9), (2, 16), 0, 50)
 
 
 def random_params(config: LlamaConfig) -> dict:
-    return Llama(config, F32).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.jit(Llama(config, F32).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def params() -> dict:
     return random_params(GROUPED)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def logits(params, compute: Compute) -> jax.Array:
     return Llama(GROUPED, compute).apply({"params": params}, TOKENS)
 
@@ -45,14 +48,22 @@ def loss(params, compute: Compute, weights_B=None) -> jax.Array:
 
 
 WAYS = [("unrolled", "dots"), ("unrolled", "full"), ("scan", "none"), ("scan", "dots"), ("scan", "full")]
-gradient = jax.jit(jax.grad(loss), static_argnums=1)
+QUICK_WAYS = [("unrolled", "dots"), ("scan", "dots"), ("scan", "full")]
 
 
-@pytest.mark.parametrize(("layers", "remat"), WAYS)
+@functools.partial(jax.jit, static_argnums=1)
+def logits_and_gradient(params, compute: Compute):
+    return logits(params, compute), jax.grad(loss)(params, compute)
+
+
+@pytest.mark.parametrize(
+    ("layers", "remat"),
+    [way if way in QUICK_WAYS else pytest.param(*way, marks=pytest.mark.slow) for way in WAYS],
+)
 def test_layers_and_remat_change_no_value(params, layers, remat):
     other = Compute(dtype="float32", layers=layers, remat=remat, loss_chunk=16)
-    np.testing.assert_allclose(logits(params, other), logits(params, F32), atol=1e-5)
-    got, expected = gradient(params, other), gradient(params, F32)
+    (y, got), (y_, expected) = (logits_and_gradient(params, compute) for compute in (other, F32))
+    np.testing.assert_allclose(y, y_, atol=1e-5)
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(g, e, atol=1e-5)
 
@@ -72,14 +83,15 @@ def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(para
     plain = products("unrolled", "none")
     assert products("scan", "dots") == products("scan", "none") == products("unrolled", "dots") == plain
     assert products("scan", "full") == products("unrolled", "full") > plain
-    kept = jax.tree.leaves(pullback("scan", "dots")(adapters))
+    kept = jax.tree.leaves(jax.eval_shape(pullback("scan", "dots"), adapters))
     wide = [a for a in kept if a.shape[1:3] == TOKENS.shape]  # over layers, then batch and tokens
     assert {a.dtype for a in wide} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_remat_keeps_the_residual_stream_alone(params):
     """For each layer what enters it and what enters its MLP; the loss is another loop."""
-    pullback = jax.vjp(lambda p: loss(p, Compute(layers="scan", remat="full", loss_chunk=16)), params)[1]
+    full = Compute(layers="scan", remat="full", loss_chunk=16)
+    pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, full), p)[1], params)
     kept = [a.shape for a in jax.tree.leaves(pullback) if a.ndim > 2 and a.dtype == jnp.bfloat16]
     assert kept == 2 * [(GROUPED.num_hidden_layers, *TOKENS.shape, GROUPED.hidden_size)]
 
@@ -106,12 +118,14 @@ def test_no_output_depends_on_a_later_token(params):
         y = Llama(GROUPED, F32).apply({"params": params | {"embed_tokens": {"embedding": table}}}, tokens_BT)
         return jnp.sum(y[0, t] * jnp.linspace(-1, 1, GROUPED.vocab_size))
 
+    @jax.jit
+    def through(table, t):
+        # The head is tied to the same table, so its own share of the gradient is taken out.
+        return jax.grad(place)(table, t) - jax.grad(lambda table: head_part(params, table, t))(table)
+
     untied = params["embed_tokens"]["embedding"]
     for t in (0, 7, 15):
-        # The head is tied to the same table, so its own share of the gradient is taken out.
-        full = jax.grad(place)(untied, t)
-        head_only = jax.grad(lambda table, t=t: head_part(params, table, t))(untied)
-        through_inputs = np.asarray(full - head_only)[:16]
+        through_inputs = np.asarray(through(untied, t))[:16]
         assert np.abs(through_inputs[: t + 1]).max(axis=1).min() > 1e-6
         np.testing.assert_allclose(through_inputs[t + 1 :], 0, atol=1e-6)
 
@@ -125,7 +139,7 @@ def head_part(params, table, t):
 @pytest.mark.parametrize(
     ("layers", "remat"),
     [
-        ("unrolled", "none"),
+        pytest.param("unrolled", "none", marks=pytest.mark.slow),
         ("scan", "full"),
         pytest.param("unrolled", "full", marks=pytest.mark.slow),
         pytest.param("scan", "none", marks=pytest.mark.slow),
@@ -167,8 +181,9 @@ def test_an_adapter_of_the_head_counts():
     params = random_params(TINY)
     methods = assign([("lm_head/kernel", LoRA(2)), (".*", "frozen")], params, STACKED)
     adapters = jax.tree.map(lambda a: a + 0.3, attach(jax.random.key(1), params, methods))
-    got = Llama(TINY, F32).apply({"params": bind(params, adapters, methods)}, TOKENS)
-    expected = Llama(TINY, F32).apply({"params": merge(params, adapters, methods)}, TOKENS)
+    forward = jax.jit(lambda variables: Llama(TINY, F32).apply(variables, TOKENS))
+    got = forward({"params": bind(params, adapters, methods)})
+    expected = forward({"params": merge(params, adapters, methods)})
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -219,7 +234,7 @@ def tinyllama(golden, request):
     return data, params, trees.unflatten(m), methods
 
 
-@pytest.mark.parametrize("path", ["merged", "activation"])
+@pytest.mark.parametrize("path", ["merged", pytest.param("activation", marks=pytest.mark.slow)])
 def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
     data, params, adapters, methods = tinyllama
     model = Llama(TINY, Compute(dtype="float32", adapter_path=path))
@@ -230,11 +245,15 @@ def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
         total, count = model.apply(variables, tokens_BT, jnp.ones(4), method="loss")
         return total / count
 
-    adapted = model.apply({"params": bind(params, adapters, methods)}, tokens_BT)
+    @jax.jit
+    def everything(adapters):
+        adapted = model.apply({"params": bind(params, adapters, methods)}, tokens_BT)
+        merged = model.apply({"params": merge(params, adapters, methods)}, tokens_BT)
+        return adapted, merged, jax.value_and_grad(mean_loss)(adapters)
+
+    adapted, merged, (value, gradients) = everything(adapters)
     np.testing.assert_allclose(adapted, data["logits"], atol=1e-5)
-    merged = model.apply({"params": merge(params, adapters, methods)}, tokens_BT)
     np.testing.assert_allclose(merged, data["merged_logits"], atol=1e-5)
-    value, gradients = jax.jit(jax.value_and_grad(mean_loss))(adapters)
     np.testing.assert_allclose(value, data["loss"], rtol=1e-6)
     for name, gradient in trees.flatten(gradients).items():
         expected = recorded(data, "gradM/", "", name.removesuffix("/m_RR"))

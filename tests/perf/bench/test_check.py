@@ -66,6 +66,7 @@ def test_a_wrong_adapter_gradient_is_found(monkeypatch: pytest.MonkeyPatch):
     assert "by the compressed path in float32: gradient of m_RR is off by 2.0e-02" in sentence
 
 
+@pytest.mark.slow  # test_dense.py computes with a base in bfloat16
 def test_a_bfloat16_base_is_checked():
     assert all(f.passes for f in check(MODEL, [MoRA(4)], tokens=64, base_dtype="bfloat16"))
 

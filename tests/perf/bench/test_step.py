@@ -208,6 +208,7 @@ def test_bad_words_for_peers_are_refused(word: str):
         peer_job(SIZES["tiny"](), word, 1, 2)
 
 
+@pytest.mark.slow
 def test_the_real_processes_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "figures.json"
     cli.main(
