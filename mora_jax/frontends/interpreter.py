@@ -5,6 +5,7 @@ A kernel stays symbolic while the program casts, transposes, reshapes or slices 
 effective kernel, so the result is that of the merged parameters whatever the program does.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Values
 
     for eqn in jaxpr.eqns:
         found = [read(atom) for atom in eqn.invars]
-        with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
+        scope = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
             outputs = _applied(eqn, found)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
@@ -188,6 +190,7 @@ def _is_plain_product(eqn: JaxprEqn, x: Any, kernel: Kernel) -> bool:
     params = eqn.params
     return (
         x.dtype == kernel.dtype
+        and jnp.finfo(x.dtype).bits >= 16  # methods are not made for narrower types
         and params["preferred_element_type"] in (None, x.dtype)
         and params.get("out_sharding") is None
         and _precision(params["precision"]) == _precision(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]

@@ -87,8 +87,12 @@ class Kernel:
     # What a program may do to a kernel before a product.
 
     def cast(self, dtype: Any) -> "Kernel | None":
-        """Returns the kernel in another floating type."""
-        return dataclasses.replace(self, dtype=dtype) if jnp.issubdtype(dtype, jnp.floating) else None
+        """Returns the kernel in another floating type, unless it was narrower before: it was rounded then."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return None
+        narrower = jnp.finfo(dtype).bits < jnp.finfo(self.dtype).bits
+        known = narrower or self.dtype == self.w.dtype
+        return dataclasses.replace(self, dtype=dtype) if known else None
 
     def transposed(self, permutation: Sequence[int]) -> "Kernel":
         """Returns the kernel with its axes in another order."""

@@ -1,6 +1,8 @@
 """`adapted`: unmodified functions with adapters compute what they compute at the merged parameters."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 from mora_jax import (
     Decouple,
@@ -26,6 +29,8 @@ from mora_jax import (
     bind,
     merge,
     partition,
+    restart,
+    trees,
     value_and_grad,
 )
 
@@ -150,8 +155,9 @@ def test_products_are_exact_and_never_form_the_effective_kernel(f, shape, x_shap
         lambda w, x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1],
         lambda w, x: jnp.matmul(x, w, precision="highest"),
         lambda w, x: jax.jit(lambda w: w.T)(w),
+        lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32),
     ],
-    ids=["conv", "lookup", "penalty", "relu", "cond", "while", "precision", "returned"],
+    ids=["conv", "lookup", "penalty", "relu", "cond", "while", "precision", "returned", "rounded"],
 )
 def test_every_other_use_takes_the_effective_kernel(f):
     params = {"w": jax.random.normal(jax.random.key(0), (12, 12))}
@@ -255,6 +261,78 @@ def test_a_module_level_jit_meets_the_new_method_after_a_restart():
         expected = model.apply({"params": merge(params, adapters, methods)}, x)
         np.testing.assert_allclose(got, expected, atol=1e-5)
         methods = methods.after_restart()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+def any_tree(kind: str):
+    """Returns parameters of two layers in some container, and how to get at a layer's kernel and bias."""
+    w, b = jax.random.normal(jax.random.key(0), (2, 12, 12)), jax.random.normal(jax.random.key(1), (2, 12))
+    match kind:
+        case "Haiku":
+            tree = {f"mlp/~/linear_{i}": {"w": w[i], "b": b[i]} for i in range(2)}
+            return tree, lambda tree, i: [tree[f"mlp/~/linear_{i}"][name] for name in "wb"]
+        case "dataclasses in a list":
+            return [Layer(w[i], b[i]) for i in range(2)], lambda tree, i: (tree[i].kernel, tree[i].bias)
+        case "FrozenDict":
+            tree = FrozenDict({str(i): {"w": w[i], "b": b[i]} for i in range(2)} | {"empty": {}})
+            return tree, lambda tree, i: (tree[str(i)]["w"], tree[str(i)]["b"])
+    return {i: (w[i], b[i]) for i in range(2)}, lambda tree, i: tree[i]
+
+
+@pytest.mark.parametrize("kind", ["Haiku", "dataclasses in a list", "FrozenDict", "int keys and tuples"])
+def test_parameters_in_any_container_come_back_in_it(kind):
+    params, layer = any_tree(kind)
+    kernels = [path for path, leaf in trees.flatten(params).items() if leaf.ndim == 2]
+    state = State.init(jax.random.key(0), params, [("|".join(kernels), MoRA(2)), (".*", "train")])
+    state = state.with_trainable(noise(jax.random.key(1), state.trainable))
+    x = jax.random.normal(jax.random.key(2), (4, 12))
+
+    def loss(params, x):
+        for i in range(2):
+            w, b = layer(params, i)
+            x = jnp.tanh(x @ w + b[None])
+        return jnp.sum(x)
+
+    merged = state.merged()
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    value, gradients = value_and_grad(loss)(state, x)
+    np.testing.assert_allclose(value, loss(merged, x), atol=1e-5)
+    expected = jax.grad(lambda t: loss(state.with_trainable(t).merged(), x))(state.trainable)
+    for got, wanted in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+    again, _, _ = restart(jax.random.key(3), merged, state.adapters, state.methods)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+
+
+def test_sharded_parameters_stay_sharded_and_compute_the_same():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    params = {"up": jax.random.normal(jax.random.key(0), (16, 24)), "down": jnp.ones((24, 16))}
+    places = {"up": jax.P("data", "model"), "down": jax.P("model", "data")}
+    state = State.init(jax.random.key(0), params, [("up", MoRA(2)), ("down", LoRA(2))])
+    state = state.with_trainable(noise(jax.random.key(1), state.trainable))
+    sharded = jax.tree.map(lambda w, p: jax.device_put(w, jax.NamedSharding(mesh, p)), params, places)
+    x = jax.random.normal(jax.random.key(2), (8, 16))
+    x_sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+
+    def loss(params, x):
+        return jnp.mean(jnp.sin(jnp.tanh(x @ params["up"]) @ params["down"]))
+
+    step = jax.jit(value_and_grad(loss))
+    expected, gradients = step(state, x)
+    on_mesh = dataclasses.replace(state, params=sharded)
+    value, found = step(on_mesh, x_sharded)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, wanted in zip(*map(jax.tree.leaves, (found, gradients)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+    for path, w in on_mesh.merged().items():
+        assert w.sharding == sharded[path].sharding
+        np.testing.assert_allclose(w, state.merged()[path], rtol=1e-5)
 
 
 def test_outputs_and_other_collections_are_those_of_the_function():
