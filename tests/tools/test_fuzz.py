@@ -19,11 +19,16 @@ def test_no_changed_file_crashes_its_reader(target: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", [name for name in fuzz.TARGETS if name != "manifest"])
-def test_files_are_good_before_they_are_changed(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_good_before_they_are_changed(
+    target: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Else every case would end at the first check. (A manifest names a file that is never there.)"""
+    first = tmp_path_factory.mktemp("first")
     write, read = fuzz.TARGETS[target][1:]
-    (tmp_path / "first").mkdir()
-    write(random.Random(0), tmp_path / "first")  # makes what is cached, before random names become equal
+    write(random.Random(0), first)  # makes what is cached, before random names become equal
     monkeypatch.setattr(changes, "change", lambda rng, value: value)
     monkeypatch.setattr(changes, "change_bytes", lambda rng, content: content)
     monkeypatch.setattr(fuzz, "ALIASES", ("",))
