@@ -26,6 +26,7 @@ from mora_jax.methods import (
 )
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from mora_jax.on import On
+from mora_jax.report import describe
 from mora_jax.sharding import Layout
 from mora_jax.spectrum import singular_values
 from mora_jax.state import State
@@ -35,7 +36,6 @@ from mora_jax.transform import (
     assign,
     attach,
     bind,
-    describe,
     labels,
     merge,
     partition,

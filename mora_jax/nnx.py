@@ -29,7 +29,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from mora_jax import moments, transform, trees
+from mora_jax import moments, report, transform, trees
 from mora_jax.errors import InputError, nearest, some
 from mora_jax.frontends import modules
 from mora_jax.frontends.modules import AdapterParam, FixedAdapterParam
@@ -233,7 +233,7 @@ def methods(model: Any) -> Methods:
 def describe(model: Any) -> str:
     """Returns a table of every parameter: path, shape, how its method sees it, and numbers trained."""
     params = {path: variable.get_raw_value() for path, variable in _params(model).items()}
-    return transform.describe(trees.unflatten(params), methods(model))
+    return report.describe(trees.unflatten(params), methods(model))
 
 
 def _params(model: Any) -> dict[str, nnx.Variable]:

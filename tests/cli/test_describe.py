@@ -7,7 +7,7 @@ import pytest
 
 from mora_jax import On
 from mora_jax.methods import LoRA, MoRA
-from mora_jax.transform import count_trained
+from mora_jax.report import count_trained
 from train.cli import main as cli
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from mora_jax import LoRA, MoRA, On, assign, attach, describe, merge, singular_values
 from mora_jax.errors import InputError
-from mora_jax.transform import Methods, count_trained
+from mora_jax.report import count_trained
+from mora_jax.transform import Methods
 
 # How a kernel is laid out, and the einsum of an input with one kernel of it.
 LAYOUTS = {

@@ -7,7 +7,8 @@ import jax
 from rich.table import Column, Table
 
 from mora_jax import trees
-from mora_jax.transform import Choice, Methods, count_trained, method_of
+from mora_jax.report import count_trained
+from mora_jax.transform import Choice, Methods, method_of
 from train.config.run import RunConfig
 from train.console.terminal import console
 from train.run.state import assign_methods, state_shapes

@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 from mora_jax import trees
-from mora_jax.transform import Methods, count_trained
+from mora_jax.report import count_trained
+from mora_jax.transform import Methods
 
 FROZEN = 4  # two for the output, two for the gradient of the input
 TRAINED = 6  # two more for the gradient of the weight
