@@ -197,6 +197,44 @@ def test_yaml_complaints_name_the_file_and_the_key(write, text, expected):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: 2000\nseed: 1\nsteps: 3000\n", "line 3: steps is given again, after line 1; remove one"),
+        ("eval: {every: 5}\neval: {batch_size: 8}\n", "line 2: eval is given again, after line 1"),
+        ("eval:\n  every: 5\neval.every: 6\n", "line 3: eval.every is given again, after line 2"),
+        ("method: {name: lora, rank: 8, rank: 9}\n", "line 1: method.rank is given again, after line 1"),
+        ("rules:\n- [a, {name: lora, rank: 8, rank: 9}]\n", "line 2: rules.rank is given again"),
+        ("seed: 1\nsteps: 010\n", "line 2: 010 has a leading zero, which YAML reads as octal or as text"),
+        ("seed: 007\n", "line 1: 007 has a leading zero"),
+        ("seed: -08\n", "line 1: -08 has a leading zero"),
+        ("method: {rank: !!int '010'}\n", "line 1: 010 has a leading zero"),
+        ("rules: [[.*, {name: lora, rank: 010}]]\n", "line 1: 010 has a leading zero"),
+        ("eval:\n  every: 1:30\n", "line 2: YAML reads 1:30 in base 60; write one number"),
+        ("optimizer: {eps: 1:30.5}\n", "line 1: YAML reads 1:30.5 in base 60"),
+    ],
+)
+def test_what_yaml_would_read_otherwise_than_it_is_written_is_refused(write, text, expected):
+    path = write(text)
+    with pytest.raises(InputError) as error:
+        flags.read_config(path)
+    assert str(error.value).startswith(f"{path}: {expected}")
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "off", "no", "True", "007", "08", "0x10", "1_000", "1.10", "1:30", "2024-01-01 10:00:00"]
+)
+def test_text_stays_as_it_is_written(write, text):
+    config = flags.read_config(write(f"run_dir: {text}\ncompilation: {{cache: {text}}}\nlog.wandb: {text}\n"))
+    assert (config.run_dir, config.compilation.cache, config.log.wandb) == (text, text, text)
+
+
+def test_yaml_may_merge_a_section_and_give_its_keys_again(write):
+    text = "eval: &e {every: 5, batch_size: 8}\ncheckpoint: {<<: {every: 10, keep: 3}, every: 20}\n"
+    config = flags.read_config(write(text))
+    assert (config.eval.every, config.checkpoint.every, config.checkpoint.keep) == (5, 20, 3)
+
+
 def test_a_value_is_never_taken_for_a_flag(write):
     config = flags.read_config(write("run_dir: --seed=5\nlog: {wandb: --steps}"))
     assert (config.run_dir, config.log.wandb, config.seed) == ("--seed=5", "--steps", 0)

@@ -1,8 +1,13 @@
-"""YAML files that hold a mapping, read within bounds: a file may come from anywhere."""
+"""YAML files that hold a mapping, read within bounds: a file may come from anywhere.
+
+YAML 1.1 reads some values as nobody means them (`010` is 8, `1:30` is 90, `off` is false) and lets the last
+of two equal keys win. Text is taken as it is written, and the rest is refused with its line.
+"""
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -15,16 +20,26 @@ YAML_LIMIT = 1 << 18
 YAML_VALUES = 10_000
 YAML_DEPTH = 32
 
+_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
+_NUMBERS = (f"{_TAG}int", f"{_TAG}float")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
-def read_yaml(path: str) -> dict[str, Any]:
+
+def read_yaml(path: str, texts: Collection[str] = ()) -> dict[str, Any]:
     """Returns the mapping in a YAML file.
 
+    Args:
+      path: the file.
+      texts: dotted names of keys whose values are text: `off`, `1.10` and `007` stay as they are written.
+
     Raises:
-      InputError: naming the file, if it is missing, too large, nested too deeply or no mapping.
+      InputError: naming the file, if it is missing, too large, nested too deeply or no mapping; and the line,
+        if a key is given twice or YAML reads a number otherwise than it is written.
     """
     text = read_text(path, YAML_LIMIT)
     try:
-        data = _construct(text)
+        data = _construct(text, texts)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     # Apart from the first, these are PyYAML's errors for a tag, such as !!int, that fits no value.
@@ -44,7 +59,7 @@ def located(path: str) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
-def _construct(text: str) -> Any:
+def _construct(text: str, texts: Collection[str]) -> Any:
     """Returns what a YAML text holds, once its size with all aliases expanded is known to be small."""
     loader = _ShallowLoader(text)
     try:
@@ -52,6 +67,7 @@ def _construct(text: str) -> Any:
         if node is None:
             return None
         _expanded(node, {})
+        _check_literal(node, "", texts, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -81,6 +97,63 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
     if known[id(node)] > YAML_VALUES:
         raise InputError(f"with its aliases spelled out it holds more than {YAML_VALUES:,} values")
     return known[id(node)]
+
+
+def _check_literal(node: yaml.Node, name: str, texts: Collection[str], seen: dict[str, int]) -> None:
+    """Makes the values of `texts` strings. Raises InputError for what YAML 1.1 would change silently.
+
+    Args:
+      node: what to check, with all that it contains.
+      name: its dotted name.
+      texts: dotted names of keys whose values are text.
+      seen: lines of the values so far, by dotted name.
+    """
+    if isinstance(node, yaml.MappingNode):
+        _check_mapping(node, name, texts, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_literal(item, name, (), {})
+    elif name in texts and node.tag != f"{_TAG}null":
+        node.tag = f"{_TAG}str"
+    else:
+        _check_number(node)
+
+
+def _check_mapping(node: yaml.MappingNode, name: str, texts: Collection[str], seen: dict[str, int]) -> None:
+    here: dict[str, int] = {}
+    for key, value in node.value:
+        if key.tag == _MERGE:  # what is merged may be given again
+            for part in value.value if isinstance(value, yaml.SequenceNode) else (value,):
+                _check_literal(part, name, texts, {})
+            continue
+        dotted = f"{name}.{key.value}" if name else str(key.value)
+        section = isinstance(value, yaml.MappingNode) and value.value
+        first = here.get(dotted) or (None if section else seen.get(dotted))
+        if first:
+            raise InputError(
+                f"line {_line(key)}: {dotted} is given again, after line {first}; remove one of them"
+            )
+        here[dotted] = _line(key)
+        if not section:
+            seen[dotted] = _line(key)
+        _check_literal(value, dotted, texts, seen)
+
+
+def _check_number(node: yaml.Node) -> None:
+    plain = node.style is None or node.tag in _NUMBERS
+    if plain and _LEADING_ZERO.fullmatch(node.value):
+        raise InputError(
+            f"line {_line(node)}: {node.value} has a leading zero, which YAML reads as octal or as text; "
+            "leave the zero out"
+        )
+    if node.tag in _NUMBERS and ":" in node.value:
+        raise InputError(
+            f"line {_line(node)}: YAML reads {node.value} in base 60; write one number, or text in quotes"
+        )
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
 
 
 def flatten(plain: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

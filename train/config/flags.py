@@ -111,7 +111,7 @@ def read_file(path: str) -> File:
     Raises:
       InputError: naming the file, and an unknown key with the nearest known one.
     """
-    plain = read_yaml(path)
+    plain = read_yaml(path, _texts(RunConfig))
     number = check_format(plain, path)
     plain.pop(KEY, None)
     if number == 1 and _of_a_run(path):
@@ -155,6 +155,17 @@ def scalar_fields(cls: type, method: MethodChoice | None = None) -> Iterator[str
             yield from (prefix + name for name in scalar_fields(typing.cast(type, kind), method))
         elif field.name not in YAML_ONLY:
             yield field.name
+
+
+def _texts(cls: type, prefix: str = "") -> frozenset[str]:
+    """The dotted names of the fields that hold text."""
+    found: set[str] = set()
+    for name, kind in typing.get_type_hints(cls).items():
+        if kind is str:
+            found.add(prefix + name)
+        elif dataclasses.is_dataclass(kind):
+            found |= _texts(typing.cast(type, kind), f"{prefix}{name}.")
+    return frozenset(found)
 
 
 def _of_a_run(path: str) -> bool:
