@@ -14,7 +14,7 @@ from etils import epath
 from mora_jax import transform, trees
 from mora_jax.errors import InputError, some
 from mora_jax.hf.safetensors import Stored, read_file, write_tensors
-from mora_jax.io import parse_json
+from mora_jax.io import parse_json, path_of
 from mora_jax.state import State
 from mora_jax.transform import Methods, Params
 
@@ -45,7 +45,7 @@ def save(path: epath.PathLike, state: State) -> None:
       ...     load(f"{folder}/adapters.safetensors", params).methods == state.methods
       True
     """
-    path = epath.Path(path)
+    path = path_of(path)
     whole = {"params": state.params, "adapters": state.adapters}
     trained = {f"params/{name}" for name in state.methods.trained()}
     arrays = {n: a for n, a in trees.flatten(whole).items() if n in trained or n.startswith("adapters/")}
@@ -88,7 +88,7 @@ def load(path: epath.PathLike, params: Params) -> State:
       >>> bool(jnp.all(again.adapters["w"]["a_KR"] == state.adapters["w"]["a_KR"]))
       True
     """
-    file = epath.Path(path)
+    file = path_of(path)
     tensors, metadata = read_file(file)
     said = parse_json(metadata.get(KEY, "null"), f"the metadata of {file}")
     if not isinstance(said, Mapping) or said.get("version") != VERSION:

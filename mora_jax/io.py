@@ -1,6 +1,7 @@
 """Small files that others wrote, read safely: only regular files, and no more bytes than expected."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,29 @@ from etils import epath
 from mora_jax.errors import InputError, reason
 
 JSON_LIMIT = 1 << 24  # bytes; far more than a config or an index of tensors takes
+_STORES = ("gs", "s3")
+
+
+def path_of(path: epath.PathLike, name: str = "") -> epath.Path:
+    """Returns a path on a disk or in a bucket of gs:// or s3://, with `~` spelled out.
+
+    Args:
+      path: as a user gives it.
+      name: the flag or key that gives it, for the message.
+
+    Raises:
+      InputError: if it is empty, a URL of anything else, or below the home folder of an unknown user.
+    """
+    text, named = os.fspath(path), f"{name} " if name else ""
+    scheme, is_url, _ = text.partition("://")
+    if not text:
+        raise InputError(f"{named}is empty; give a path, or . for the current folder")
+    if is_url and scheme not in _STORES:
+        raise InputError(f"{named}{text} is no path: give one on a disk, or in a bucket of gs:// or s3://")
+    spelled = text if is_url else os.path.expanduser(text)  # noqa: PTH111 (pathlib raises RuntimeError)
+    if spelled.startswith("~"):
+        raise InputError(f"{named}{text} names the home folder of an unknown user; ./{text} is in this one")
+    return epath.Path(spelled)
 
 
 def read_bytes(path: epath.PathLike, limit: int) -> bytes:
@@ -19,7 +43,7 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
         `limit` bytes, or cannot be read.
     """
     try:
-        file = epath.Path(path)
+        file = path_of(path)
         if not file.exists():
             raise InputError(f"{file} is missing")
         if not is_plain_file(file):
@@ -31,8 +55,6 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
             return stream.read(size)  # Python allocates what is asked for, so not `limit`
     except InputError:
         raise
-    except KeyError as error:  # from epath
-        raise InputError(f"{str(path)!r} cannot be read: there is no file system {error}") from error
     except (OSError, ImportError, ValueError) as error:  # also a missing package or an invalid name
         raise InputError(f"{str(path)!r} cannot be read: {reason(error)}") from error
 

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_object
+from mora_jax.io import path_of, read_object
 from mora_jax.models.llama import LlamaConfig
 
 CONFIG = "config.json"
@@ -32,7 +32,7 @@ def read_config(path: epath.PathLike) -> LlamaConfig:
     Raises:
       InputError: if config.json is missing, damaged, or describes anything but a plain LLaMA.
     """
-    file = epath.Path(path) / CONFIG
+    file = path_of(path) / CONFIG
     content = read_object(file)
     for name, allowed in _ALLOWED.items():
         if content.get(name) not in allowed:

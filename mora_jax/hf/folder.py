@@ -9,6 +9,7 @@ from etils import epath
 
 from mora_jax.errors import InputError
 from mora_jax.hf.config import CONFIG
+from mora_jax.io import path_of
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     Raises:
       InputError: if `path` exists and is not an empty folder.
     """
-    target = epath.Path(path)
+    target = path_of(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already; choose another name or remove it")
     if "://" in str(target):

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_bytes
+from mora_jax.io import path_of, read_bytes
 
 Model = Any  # the parsed ModelProto, whose generated class has no static type
 Json = dict[str, Any]
@@ -60,7 +60,7 @@ def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.Path
         },
         "special_tokens_map.json": names,
     }
-    folder = epath.Path(path)
+    folder = path_of(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(content)
     for name, value in files.items():

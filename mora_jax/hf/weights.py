@@ -20,6 +20,7 @@ from mora_jax.hf.config import CONFIG, config_json, read_config
 from mora_jax.hf.folder import whole_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Place, Shapes, parameter_shapes, places
 from mora_jax.hf.safetensors import Stored
+from mora_jax.io import path_of
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
@@ -96,7 +97,7 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
       ...     load_hf(f"{folder}/model")[1] == config
       True
     """
-    folder = epath.Path(path)
+    folder = path_of(path)
     config = read_config(folder)
     tensors, stored = places(config), safetensors.read_headers(folder)
     _check_stored(stored, tensors, config, folder)  # before memory is taken for the weights

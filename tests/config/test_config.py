@@ -31,11 +31,11 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
     [
         (
             lambda: s.Data("az://bucket/c4"),
-            r"data\.directory az://bucket/c4 must be a folder, or one",
+            r"data\.directory az://bucket/c4 is no path: give one on a disk, or in",
         ),
         (
             lambda: RunConfig(run_dir="http://host/run"),
-            r"run_dir http://host/run must be a folder, or one",
+            r"run_dir http://host/run is no path: give one on a disk, or in",
         ),
         (
             lambda: RunConfig(compute=Compute(attention="splash"), data=s.Data(sequence_length=200)),

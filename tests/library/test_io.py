@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_bytes, read_object, read_text
+from mora_jax.io import path_of, read_bytes, read_object, read_text
 
 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path):
@@ -31,9 +31,24 @@ def test_other_things_than_files_are_refused(tmp_path, make, message):
         read_bytes(tmp_path / "f", 10)
 
 
-def test_an_unknown_file_system_is_refused():
-    with pytest.raises(InputError, match="'nofs://f' cannot be read: there is no file system 'nofs://'"):
-        read_bytes("nofs://f", 10)
+@pytest.mark.parametrize("path", ["az://a/b", "http://a/b", "hf://a/b", "file:///a", "GS://a"])
+def test_a_url_of_anything_but_a_bucket_is_no_path(path):
+    for use in (lambda: path_of(path), lambda: read_bytes(path, 10)):
+        with pytest.raises(InputError, match=f"^{path} is no path: give one on a disk, or in a bucket"):
+            use()
+    with pytest.raises(InputError, match=f"^--out {path} is no path"):
+        path_of(path, "--out")
+
+
+def test_paths_on_disks_and_in_buckets(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for known in ("gs://a/b", "s3://a", "/a/b", "a:b", ".", "a/~"):
+        assert str(path_of(known)) == known
+    assert str(path_of("~/runs")) == "/home/me/runs"
+    with pytest.raises(InputError, match=r"unknown user; ./~nobody_here/x is in this one"):
+        path_of("~nobody_here/x")
+    with pytest.raises(InputError, match=r"^run_dir is empty"):
+        path_of("", "run_dir")
 
 
 def test_text_must_be_utf_8_and_an_object_must_be_one(tmp_path):

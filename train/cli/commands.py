@@ -7,6 +7,7 @@ import tyro
 
 from mora_jax.methods import MoRA
 from mora_jax.models.llama import LlamaConfig
+from train.config.paths import spell_out
 from train.config.run import RunConfig
 
 Config = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
@@ -40,6 +41,9 @@ class PrepareData:
     workers: int = 0
     tfds_data_dir: str = ""
 
+    def __post_init__(self) -> None:
+        spell_out(self, "--", "source", "tokenizer", "out", optional=("validation", "tfds_data_dir"))
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokenizer:
@@ -56,6 +60,9 @@ class TrainTokenizer:
     out: str
     vocab_size: int = 32_000
     max_documents: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        spell_out(self, "--", "source", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +104,9 @@ class Plan:
     every_program: tyro.conf.FlagCreatePairsOff[bool] = False
     out: str = ""
 
+    def __post_init__(self) -> None:
+        spell_out(self, "--", optional=("out",))
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanTable:
@@ -118,6 +128,9 @@ class PlanTable:
     out: str = "plans.json"
     state_only: tyro.conf.FlagCreatePairsOff[bool] = False
 
+    def __post_init__(self) -> None:
+        spell_out(self, "--", "configs", "out")
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
@@ -137,6 +150,10 @@ class Evaluate:
     max_batches: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
+    def __post_init__(self) -> None:
+        spell_out(self, "", "path")
+        spell_out(self, "--", optional=("data",))
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -152,6 +169,9 @@ class Export:
     out: Out
     dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def __post_init__(self) -> None:
+        spell_out(self, "", "run_dir", "out")
+
 
 @dataclasses.dataclass(frozen=True)
 class ListCheckpoints:
@@ -164,6 +184,9 @@ class ListCheckpoints:
 
     run_dir: Folder
     no_verify: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "run_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,3 +218,6 @@ class Demo:
 
     config: str = "configs/demo.yaml"
     folder: str = "runs/demo"
+
+    def __post_init__(self) -> None:
+        spell_out(self, "--", "config", "folder")

@@ -17,6 +17,7 @@ from mora_jax.models.llama import Compute, LlamaConfig
 from mora_jax.on import On
 from train.config import method as method_section
 from train.config.method import WITHOUT_ADAPTERS, MethodChoice
+from train.config.paths import spell_out
 from train.config.sections import (
     MOST_SEQUENCES,
     BadSteps,
@@ -35,7 +36,6 @@ from train.config.sections import (
     at_least,
     number,
 )
-from train.storage.buckets import reachable
 
 Rule = tuple[str, "Method | On | str"]
 Group = tuple[str, GroupRule]
@@ -101,7 +101,7 @@ class RunConfig:
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
-        reachable("run_dir", self.run_dir)
+        spell_out(self, "", "run_dir", optional=("init_from",))
         if not 0 <= self.seed < 2**32:  # JAX's keys distinguish no more
             raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         at_least("steps", self.steps, 1)

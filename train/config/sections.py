@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mora_jax.errors import InputError
-from train.storage.buckets import reachable
+from train.config.paths import spell_out
 
 LINEARS = "layers/.*_proj/kernel"
 REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
@@ -57,7 +57,7 @@ class Data:
     sequence_length: int = 512
 
     def __post_init__(self) -> None:
-        reachable("data.directory", self.directory)
+        spell_out(self, "data.", "directory")
         at_least("data.sequence_length", self.sequence_length, 2)
 
 
@@ -250,6 +250,7 @@ class Compilation:
     def __post_init__(self) -> None:
         if not self.cache:
             raise InputError("compilation.cache must be a folder, auto or off, not empty")
+        spell_out(self, "compilation.", "cache")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from train.config import flags
 from train.config import run as run_config
 from train.config.run import RunConfig
 from train.run.checkpoint import Checkpoints
+from train.storage.buckets import in_bucket
 from train.storage.files import make_folder, writable, write_whole
 from train.storage.format import FORMAT, KEY
 
@@ -29,10 +30,15 @@ def check_free(config: RunConfig, resume: bool) -> None:
     """Makes the run's folder if it does not exist. Only `claim` turns it into a run.
 
     Raises:
-      InputError: if the folder holds a run of another config, holds any run and `resume` is off, or cannot
-        be made.
+      InputError: if the folder holds a run of another config, holds any run and `resume` is off, is that of
+        the data set, or cannot be made.
     """
     folder = epath.Path(config.run_dir)
+    if _is_within(config.run_dir, config.data.directory):
+        raise InputError(
+            f"--run-dir {folder} is in the data set's folder, {config.data.directory}; "
+            "choose another --run-dir"
+        )
     if (folder / CONFIG).exists():
         if not resume:
             raise InputError(
@@ -89,6 +95,12 @@ def diverged_at(config: RunConfig) -> Any:
     except InputError:
         return None
     return found.get("step") if isinstance(found, dict) else None
+
+
+def _is_within(inner: str, outer: str) -> bool:
+    """Whether a folder is another one, or below it, through whatever links."""
+    here, there = (p if in_bucket(p) else p.resolve() for p in map(epath.Path, (inner, outer)))
+    return there in (here, *here.parents)
 
 
 def check_same_config(saved: dict[str, Any], config: RunConfig, whose: str, *ignored: str) -> None:

@@ -62,13 +62,6 @@ def in_bucket(path: Any) -> bool:
     return "://" in str(path)
 
 
-def reachable(name: str, path: str) -> None:
-    """Raises InputError if a path is in an unknown kind of store. `name` is the config's key."""
-    scheme, found, _ = path.partition("://")
-    if found and scheme not in STORES:
-        raise InputError(f"{name} {path} must be a folder, or one in a bucket of gs:// or s3://")
-
-
 def cache_folder() -> Path:
     """Returns the folder on this machine's disk for copies of buckets: MORA_CACHE, or the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

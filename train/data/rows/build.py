@@ -13,6 +13,7 @@ from pathlib import Path
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.io import path_of
 from train.console.progress import Bar
 from train.data.rows import layout
 from train.data.rows import workers as pool
@@ -23,7 +24,7 @@ from train.data.rows.shard import Advance, Job
 from train.data.text.sources import TextShard, open_text
 from train.data.tokenizer import Tokenizer
 from train.storage import buckets, lock
-from train.storage.buckets import in_bucket, reachable
+from train.storage.buckets import in_bucket
 from train.storage.files import naming_errors, sync, write_whole
 
 
@@ -59,7 +60,7 @@ def prepare(
       OSError: the disk or the bucket failed. The same call resumes.
     """
     _check_numbers(sequence_length, skip_lines, workers)
-    reachable("--out", out)
+    path_of(out, "--out")
     model = Tokenizer.load(tokenizer)
     text = open_text(source, validation, tfds_data_dir)
     settings = settings_of(sequence_length, model, text)

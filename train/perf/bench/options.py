@@ -8,6 +8,7 @@ import tyro
 
 from mora_jax.errors import InputError
 from train.config import flags
+from train.config.paths import spell_out
 from train.config.run import RunConfig
 from train.config.sections import above, at_least
 from train.perf.bench.cases import SIZES, Case
@@ -28,6 +29,9 @@ class OfCase:
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = ""
+
+    def __post_init__(self) -> None:
+        spell_out(self, "--", optional=("out",))
 
     def to_case(self) -> Case:
         """Returns the case that the flags describe."""
@@ -53,6 +57,7 @@ class TimedSteps(OfCase):
     minutes: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("--warmup-steps", self.warmup_steps, 1)
         at_least("--timed-steps", self.timed_steps, 2)
         at_least("--minutes", self.minutes, 0)
@@ -99,6 +104,10 @@ class BenchSweep(TimedSteps):
     axes: tuple[Literal["batch", "sequence", "rank", "width"], ...] = ("batch", "sequence", "rank", "width")
     picture: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        spell_out(self, "--", optional=("picture",))
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchProfile(OfCase):
@@ -134,6 +143,9 @@ class BenchData:
     batch_size: int = 128
     out: str = ""
 
+    def __post_init__(self) -> None:
+        spell_out(self, "--", "source", "tokenizer", optional=("out",))
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchReport:
@@ -144,6 +156,9 @@ class BenchReport:
     """
 
     page: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PAGE")] = "docs/performance.md"
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "page")
 
 
 C = TypeVar("C", bound=OfCase)
