@@ -395,7 +395,7 @@ def adapt_rows(s: Sizes, family: Family, rank: int) -> Iterator[Row | Exception]
 
 def adapt_family(s: Sizes, rules: Rules) -> Family:
     """Returns an NNX model with adapters."""
-    from mora_jax import nnx as mora_nnx  # pyright: ignore[reportAttributeAccessIssue]
+    from mora_jax import nnx as mora_nnx
 
     return nnx_gpt(s, lambda model: mora_nnx.adapt(model, rules, nnx.Rngs(1)))
 
