@@ -38,6 +38,18 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
+# The largest float32, and the smallest that devices do not round to zero.
+_FLOAT32_MOST, _FLOAT32_LEAST = 3.4028234e38, 1.1754944e-38
+
+
+def check_float32(name: str, value: float) -> None:
+    """Raises InputError for a number that is infinite in float32, or zero there but not as it is written."""
+    if abs(value) > _FLOAT32_MOST:
+        raise InputError(f"{name} {value} is infinite in float32; choose a smaller number")
+    if 0 < abs(value) < _FLOAT32_LEAST:
+        raise InputError(f"{name} {value} is zero in float32; choose a larger number, at least 1.2e-38")
+
+
 class InputError(ValueError):
     """Bad input. The message is one line that names what is wrong and how to correct it.
 

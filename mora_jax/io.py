@@ -1,7 +1,12 @@
-"""Small files that others wrote, read safely: only regular files, and no more bytes than expected."""
+"""Small files that others wrote, read safely: only regular files, and no more bytes than expected.
+
+And JSON that every reader accepts: it has no NaN, and Python would write one.
+"""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +96,23 @@ def parse_json(text: str | bytes, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{what} is not JSON: {reason(error)}") from error
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """Returns a value as JSON text. JSON has no NaN: numbers that are not finite become strings.
+
+    Args:
+      value: what to write.
+      how: passed to `json.dumps`.
+    """
+    return json.dumps(_legal(value), allow_nan=False, **how)
+
+
+def _legal(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _legal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_legal(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

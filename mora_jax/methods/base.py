@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, check_float32
 from mora_jax.sharding import REPLICATED, Layout
 
 Arrays: TypeAlias = Mapping[str, Array]
@@ -235,3 +235,4 @@ def check_alpha(alpha: float | None) -> None:
     """Raises InputError unless alpha is finite, or None."""
     if alpha is not None and not math.isfinite(alpha):
         raise InputError(f"alpha is finite, not {alpha}")
+    check_float32("alpha", alpha or 0.0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, check_float32
 from mora_jax.methods.base import (
     Arrays,
     Leaf,
@@ -58,6 +58,7 @@ class LoRA(Method):
         check_rank("LoRA's rank", self.rank)
         if not 0 < self.b_lr_scale < math.inf:
             raise InputError(f"LoRA's b_lr_scale is above 0, not {self.b_lr_scale}")
+        check_float32("LoRA's b_lr_scale", self.b_lr_scale)
         if self.train_factors not in ("ab", "b"):
             raise InputError(f"LoRA's train_factors is 'ab' or 'b', not {self.train_factors!r}")
         if self.a_init not in ("uniform", "orthogonal", "normal"):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, check_float32
 from mora_jax.methods.base import Bound
 from mora_jax.methods.linear import TILE, Path, dense
 from mora_jax.models.attention import HEADS, attention
@@ -95,6 +95,7 @@ class LlamaConfig:
                 raise InputError(f"model.{name} must be positive, not {value}")
             if value > most:
                 raise InputError(f"model.{name} must be at most {most:,}, not {value}")
+            check_float32(f"model.{name}", value)
         if not 0 <= self.initializer_range <= 1:
             raise InputError(f"model.initializer_range must lie in [0, 1], not {self.initializer_range}")
         if self.hidden_size % (2 * self.num_attention_heads):

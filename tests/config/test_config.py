@@ -11,7 +11,7 @@ import yaml
 from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
-from mora_jax.models.llama import Compute, abstract_params
+from mora_jax.models.llama import Compute, LlamaConfig, abstract_params
 from mora_jax.transform import method_of
 from train.config import flags
 from train.config import run as c
@@ -50,6 +50,21 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
             lambda: s.Optimizer(learning_rate=math.inf),
             r"optimizer\.learning_rate must be above 0, not inf",
         ),
+        (lambda: s.Optimizer(learning_rate=1e39), r"learning_rate 1e\+39 is infinite in float32"),
+        (
+            lambda: s.Optimizer(learning_rate=1e-45),
+            r"learning_rate 1e-45 is zero in float32; choose",
+        ),
+        (lambda: s.Optimizer(eps=1e-45), r"optimizer\.eps 1e-45 is zero in float32"),
+        (lambda: s.Optimizer(eps=1e39), r"optimizer\.eps 1e\+39 is infinite in float32"),
+        (lambda: s.Optimizer(weight_decay=1e-39), r"optimizer\.weight_decay 1e-39 is zero in float32"),
+        (lambda: s.Optimizer(clip_norm=1e-45), r"optimizer\.clip_norm 1e-45 is zero in float32"),
+        (lambda: s.Optimizer(b2=1 - 1e-9), r"optimizer\.b2 0\.999999999 is 1 in float32"),
+        (lambda: s.GroupRule(lr_scale=1e-45), r"lr_scale of optimizer\.groups 1e-45 is zero in float32"),
+        (lambda: s.BadSteps(factor=1e39), r"bad_steps\.factor 1e\+39 is infinite in float32"),
+        (lambda: LlamaConfig(rms_norm_eps=1e-45), r"model\.rms_norm_eps 1e-45 is zero in float32"),
+        (lambda: LoRA(alpha=1e39), r"alpha 1e\+39 is infinite in float32"),
+        (lambda: LoRA(b_lr_scale=1e39), r"b_lr_scale 1e\+39 is infinite in float32"),
         (lambda: s.Optimizer(b1=1.0), r"optimizer\.b1 must lie in \[0, 1\), not 1\.0"),
         (lambda: s.Optimizer(b2=-0.1), r"optimizer\.b2 must lie in \[0, 1\), not -0\.1"),
         (lambda: s.Optimizer(eps=0.0), r"optimizer\.eps must be above 0"),

@@ -1,6 +1,7 @@
 """A run that diverges stops with a checkpoint from before."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tiny_runs import (
     signalled_at,
 )
 
-from train.config.sections import BadSteps, Restart, Schedule
+from train.config.sections import BadSteps, GroupRule, Restart, Schedule
 from train.console import exits
 from train.jobs import pretrain as loop
 from train.run import session
@@ -112,3 +113,43 @@ def test_a_run_killed_before_it_reported_its_divergence_reports_it_first(free, m
     with pytest.raises(exits.Diverged):
         loop.pretrain(config)
     assert len(lines(folder)) > len(logged)  # that one has tried the batches that follow
+
+
+def short(config, **optimizer):
+    """A run of fewer updates than the patience, without a warm-up."""
+    return dataclasses.replace(
+        config,
+        steps=4,
+        optimizer=dataclasses.replace(config.optimizer, **optimizer),
+        restart=Restart(),
+        schedule=Schedule("cosine", warmup=0),
+        bad_steps=BadSteps(window=0),
+    )
+
+
+def test_a_run_whose_parameters_are_no_model_has_diverged(free):
+    """The first update is finite, and too large for any later one."""
+    config = short(free, learning_rate=1e38)
+    for _ in range(2):  # at its end, and when it is started again
+        with pytest.raises(exits.Diverged, match="the validation loss after 4 updates is nan"):
+            loop.pretrain(config)
+    assert not (Path(config.run_dir) / "summary.json").exists()
+
+
+def test_an_update_that_overflows_is_skipped_from_the_first_on(free):
+    """A run in which no update was good has not trained, though its parameters are those of the start."""
+    config = short(free, learning_rate=3e38, groups=((".*", GroupRule(lr_scale=100.0)),))
+    with pytest.raises(exits.Diverged, match="all 4 updates were skipped"):
+        loop.pretrain(config)
+    assert [line["bad_in_a_row"] for line in lines(Path(config.run_dir)) if "loss" in line] == [1, 2, 3, 4]
+    assert all(np.isfinite(leaf).all() for leaf in arrays(config, Path(config.run_dir), 4) if leaf.ndim > 1)
+
+
+def test_a_summary_of_no_model_does_not_finish_a_run(free):
+    config = short(free)
+    loop.pretrain(config)
+    summary = Path(config.run_dir) / "summary.json"
+    good = summary.read_text()
+    summary.write_text('{"validation_loss": NaN}')
+    assert loop.pretrain(config)["validation_loss"] > 0
+    assert json.loads(summary.read_text())["validation_loss"] == json.loads(good)["validation_loss"]

@@ -1,6 +1,7 @@
 """A run, its export and the run's own summary agree on the score."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -65,3 +66,12 @@ def test_missing_folders_are_named(tiny_run, tmp_path):
         score_path(str(tmp_path / "nowhere"), data, how, "float32")
     with pytest.raises(InputError, match="nowhere is not a data set"):
         score_path(str(tiny_run.folder), str(tmp_path / "nowhere"), how, "float32")
+
+
+def test_weights_that_are_no_model_have_no_score(tiny_run, exported, tmp_path):
+    folder = tmp_path / "nan"
+    shutil.copytree(exported, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(InputError, match=r"nan: the loss on .* is nan, so its weights are no model"):
+        score_path(str(folder), tiny_run.config.data.directory, tiny_run.config.eval, "float32")

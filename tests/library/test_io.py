@@ -1,11 +1,13 @@
 """Small files are read only if they are regular files of the expected size and form."""
 
+import json
+import math
 import os
 
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.io import path_of, read_bytes, read_object, read_text
+from mora_jax.io import json_text, path_of, read_bytes, read_object, read_text
 
 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path):
@@ -60,3 +62,13 @@ def test_text_must_be_utf_8_and_an_object_must_be_one(tmp_path):
         read_object(tmp_path / "f")
     (tmp_path / "f").write_text('{"a": 1}')
     assert read_object(tmp_path / "f") == {"a": 1}
+
+
+def test_json_has_no_nan():
+    value = {"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": {"d": (math.nan, 2)}}
+    text = json_text(value)
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": "NaN",
+        "b": ["Infinity", "-Infinity", 1.5],
+        "c": {"d": ["NaN", 2]},
+    }

@@ -1,13 +1,13 @@
 """`mora demo`: the whole path from text to export, on prose that every Python installation has."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 from rich.table import Table
 
 from mora_jax.errors import InputError
+from mora_jax.io import json_text
 from train.config import flags
 from train.config.run import RunConfig
 from train.console.exits import Preempted
@@ -56,7 +56,7 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
     export(folder, f"{folder}/export")
     score = score_path(f"{folder}/export", rows, config.eval, config.compute.dtype)
     summary["exported_perplexity"] = score.perplexity
-    Path(folder, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    Path(folder, "summary.json").write_text(json_text(summary, indent=2) + "\n")
     _show(summary, folder, config)
 
 

@@ -6,9 +6,10 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, check_float32
 from train.config.paths import spell_out
 
 LINEARS = "layers/.*_proj/kernel"
@@ -22,17 +23,19 @@ MOST_SEQUENCES = 2**24
 
 
 def at_least(name: str, value: float, least: float, most: float = MOST) -> None:
-    """Raises InputError for a value below `least`, above `most` or not a number."""
+    """Raises InputError for a value below `least`, above `most`, not a number or zero in float32 alone."""
     if not value >= least or value == math.inf:
         raise InputError(f"{name} must be at least {least}, not {value}")
     if value > most:
         raise InputError(f"{name} must be at most {most:,}, not {value}")
+    check_float32(name, value)
 
 
 def above(name: str, value: float, bound: float) -> None:
-    """Raises InputError for a value not above `bound` or not finite."""
+    """Raises InputError for a value not above `bound`, or not finite or zero in float32."""
     if not bound < value < math.inf:
         raise InputError(f"{name} must be above {bound}, not {value}")
+    check_float32(name, value)
 
 
 def number(name: str, value: Any) -> float:
@@ -117,8 +120,11 @@ class Optimizer:
     def __post_init__(self) -> None:
         above("optimizer.learning_rate", self.learning_rate, 0)
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise InputError(f"optimizer.{name} must lie in [0, 1), not {value}")
+            if np.float32(value) == 1:
+                raise InputError(f"optimizer.{name} {value} is 1 in float32; choose at most 0.9999999")
         above("optimizer.eps", self.eps, 0)
         at_least("optimizer.weight_decay", self.weight_decay, 0)
         at_least("optimizer.clip_norm", self.clip_norm, 0)

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import time
@@ -17,10 +16,11 @@ from jax.sharding import Mesh
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.io import read_json
+from mora_jax.io import json_text, read_json
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
+from train.console.exits import Diverged
 from train.console.terminal import warn
 from train.data.rows.info import DataInfo, load_info, unigram_perplexity
 from train.data.rows.read import train_batches
@@ -30,7 +30,7 @@ from train.run.folder import check_free
 from train.run.meta import group_type
 from train.run.metrics import LINES, Metrics, read_metrics
 from train.run.resume import claim_folder, start
-from train.run.session import Run, due, open_run, save_or_stop
+from train.run.session import Run, due, open_run, save_or_stop, stop_early
 from train.run.step_log import StepLog
 from train.runtime import backend
 from train.step.spec import spec_of
@@ -103,6 +103,7 @@ def train(run: Run) -> dict[str, Any]:
             score = None  # it was that of the previous state
     assert score is not None
     run.saved.wait()  # a run with a summary has its last checkpoint
+    check_trained(run, score, int(state.spikes.skipped))
     return conclude(run, score, log.median_rate())
 
 
@@ -173,13 +174,32 @@ def restart_note(config: RunConfig, methods: Methods, step: int, cleared: float)
     }
 
 
+def check_trained(run: Run, score: Score, skipped: int) -> None:
+    """Ends a run whose updates were all skipped, or whose result is no model, as one that diverged.
+
+    Raises:
+      Diverged: in these cases.
+    """
+    steps, found = run.config.steps, ""
+    if skipped == steps:
+        found = f"all {steps} updates were skipped, since their loss or gradient was not finite or a spike"
+    elif not math.isfinite(score.loss):
+        found = f"the validation loss after {steps} updates is {score.loss}"
+    if found:
+        why = f"{run.config.run_dir}: {found}. Train it anew with a lower learning rate or other data"
+        stop_early(run, steps, Diverged(f"{why}: --run-dir ..."))
+
+
 def saved_summary(config: RunConfig) -> dict[str, Any] | None:
     """Returns the summary of a finished run, None if there is none that can be read."""
     try:
         found = read_json(epath.Path(config.run_dir) / SUMMARY)
     except InputError:
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    loss = found.get("validation_loss")
+    return found if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def conclude(run: Run, score: Score, tokens_per_second: float) -> dict[str, Any]:
@@ -199,7 +219,7 @@ def conclude(run: Run, score: Score, tokens_per_second: float) -> dict[str, Any]
         return summary
     with naming_errors(folder / "loss.png"):
         plot_loss(str(folder / LINES), str(folder / "loss.png"))
-    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / SUMMARY, json_text(summary, indent=2) + "\n")
     return summary
 
 

@@ -1,5 +1,6 @@
 """The validation score of a run or of an exported model."""
 
+import math
 from typing import Literal
 
 from mora_jax.errors import InputError
@@ -24,7 +25,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
       dtype: type of products.
 
     Raises:
-      InputError: if the folder holds no model, or is not a run and `data` is empty.
+      InputError: if the folder holds no model, is not a run and `data` is empty, or the loss is not finite.
     """
     if not data:
         try:
@@ -34,4 +35,10 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     info = load_info(data, splits=("validation",))
     mesh = widest_mesh(path, how.batch_size)
     params, model = load_model(path, info, mesh)
-    return evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)
+    score = evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)
+    if not math.isfinite(score.loss):
+        raise InputError(
+            f"{path}: the loss on {data} is {score.loss}, so its weights are no model: they hold NaN or are "
+            "too large; evaluate another checkpoint or folder"
+        )
+    return score

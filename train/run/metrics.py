@@ -23,7 +23,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.record_writer import RecordWriter
 
 from mora_jax.errors import InputError
-from mora_jax.io import is_plain_file, read_text
+from mora_jax.io import is_plain_file, json_text, read_text
 from train.console.progress import Bar
 from train.console.terminal import warn
 from train.storage.files import naming_errors, writable, write_whole
@@ -147,14 +147,7 @@ def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _render(step: int, values: Values) -> str:
-    legal = {name: _legal(value) for name, value in values.items()}
-    return json.dumps({"step": step} | legal, allow_nan=False) + "\n"
-
-
-def _legal(value: float | int | str) -> float | int | str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return json_text({"step": step, **values}) + "\n"
 
 
 def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mora_jax.io import json_text
 from train.console.terminal import console
 from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo
@@ -69,7 +70,7 @@ def bench(
         )
     _show(speed)
     if out:
-        Path(out).write_text(json.dumps(asdict(speed), indent=2) + "\n")
+        Path(out).write_text(json_text(asdict(speed), indent=2) + "\n")
     return speed
 
 

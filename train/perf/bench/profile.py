@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import re
 import statistics
@@ -17,6 +16,7 @@ from jax.profiler import ProfileData
 from rich.table import Table
 
 import mora_jax
+from mora_jax.io import json_text
 from train.console.terminal import console
 from train.perf.bench.cases import Case
 from train.perf.bench.hlo import Op, kind_by_name, operations
@@ -99,7 +99,7 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
     profile = Profile(device, step_milliseconds, steps, kernels(program, steps))
     show(profile, method, top)
     if out:
-        Path(out).write_text(json.dumps(to_plain(profile), indent=1) + "\n")
+        Path(out).write_text(json_text(to_plain(profile), indent=1) + "\n")
     return profile
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_jax.errors import InputError, reason
+from mora_jax.io import json_text
 from mora_jax.methods import METHODS
 from train.config import method as method_section
 from train.config import run as run_config
@@ -52,7 +53,7 @@ class Record:
         if path:
             part = Path(f"{path}.part")
             part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+            part.write_text(json_text(dataclasses.asdict(self), indent=1) + "\n")
             part.replace(path)
 
 

@@ -1,7 +1,6 @@
 """Makes the plan that `mora plan` asks for, and prints it."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mora_jax.errors import InputError
+from mora_jax.io import json_text
 from train.config.run import RunConfig
 from train.console.terminal import console
 from train.perf.plan.plan import Plan, make_plan
@@ -54,7 +54,7 @@ def _with_attention_for(config: RunConfig, topology_name: str) -> RunConfig:
 def show(plan: Plan, title: str, out: str = "") -> None:
     """Prints a plan. Writes its figures to the JSON file `out`, unless that is empty."""
     if out:
-        epath.Path(out).write_text(json.dumps(plan.to_plain(), indent=2) + "\n")
+        epath.Path(out).write_text(json_text(plan.to_plain(), indent=2) + "\n")
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     parts: list[Any] = [
         f"{title} on {plan.target}: {mesh}.",

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.io import json_text
 from train.config import flags
 from train.config.run import RunConfig
 from train.perf.plan.plan import Plan
@@ -54,7 +55,7 @@ def make_table(
                 rows.append((name, made))
                 continue
             kept[name] = made
-            path.write_text(json.dumps(kept, indent=1) + "\n")
+            path.write_text(json_text(kept, indent=1) + "\n")
         rows.append((name, kept[name]))
     return "\n".join(_markdown(rows))
 
