@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from mora_jax.errors import InputError
+from train.data.rows.build import prepare
+from train.data.tokenizer import train_tokenizer
 from train.jobs.evaluate import evaluate
 from train.jobs.export import export
 from train.jobs.score import score_path
@@ -75,3 +77,13 @@ def test_weights_that_are_no_model_have_no_score(tiny_run, exported, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + np.float32(np.nan).tobytes())
     with pytest.raises(InputError, match=r"nan: the loss on .* is nan, so its weights are no model"):
         score_path(str(folder), tiny_run.config.data.directory, tiny_run.config.eval, "float32")
+
+
+def test_an_export_is_not_scored_on_text_of_another_tokenizer(tiny_run, exported, tmp_path, tiny_text):
+    """Of as many pieces."""
+    train_tokenizer(str(tiny_text / "c4-validation.*"), str(tmp_path / "other.model"), 384)
+    source, validation = (str(tiny_text / f"c4-{split}.*") for split in ("train", "validation"))
+    prepare(source, validation, str(tmp_path / "other.model"), 32, str(tmp_path / "data"), workers=1)
+    for model in (exported, str(tiny_run.folder)):
+        with pytest.raises(InputError, match="data was made with another tokenizer than "):
+            score_path(model, str(tmp_path / "data"), tiny_run.config.eval, "float32")

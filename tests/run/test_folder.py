@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mora_jax.transform import Methods
 from train.config.run import DEFAULT_METHOD
 from train.config.sections import Checkpoint
 from train.data.rows.info import load_info
+from train.jobs.export import export
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, check_free, claim, open_checkpoints, read_config
@@ -302,7 +304,9 @@ def test_a_warm_start_takes_the_merged_weights(tiny_run, tmp_path, kind):
         hf.save_hf(path, params, model)
     config = dataclasses.replace(tiny_run.config, init_from=str(path))
     mesh = sharding.make_mesh(1)
-    state = fresh_state(config, assign_methods(config), mesh, load_initial(config, mesh))
+    state = fresh_state(
+        config, assign_methods(config), mesh, load_initial(config, load_info(config.data.directory), mesh)
+    )
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))  # M starts at zero
@@ -313,13 +317,13 @@ def test_a_warm_start_from_another_model_is_refused(tiny_run):
     model = dataclasses.replace(tiny_run.config.model, intermediate_size=64)
     config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), model=model)
     with pytest.raises(InputError, match=r"of intermediate_size 48, not model\.intermediate_size 64"):
-        load_initial(config, sharding.make_mesh(1))
+        load_initial(config, load_info(config.data.directory), sharding.make_mesh(1))
 
 
 def test_the_length_of_positions_may_grow_at_a_warm_start(tiny_run):
     model = dataclasses.replace(tiny_run.config.model, max_position_embeddings=64)
     config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), model=model)
-    load_initial(config, sharding.make_mesh(1))
+    load_initial(config, load_info(config.data.directory), sharding.make_mesh(1))
 
 
 def test_another_data_set_is_refused(tiny_run, copy):
@@ -335,6 +339,26 @@ def test_another_data_set_is_refused(tiny_run, copy):
             check_data(saved, 22, more_text, resume=True)
     with pytest.raises(InputError, match="another tokenizer"):
         load_model(str(copy), other_tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+def test_a_warm_start_from_another_tokenizer_is_refused(tiny_run, tmp_path, kind):
+    """Of as many pieces: only the content tells them apart."""
+    path, info = tiny_run.folder, load_info(tiny_run.config.data.directory)
+    if kind == "Hugging Face":
+        path = tmp_path / "exported"
+        export(str(tiny_run.folder), str(path))
+    config = dataclasses.replace(tiny_run.config, init_from=str(path))
+    assert load_initial(config, info, sharding.make_mesh(1))
+    other = dataclasses.replace(info, tokenizer_sha256="0" * 64)
+    message = rf"^--init-from {re.escape(str(path))}: .* was made with another tokenizer than "
+    with pytest.raises(InputError, match=message):
+        load_initial(config, other, sharding.make_mesh(1))
+
+
+def test_a_model_without_a_tokenizer_is_warned_of(tiny_run, hf_folder, capsys):
+    load_model(str(hf_folder), load_info(tiny_run.config.data.directory))
+    assert "hf has no tokenizer.model: whether " in " ".join(capsys.readouterr().err.split())
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(tiny_run, tmp_path):

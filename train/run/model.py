@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,11 +13,14 @@ from jax.sharding import Mesh
 
 from mora_jax import hf, sharding, transform
 from mora_jax.errors import InputError
+from mora_jax.hf.config import CONFIG as HF_CONFIG
+from mora_jax.io import read_bytes
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import warn
 from train.data.rows.info import DataInfo
+from train.data.rows.layout import TOKENIZER, TOKENIZER_BYTES
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import check_data
@@ -36,14 +40,16 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
 
     Args:
       path: the folder.
-      info: the data set that the model is used with, whose tokenizer must be the run's.
+      info: the data set that the model is used with, whose tokenizer must be the model's.
       mesh: the devices that the parameters are sharded over; one device by default.
 
     Raises:
-      InputError: if the folder holds no model, or the run saw another tokenizer than that of `info`.
+      InputError: if the folder holds no model, or one of another tokenizer than that of `info`.
     """
     mesh = mesh or sharding.make_mesh(1)
     if not (epath.Path(path) / CONFIG).exists():
+        if info:
+            _check_tokenizer(path, info)
         return hf.load_hf(path, mesh)
     config = read_config(path)
     with open_checkpoints(config) as saved:
@@ -62,15 +68,18 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
         return merge(state.params, state.adapters), config.model
 
 
-def load_initial(config: RunConfig, mesh: Mesh) -> Any:
+def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
     """Returns the parameters that `init_from` names, None if it is empty.
 
     Raises:
-      InputError: if the folder holds no model, or one of another architecture.
+      InputError: if the folder holds no model, or one of another architecture or tokenizer.
     """
     if not config.init_from:
         return None
-    params, model = load_model(config.init_from, mesh=mesh)
+    try:
+        params, model = load_model(config.init_from, info, mesh)
+    except InputError as error:
+        raise InputError(f"--init-from {config.init_from}: {error}") from error
     for field in dataclasses.fields(LlamaConfig):
         there, here = getattr(model, field.name), getattr(config.model, field.name)
         if field.name not in ("max_position_embeddings", "initializer_range") and there != here:
@@ -129,6 +138,20 @@ def read_newest(saved: Checkpoints, path: str, read: Callable[[int], T]) -> T:
         except (InputError, FileNotFoundError):
             if not reads or not _newer(saved, before):
                 raise
+
+
+def _check_tokenizer(path: str, info: DataInfo) -> None:
+    """Raises InputError if a Hugging Face folder holds another tokenizer than a data set was made with."""
+    file = epath.Path(path) / TOKENIZER
+    if file.exists():
+        if hashlib.sha256(read_bytes(file, TOKENIZER_BYTES)).hexdigest() != info.tokenizer_sha256:
+            raise InputError(
+                f"{info.directory} was made with another tokenizer than {file}; prepare the text with that one"
+            )
+    elif (epath.Path(path) / HF_CONFIG).exists():
+        warn(
+            [f"{path} has no {TOKENIZER}: whether {info.directory} was made with its tokenizer is not known"]
+        )
 
 
 def _newer(saved: Checkpoints, before: list[int]) -> bool:

@@ -35,8 +35,8 @@ def start(run: Run) -> tuple[TrainState, Methods, dict[str, Any] | None]:
         _check_nothing_lost(config, saved, damaged)
     warn(f"{what}; using an older checkpoint" for what in damaged)
     if step is None:
-        methods = assign_methods(config)
-        return fresh_state(config, methods, run.mesh, load_initial(config, run.mesh)), methods, None
+        methods, params = assign_methods(config), load_initial(config, run.info, run.mesh)
+        return fresh_state(config, methods, run.mesh, params), methods, None
     check_data(saved, step, run.info, resume=True)
     log(f"{config.run_dir} holds a run: resuming after {step} of {config.steps} updates")
     reported = diverged_at(config)  # read by every process before process 0 may write it
