@@ -128,7 +128,9 @@ def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path):
 
 
 def test_an_unknown_store_is_refused(text: Path):
-    with pytest.raises(InputError, match="--out http://host/data is no path: give one on a disk, or in a bucket"):
+    with pytest.raises(
+        InputError, match="--out http://host/data is no path: give one on a disk, or in a bucket"
+    ):
         prepared(text, "http://host/data")
 
 

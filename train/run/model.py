@@ -146,7 +146,7 @@ def _check_tokenizer(path: str, info: DataInfo) -> None:
     if file.exists():
         if hashlib.sha256(read_bytes(file, TOKENIZER_BYTES)).hexdigest() != info.tokenizer_sha256:
             raise InputError(
-                f"{info.directory} was made with another tokenizer than {file}; prepare the text with that one"
+                f"{info.directory} was made with another tokenizer than {file}; prepare it with that one"
             )
     elif (epath.Path(path) / HF_CONFIG).exists():
         warn(
