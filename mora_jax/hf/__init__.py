@@ -2,7 +2,15 @@
 
 from mora_jax.hf.config import read_config
 from mora_jax.hf.folder import whole_folder
-from mora_jax.hf.tokenizer import save_tokenizer, special_ids
+from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
 from mora_jax.hf.weights import load_hf, save_hf
 
-__all__ = ["load_hf", "read_config", "save_hf", "save_tokenizer", "special_ids", "whole_folder"]
+__all__ = [
+    "check_tokenizer",
+    "load_hf",
+    "read_config",
+    "save_hf",
+    "save_tokenizer",
+    "special_ids",
+    "whole_folder",
+]

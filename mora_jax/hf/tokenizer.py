@@ -67,6 +67,11 @@ def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.Path
         (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
+def check_tokenizer(sentencepiece_model: bytes | epath.PathLike) -> None:
+    """Raises InputError if `save_tokenizer` cannot write this model."""
+    tokenizer_json(_parse(_content(sentencepiece_model)))
+
+
 def special_ids(sentencepiece_model: bytes | epath.PathLike) -> dict[str, int]:
     """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`, those that the model has."""
     model = _parse(_content(sentencepiece_model))

@@ -127,6 +127,15 @@ def test_a_folder_of_something_else_is_refused(text: Path, tmp_path: Path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_tokenizer_that_cannot_be_exported_is_told(text: Path, tmp_path: Path, monkeypatch, capfd):
+    def refuse(*_):
+        raise InputError("cannot be exported exactly")
+
+    monkeypatch.setattr("mora_jax.hf.check_tokenizer", refuse, raising=False)
+    prepared(text, tmp_path / "d")
+    assert "warning: cannot be exported exactly; models can be trained" in capfd.readouterr().err
+
+
 def test_an_unknown_store_is_refused(text: Path):
     with pytest.raises(
         InputError, match="--out http://host/data is no path: give one on a disk, or in a bucket"

@@ -87,3 +87,11 @@ def test_an_export_is_not_scored_on_text_of_another_tokenizer(tiny_run, exported
     for model in (exported, str(tiny_run.folder)):
         with pytest.raises(InputError, match="data was made with another tokenizer than "):
             score_path(model, str(tmp_path / "data"), tiny_run.config.eval, "float32")
+
+
+def test_a_data_set_that_is_away_is_named_anew(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(tiny_run.config.data.directory, "gone"))
+    with pytest.raises(InputError, match=r"gone is not a data set .* elsewhere, name it with --data"):
+        score_path(str(run), "", tiny_run.config.eval, "float32")

@@ -17,7 +17,7 @@ from mora_jax.methods import MoRA, Share
 from mora_jax.models.llama import LAYOUTS
 from mora_jax.transform import Methods
 from train.config.run import DEFAULT_METHOD
-from train.config.sections import Checkpoint
+from train.config.sections import Checkpoint, Data
 from train.data.rows.info import load_info
 from train.jobs.export import export
 from train.run import manifest
@@ -122,6 +122,17 @@ def test_a_checkpoint_of_another_run_with_the_same_shapes_is_refused(tiny_run, c
             restore_state(dataclasses.replace(config, optimizer=rate), saved, 22, mesh)
         often = dataclasses.replace(config.eval, every=1, batch_size=2)
         restore_state(dataclasses.replace(config, eval=often), saved, 22, mesh)
+
+
+def test_a_difference_names_what_to_do(tiny_run):
+    config = here(tiny_run, tiny_run.folder)
+    for change, remedy in (
+        ({"steps": 40}, f"with steps 22, not 40; .* --init-from {tiny_run.folder} --run-dir NEW"),
+        ({"data": Data("moved", 32)}, rf"if the data set moved, change it in {tiny_run.folder}/config\.yaml"),
+        ({"seed": 5}, "with seed 0, not 5; choose another --run-dir"),
+    ):
+        with pytest.raises(InputError, match=remedy):
+            check_free(dataclasses.replace(config, **change), resume=True)
 
 
 def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):

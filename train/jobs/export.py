@@ -1,14 +1,17 @@
 """Exports a run as a Hugging Face folder: merged float32 weights, config and tokenizer."""
 
+import contextlib
 from typing import Any, Literal
 
 from etils import epath
 
 from mora_jax import hf
+from mora_jax.errors import InputError
 from mora_jax.models.llama import LlamaConfig
-from train.data.rows.info import load_info
-from train.run.folder import read_config
+from train.console.terminal import warn
+from train.data.rows.layout import TOKENIZER
 from train.run.model import load_model, widest_mesh
+from train.run.tokenizer import run_tokenizer
 
 
 def export(
@@ -16,7 +19,9 @@ def export(
 ) -> tuple[Any, LlamaConfig]:
     """Writes config.json, model.safetensors and the tokenizer's files, from one process.
 
-    The state is sharded over all devices. The host holds one layer of one kernel at a time.
+    The run's data set is not needed. A tokenizer that is missing, or that tokenizer.json cannot express
+    exactly, is a warning: the weights are written in any case. The state is sharded over all devices. The
+    host holds one layer of one kernel at a time.
 
     Args:
       run_dir: the run, whose newest good checkpoint is used; its adapters are merged in float32.
@@ -27,13 +32,30 @@ def export(
       The merged parameters and the model's config.
 
     Raises:
-      InputError: if the run has no complete checkpoint, its data set is missing, or its tokenizer cannot be
-        written as tokenizer.json exactly.
+      InputError: if the run has no complete checkpoint.
     """
-    info = load_info(read_config(run_dir).data.directory, splits=())
-    tokenizer = epath.Path(info.tokenizer).read_bytes()
+    tokenizer = run_tokenizer(run_dir)
     with hf.whole_folder(out) as folder:
-        params, model = load_model(run_dir, info, widest_mesh(run_dir))
-        hf.save_hf(folder, params, model, dtype, hf.special_ids(tokenizer))
-        hf.save_tokenizer(folder, tokenizer)
+        params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
+        hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
+        _save_tokenizer(folder, tokenizer, run_dir)
     return params, model
+
+
+def _special_ids(tokenizer: bytes | None) -> dict[str, int]:
+    """Returns the ids for config.json; none of a tokenizer that cannot be exported."""
+    with contextlib.suppress(InputError):
+        return hf.special_ids(tokenizer) if tokenizer else {}
+    return {}
+
+
+def _save_tokenizer(folder: epath.Path, tokenizer: bytes | None, run_dir: str) -> None:
+    """Writes the tokenizer's files, or warns of those that cannot be written: the weights are kept anyway."""
+    if tokenizer is None:
+        warn([f"no tokenizer is exported: {run_dir} has none, and its data set is away; the weights are"])
+        return
+    try:
+        hf.save_tokenizer(folder, tokenizer)
+    except InputError as error:
+        warn([f"{error}; the weights and {TOKENIZER} are exported without tokenizer.json"])
+        (folder / TOKENIZER).write_bytes(tokenizer)

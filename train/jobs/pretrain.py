@@ -26,7 +26,7 @@ from train.data.rows.info import DataInfo, load_info, unigram_perplexity
 from train.data.rows.read import train_batches
 from train.jobs.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.jobs.plot import plot_loss
-from train.run.folder import check_free
+from train.run.folder import absolute, check_free
 from train.run.meta import group_type
 from train.run.metrics import LINES, Metrics, read_metrics
 from train.run.resume import claim_folder, start
@@ -58,6 +58,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       InputError: for a config, data set or folder that cannot be trained with.
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
+    config = absolute(config)
     backend.set_flags(config.deterministic)  # before anything starts JAX
     buckets.configure()
     # Before the data: processes wait two minutes for each other's devices, and data may take longer to copy.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -64,6 +65,12 @@ def claim(config: RunConfig) -> None:
         write_whole(path, text)
 
 
+def absolute(config: RunConfig) -> RunConfig:
+    """Returns a config whose data set and first weights are found from any working folder."""
+    data = dataclasses.replace(config.data, directory=_absolute(config.data.directory))
+    return dataclasses.replace(config, data=data, init_from=config.init_from and _absolute(config.init_from))
+
+
 def read_config(run_dir: str) -> RunConfig:
     """Returns the config of the run in a folder, which may have been moved.
 
@@ -97,6 +104,22 @@ def diverged_at(config: RunConfig) -> Any:
     return found.get("step") if isinstance(found, dict) else None
 
 
+def _remedy(name: str, run_dir: str) -> str:
+    """Returns what to do if a run has another value for a key of its config."""
+    if name == "data.directory":
+        return f"if the data set moved, change it in {run_dir}/{CONFIG}; else choose another --run-dir"
+    if name == "steps":
+        return (
+            "the learning rate depends on it, so a run cannot be made longer; to train its weights further, "
+            f"start a run from them: --init-from {run_dir} --run-dir NEW"
+        )
+    return "choose another --run-dir"
+
+
+def _absolute(path: str) -> str:
+    return path if in_bucket(path) else str(Path(path).absolute())
+
+
 def _is_within(inner: str, outer: str) -> bool:
     """Whether a folder is another one, or below it, through whatever links."""
     here, there = (p if in_bucket(p) else p.resolve() for p in map(epath.Path, (inner, outer)))
@@ -112,10 +135,10 @@ def check_same_config(saved: dict[str, Any], config: RunConfig, whose: str, *ign
       whose: the beginning of the message, such as "FOLDER holds a run".
       ignored: keys that may differ besides `OPERATIONAL`.
     """
-    old, new = (dict(flags.flatten(run_config.to_plain(c))) for c in (flags.config_from_plain(saved), config))
+    both = (absolute(flags.config_from_plain(saved)), absolute(config))
+    old, new = (dict(flags.flatten(run_config.to_plain(c))) for c in both)
     for name in new | old:
         may_change = name in ignored or name.split(".")[0] in OPERATIONAL
         if not may_change and old.get(name) != new.get(name):
-            raise InputError(
-                f"{whose} with {name} {old.get(name)!r}, not {new.get(name)!r}; choose another --run-dir"
-            )
+            difference = f"{whose} with {name} {old.get(name)!r}, not {new.get(name)!r}"
+            raise InputError(f"{difference}; {_remedy(name, config.run_dir)}")

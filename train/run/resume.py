@@ -16,6 +16,7 @@ from train.run.metrics import LINES, read_metrics
 from train.run.model import load_initial
 from train.run.session import Run, diverged, stop_early
 from train.run.state import assign_methods, fresh_state, restore_state
+from train.run.tokenizer import keep_tokenizer
 from train.step import spikes
 from train.step.state import TrainState
 
@@ -49,6 +50,7 @@ def start(run: Run) -> tuple[TrainState, Methods, dict[str, Any] | None]:
 
 def claim_folder(run: Run, state: TrainState, methods: Methods) -> None:
     """Claims the folder for the run. Call it once all input is checked: bad input leaves no run behind."""
+    keep_tokenizer(run.config.run_dir, run.info)
     claim(run.config)
     run.saved.remove_unfinished()
     if run.config.init_from and not run.saved.steps():

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from etils import epath
 
+from mora_jax import hf
 from mora_jax.errors import InputError
 from mora_jax.io import path_of
 from train.console.progress import Bar
+from train.console.terminal import warn
 from train.data.rows import layout
 from train.data.rows import workers as pool
 from train.data.rows.info import DataInfo, load_info
@@ -62,6 +64,7 @@ def prepare(
     _check_numbers(sequence_length, skip_lines, workers)
     path_of(out, "--out")
     model = Tokenizer.load(tokenizer)
+    _warn_of_export(tokenizer)
     text = open_text(source, validation, tfds_data_dir)
     settings = settings_of(sequence_length, model, text)
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
@@ -78,6 +81,14 @@ def prepare(
     if not in_bucket(out):
         shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
     return info
+
+
+def _warn_of_export(tokenizer: str) -> None:
+    """Warns of a tokenizer that Hugging Face's format cannot express, before days of training with it."""
+    try:
+        hf.check_tokenizer(tokenizer)
+    except InputError as error:
+        warn([f"{error}; models can be trained, and are exported without tokenizer.json"], every_process=True)
 
 
 def _check_numbers(sequence_length: int, skip_lines: int, workers: int) -> None:
