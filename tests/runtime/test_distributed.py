@@ -22,6 +22,7 @@ from mora_jax.models.llama import Llama
 from train.config import flags
 from train.config.sections import Distributed
 from train.console import exits
+from train.data.rows.build import prepare
 from train.data.rows.info import load_info
 from train.data.rows.read import train_batches
 from train.jobs.pretrain import pretrain
@@ -48,8 +49,10 @@ def _none_is_left():
         process.communicate()
 
 
-def launched(config: Path, processes: int, devices: int, *words: str) -> list[subprocess.Popen]:
-    """The command line `mora pretrain` in so many processes of so many devices."""
+def launched(
+    config: Path, processes: int, devices: int, *words: str, last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """The command line `mora pretrain` in so many processes of so many devices, `last` for the last."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -61,7 +64,11 @@ def launched(config: Path, processes: int, devices: int, *words: str) -> list[su
     command = [sys.executable, "-m", "train.cli", "pretrain", str(config), *words]
     _LAUNCHED[:] = [
         subprocess.Popen(
-            [*command, *([] if processes == 1 else [*several, "--distributed.process-id", str(i)])],
+            [
+                *command,
+                *([] if processes == 1 else [*several, "--distributed.process-id", str(i)]),
+                *(last if i == processes - 1 else ()),
+            ],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -140,6 +147,33 @@ def test_a_short_run_of_two_processes_is_that_of_one(config: Path):
     whole = arrays(folders[0], 2)
     for ours, theirs in zip(arrays(folders[0], 2, (1, 2, 2)), whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def other_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of other text, made with the same tokenizer."""
+    out = str(tmp_path_factory.mktemp("other") / "data")
+    source, validation = (str(tiny_text / f"c4-{split}.*") for split in ("validation", "train"))
+    prepare(source, validation, str(tiny_text / "t.model"), 32, out, workers=1)
+    return out
+
+
+@pytest.mark.parametrize("what", ["steps", "optimizer.learning_rate", "train rows"])
+def test_processes_that_were_started_differently_are_refused(config: Path, tmp_path: Path, what, other_data):
+    """Another number of steps would make them wait for each other for ever."""
+    last = {
+        "steps": ("--steps", "3"),
+        "optimizer.learning_rate": ("--optimizer.learning-rate", "1e-4"),
+        "train rows": ("--data.directory", other_data),
+    }[what]
+    folder = tmp_path / "run"
+    processes = launched(config, 2, DEVICES, "--run-dir", str(folder), *SHORT, last=last)
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == exits.BAD_INPUT, said
+        assert f"mora: process 1 of this run has {what} " in said.splitlines()[-1]
+        assert ", but process 0 has " in said.splitlines()[-1]
+    assert not folder.exists()
 
 
 @pytest.mark.slow

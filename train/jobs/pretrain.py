@@ -32,7 +32,7 @@ from train.run.metrics import LINES, Metrics, read_metrics
 from train.run.resume import claim_folder, start
 from train.run.session import Run, due, open_run, save_or_stop, stop_early
 from train.run.step_log import StepLog
-from train.runtime import backend
+from train.runtime import agree, backend
 from train.step.spec import spec_of
 from train.step.state import TrainState
 from train.step.step import restart_step, train_step
@@ -61,9 +61,11 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
     config = absolute(config)
     backend.set_flags(config.deterministic)  # before anything starts JAX
     buckets.configure()
+    agree.check_config(config, resume)
     # Before the data: processes wait two minutes for each other's devices, and data may take longer to copy.
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     info = load_info(config.data.directory)
+    agree.check_data(info)
     check(config, info, mesh)
     check_free(config, resume)
     warn(config.warnings())

@@ -20,6 +20,7 @@ import jax
 from mora_jax.errors import InputError
 from train.config.sections import Distributed
 from train.console import exits
+from train.runtime.agree import Disagreement
 from train.runtime.workarounds import on_abort
 
 _LOST = (
@@ -51,7 +52,7 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
         _initialize(config)
         try:
             yield
-        except exits.Stopped:  # raised on all processes
+        except (exits.Stopped, Disagreement):  # raised on all processes
             jax.distributed.shutdown()
             raise
         except BaseException as error:

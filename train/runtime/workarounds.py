@@ -8,8 +8,9 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from jax._src import xla_bridge
+from jax._src import distributed, xla_bridge
 from jax.experimental.compilation_cache import compilation_cache
 
 
@@ -20,6 +21,16 @@ def jax_has_started() -> bool:
     answer, such as `jax.devices`, starts them.
     """
     return xla_bridge.backends_are_initialized()
+
+
+def coordinator() -> tuple[Any, int, int]:
+    """Returns the client of the coordinator's key-value store (None in a single process), index and count.
+
+    JAX 0.10 to 0.12. What `jax.experimental.multihost_utils` offers instead starts the devices and compiles a
+    program, which hangs if the processes were started differently.
+    """
+    state = distributed.global_state
+    return state.client, state.process_id, state.num_processes
 
 
 def reset_compilation_cache() -> None:

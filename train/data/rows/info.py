@@ -81,6 +81,18 @@ def unigram_perplexity(info: DataInfo) -> float:
     return float(np.exp(-(validation_V * log_p_V).sum() / validation_V.sum()))
 
 
+def content_hash(info: DataInfo) -> str:
+    """Returns a hash of how often each piece occurs in each split: other text has another one.
+
+    Raises:
+      InputError: the counts are damaged.
+    """
+    digest = hashlib.sha256()
+    for counts_V in _unigram(info):
+        digest.update(counts_V.tobytes())
+    return digest.hexdigest()
+
+
 def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
     """Raises InputError for facts that no preparation writes, or that take more memory than the rows."""
     for value in (info.vocab_size, info.eos_id, info.sequence_length):
