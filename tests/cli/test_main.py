@@ -1,6 +1,7 @@
 """The command line as users meet it: help, results, and one line for every error."""
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -211,6 +212,15 @@ def test_another_tokenizer_than_the_data_sets(refused, tiny_data, tiny_text, tin
 
 
 # Help
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.ENAMETOOLONG, 2), (errno.EISDIR, 2), (errno.ELOOP, 2), (errno.ENOSPC, 74), (errno.EIO, 74)],
+)
+def test_an_error_that_comes_again_is_bad_input(number, status, capsys):
+    assert cli.explain(OSError(number, os.strerror(number), "x")) == status
+    assert capsys.readouterr().err == f"mora: x: {os.strerror(number)}\n"
 
 
 def test_the_version_and_the_format(mora):

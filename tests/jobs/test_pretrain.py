@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from tiny_runs import lines
 
 from mora_jax.errors import InputError
@@ -46,6 +48,20 @@ def test_every_update_and_evaluation_has_a_line(tiny_run):
         [np.exp(line["validation_loss"]) for line in evaluations],
         [line["validation_perplexity"] for line in evaluations],
     )
+
+
+def test_a_log_that_cannot_be_read_leaves_a_summary(tiny_run, tmp_path, capfd):
+    """A value changed after the run's start. At the start, the line is refused."""
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    for name in ("summary.json", "loss.png"):
+        (folder / name).unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "tokens_per_second": "fast"}\n')
+    loop.draw(epath.Path(folder))
+    assert "warning: loss.png is not drawn: " in capfd.readouterr().err
+    assert loop.logged_rate(epath.Path(folder)) == 0
+    with pytest.raises(InputError, match="tokens_per_second is 'fast', not a number"):
+        loop.pretrain(dataclasses.replace(tiny_run.config, run_dir=str(folder)))
 
 
 def test_the_summary_and_the_plot(tiny_run):

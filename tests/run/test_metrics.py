@@ -235,3 +235,12 @@ def test_the_bar_shows_what_was_written(tmp_path: Path, monkeypatch: pytest.Monk
         (1, "loss 2.000 · lr 1.0e-03 · 1,234 tokens/s · restarts 2"),
         (2, "loss 1.000 · lr 1.0e-03 · 1,234 tokens/s · restarts 2"),
     ]
+
+
+@pytest.mark.parametrize("value", ['"fast"', "[1]", "null", "true", "{}", "1" + "0" * 400])
+@pytest.mark.parametrize("name", ["loss", "tokens_per_second", "restart", "anything"])
+def test_a_value_that_is_no_number_is_named(tmp_path, name, value):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0, "loss": 1, "group_type": "0"}}\n{{"step": 1, "{name}": {value}}}\n')
+    with pytest.raises(InputError, match=f"metrics.jsonl, line 2: {name} is .*, not a number that a float"):
+        read_metrics(str(path))

@@ -27,6 +27,7 @@ from train.console.terminal import console
 from train.perf.bench import options
 from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
 from train.storage import buckets
+from train.storage.files import is_bad_place
 
 
 def prepare_data(command: PrepareData) -> None:
@@ -221,16 +222,26 @@ def explain(error: BaseException) -> int:
             line, status = str(error), error.status
         case OSError():
             line = f"{error.filename or 'input or output'}: {error.strerror or error}"
-            status = exits.DISK
+            status = exits.BAD_INPUT if is_bad_place(error) else exits.DISK
         case KeyboardInterrupt():
             line, status = "interrupted", exits.INTERRUPTED
         case _ if line := buckets.describe_error(error):
             status = exits.BAD_INPUT if isinstance(error, ImportError) else exits.DISK
+        case _ if found := _exhausted(error):
+            line, status = found, exits.MEMORY
         case _:
             traceback.print_exception(error)
             return exits.BUG
     print(f"mora: {line}", file=sys.stderr)
     return status
+
+
+def _exhausted(error: BaseException) -> str | None:
+    """Returns a line on memory that ran out, None for any other error."""
+    from train.runtime import memory  # imports JAX
+
+    found = memory.exhausted(error)
+    return memory.describe(found) if found else None
 
 
 def run(args: list[str]) -> None:

@@ -220,15 +220,26 @@ def conclude(run: Run, score: Score, tokens_per_second: float) -> dict[str, Any]
     }
     if jax.process_index() > 0:
         return summary
-    with naming_errors(folder / "loss.png"):
-        plot_loss(str(folder / LINES), str(folder / "loss.png"))
+    draw(folder)
     write_whole(folder / SUMMARY, json_text(summary, indent=2) + "\n")
     return summary
 
 
+def draw(folder: epath.Path) -> None:
+    """Draws loss.png, or warns that the log cannot be read: a finished run needs its summary."""
+    try:
+        with naming_errors(folder / "loss.png"):
+            plot_loss(str(folder / LINES), str(folder / "loss.png"))
+    except InputError as error:
+        warn([f"loss.png is not drawn: {error}"])
+
+
 def logged_rate(folder: epath.Path) -> float:
-    """Returns tokens a second of the median update that earlier programs logged, 0 if there is none."""
-    lines = read_metrics(str(folder / LINES))
+    """Returns tokens a second of the median update that earlier programs logged, 0 if none can be read."""
+    try:
+        lines = read_metrics(str(folder / LINES))
+    except InputError:
+        return 0.0
     return statistics.median(
         [line["tokens_per_second"] for line in lines if "tokens_per_second" in line] or [0]
     )

@@ -28,6 +28,7 @@ from mora_jax.errors import InputError, some
 from train.console.progress import progress
 from train.run import manifest
 from train.run.manifest import MANIFEST, Advance, Json
+from train.runtime.memory import exhausted
 from train.runtime.workarounds import without_logged_tracebacks
 from train.storage import buckets
 from train.storage.files import make_folder
@@ -201,6 +202,8 @@ class Checkpoints:
                 return ocp.load(folder, abstract_state)
             # Files made to harm can make orbax and TensorStore raise anything.
             except Exception as error:
+                if exhausted(error):
+                    raise
                 raise InputError(f"{folder} cannot be restored: {_system_reason(error)[1]}") from error
 
     def remove_unfinished(self) -> None:

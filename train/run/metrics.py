@@ -41,6 +41,9 @@ _NAMED_GAPS = 3
 _LONGEST = 1 << 20
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
+# The values that may be text.
+_TEXTS = ("group_type",)
+
 Values = Mapping[str, float | int | str]
 Sink = Callable[[int, Values], None]
 
@@ -143,7 +146,21 @@ def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
     step = values.get("step") if isinstance(values, dict) else None
     if not isinstance(values, dict) or type(step) is not int or not 0 <= step < 2**31:
         raise InputError(f"{path}, line {number}: not a JSON object with a step; remove the line")
-    return {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in values.items()}
+    found = {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in values.items()}
+    for name, value in found.items():
+        if not (_is_number(value) or (name in _TEXTS and isinstance(value, str))):
+            raise InputError(
+                f"{path}, line {number}: {name[:50]} is {str(value)[:50]!r}, not a number that a float "
+                "holds; correct or remove the line"
+            )
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and isinstance(float(value), float)
+    except OverflowError:
+        return False
 
 
 def _render(step: int, values: Values) -> str:

@@ -21,6 +21,7 @@ from mora_jax.errors import InputError
 from train.config.sections import Distributed
 from train.console import exits
 from train.runtime.agree import Disagreement
+from train.runtime.memory import exhausted
 from train.runtime.workarounds import on_abort
 
 _LOST = (
@@ -56,7 +57,7 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
             jax.distributed.shutdown()
             raise
         except BaseException as error:
-            if _came_from_jax(error) or _has_no_reason(error):
+            if not exhausted(error) and (_came_from_jax(error) or _has_no_reason(error)):
                 # If another process is gone, the runtime aborts this one meanwhile.
                 time.sleep(config.heartbeat_timeout + _GRACE)
             _exit(explain(error))

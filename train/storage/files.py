@@ -15,7 +15,10 @@ from train.storage.buckets import in_bucket, store_errors
 # What some mounted file systems answer if they cannot sync.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 # The same command will fail again. Any other error, such as a full disk, may be mended meanwhile.
-_BAD_PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_BAD_PLACES = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+)
 _CHUNK = 1 << 22
 
 
@@ -82,6 +85,11 @@ def naming_errors(path: Any) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def is_bad_place(error: OSError) -> bool:
+    """Returns whether an error means that the same command will fail again, unlike a full disk."""
+    return error.errno in _BAD_PLACES
+
+
 @contextlib.contextmanager
 def writable(path: Any, refusal: str) -> Iterator[None]:
     """Separates a place that cannot be written to from a disk in trouble.
@@ -94,6 +102,6 @@ def writable(path: Any, refusal: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno in _BAD_PLACES:
+            if is_bad_place(error):
                 raise InputError(f"{refusal}: {error.strerror}") from error
             raise
