@@ -9,6 +9,7 @@ from mora_jax import On
 from mora_jax.methods import LoRA, MoRA
 from mora_jax.report import count_trained
 from train.cli import main as cli
+from train.data.rows.info import load_info
 
 
 def dry_run(capsys, *args: str) -> str:
@@ -43,6 +44,15 @@ def test_a_tiny_run(tiny_yaml, empty, capsys, monkeypatch):
     restarts = next(line for line in out.splitlines() if "restarts" in line)
     assert "10" in restarts
     assert not os.listdir(empty)  # noqa: PTH208
+
+
+def test_how_often_the_data_is_read(tiny_yaml, tiny_data, empty, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = load_info(str(tiny_data)).rows["train"]
+    out = dry_run(capsys, str(tiny_yaml), "--run-dir", "run", "--steps", "1000")
+    assert f"{rows:,}, read {4000 / rows:.2f} times (epochs)" in out
+    out = dry_run(capsys, str(tiny_yaml), "--run-dir", "run", "--data.directory", "nowhere")
+    assert "unknown: nowhere is not a data set made by prepare-data" in out
 
 
 @pytest.mark.parametrize("attention", ["xla", "cudnn"])

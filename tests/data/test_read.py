@@ -16,7 +16,7 @@ from made_text import npy, random_texts, write_lines
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo, load_info, unigram_perplexity
-from train.data.rows.read import eval_batches, train_batches
+from train.data.rows.read import eval_batches, rows_from, train_batches
 from train.data.tokenizer import train_tokenizer
 
 T = 32
@@ -312,3 +312,15 @@ def test_harmful_counts(copied: Path, content: bytes, message: str):
     (copied / "unigram.npz").write_bytes(b"PK" * 50)
     with pytest.raises(InputError, match="is damaged"):
         unigram_perplexity(load_info(str(copied)))
+
+
+def test_rows_can_be_skipped(info):
+    """As if so many steps were done; also into the next epoch."""
+    whole = take(train_batches(info, B, seed=3, start_step=0), 30)
+    for steps in (2, 25):
+        skipped = take(train_batches(info, B, seed=3, start_step=1, skip=steps * B), 4)
+        np.testing.assert_array_equal(skipped, whole[steps + 1 : steps + 5])
+    shifted = take(train_batches(info, B, seed=3, start_step=0, skip=1), 4)
+    np.testing.assert_array_equal(shifted.reshape(-1, T)[:-1], whole[:4].reshape(-1, T)[1:])
+    order = rows_from(info.rows["train"], 3, 4, 3)
+    np.testing.assert_array_equal(stored(info, "train")[order], whole.reshape(-1, T)[4:7])

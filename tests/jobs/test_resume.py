@@ -19,6 +19,7 @@ from tiny_runs import (
 )
 
 from mora_jax.errors import InputError
+from train.data.rows.info import load_info
 from train.jobs import pretrain as loop
 from train.run import resume
 from train.run.checkpoint import Checkpoints, SaveError
@@ -190,3 +191,41 @@ def test_a_run_without_its_summary_only_concludes(free, tiny_run, summary):
     expected = tiny_run.summary | {"tokens_per_second": 10.5}  # of 0 to 21
     assert loop.pretrain(free) == expected
     assert json.loads((folder / "summary.json").read_text()) == expected
+
+
+def test_a_warm_start_can_go_on_in_the_data_of_its_source(tiny_run, tmp_path, monkeypatch, capsys):
+    """The rows are a function of the step alone, so that a killed run resumes in them."""
+    config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), run_dir=str(tmp_path / "a"))
+    read = []
+    real = loop.train_batches
+    monkeypatch.setattr(loop, "train_batches", lambda *args: read.append(args[3:]) or real(*args))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            loop.pretrain(config)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "begins with rows that" in said
+    assert "--data.skip-rows 88 continues behind them" in said
+    further = dataclasses.replace(
+        config, run_dir=str(tmp_path / "b"), data=dataclasses.replace(config.data, skip_rows=88)
+    )
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            loop.pretrain(further)
+    assert "begins with rows" not in capsys.readouterr().err
+    summary = loop.pretrain(further)
+    assert [args[0] for args in read] == [0, 0, 3]
+    assert [args[2] for args in read] == [0, 88, 88]
+    assert summary["epochs"] == 88 / load_info(config.data.directory).rows["train"]
+    with pytest.raises(InputError, match=r"holds a run with data\.skip_rows 88, not 0"):
+        loop.pretrain(dataclasses.replace(config, run_dir=further.run_dir))
+
+
+def test_a_run_longer_than_its_data_says_so(tiny_run):
+    info = load_info(tiny_run.config.data.directory)
+    short, long = (dataclasses.replace(tiny_run.config, steps=n) for n in (22, info.rows["train"]))
+    assert loop.repeats(short, info) == []
+    assert loop.repeats(long, info) == [
+        f"the run reads the {info.rows['train']:,} training rows 4.00 times (epochs)"
+    ]

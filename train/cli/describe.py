@@ -7,10 +7,12 @@ import jax
 from rich.table import Column, Table
 
 from mora_jax import trees
+from mora_jax.errors import InputError
 from mora_jax.report import count_trained
 from mora_jax.transform import Choice, Methods, method_of
 from train.config.run import RunConfig
 from train.console.terminal import console
+from train.data.rows.info import load_info
 from train.run.state import assign_methods, state_shapes
 
 
@@ -53,10 +55,19 @@ def _run(config: RunConfig, methods: Methods, state: Any) -> Table:
         "optimizer state": f"{_bytes(state.opt_state) / 2**20:,.1f} MiB",
         "a step": f"{config.tokens_per_step():,} tokens",
         "the run": f"{config.steps:,} steps, {config.tokens_per_step() * config.steps:,} tokens",
+        "training rows": _rows(config),
         "restarts": f"{config.restarts_before(config.steps):,}",
     }.items():
         table.add_row(name, value)
     return table
+
+
+def _rows(config: RunConfig) -> str:
+    try:
+        rows = load_info(config.data.directory, splits=()).rows["train"]
+    except (InputError, OSError) as error:
+        return f"unknown: {error}"
+    return f"{rows:,}, read {config.epochs(rows):.2f} times (epochs)"
 
 
 def _treatment(choice: Choice, shape: tuple[int, ...]) -> str:

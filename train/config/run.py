@@ -188,6 +188,14 @@ class RunConfig:
         """Returns the tokens of one optimizer step."""
         return self.batch_size * self.data.sequence_length
 
+    def rows_before(self, step: int) -> int:
+        """Returns how many rows, in the order of the seed, come before optimizer step `step`."""
+        return self.data.skip_rows + step * self.batch_size
+
+    def epochs(self, rows: int) -> float:
+        """Returns how often the run reads a data set of so many training rows."""
+        return self.steps * self.batch_size / rows
+
     def restarts_before(self, step: int) -> int:
         """Returns the number of restarts before that of optimizer step `step` (from 0), if it has one."""
         return max(step - 1, 0) // self.restart.every if self.restart.every else 0

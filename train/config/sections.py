@@ -20,6 +20,7 @@ YAML_ONLY = ("rules", "groups")
 # The largest int32 of JAX; no count of a run comes near it.
 MOST = 2**31 - 1
 MOST_SEQUENCES = 2**24
+MOST_ROWS = 2**40
 
 
 def at_least(name: str, value: float, least: float, most: float = MOST) -> None:
@@ -54,14 +55,18 @@ class Data:
       directory: data set made by `mora prepare-data`; one in gs:// or s3:// is first downloaded to this
         machine's disk, into MORA_CACHE or ~/.cache/mora_jax.
       sequence_length: tokens per row; must be that of the data set.
+      skip_rows: rows passed over at the start, in the order of the seed, such as those that the source of a
+        warm start has read.
     """
 
     directory: str = "data/c4"
     sequence_length: int = 512
+    skip_rows: int = 0
 
     def __post_init__(self) -> None:
         spell_out(self, "data.", "directory")
         at_least("data.sequence_length", self.sequence_length, 2)
+        at_least("data.skip_rows", self.skip_rows, 0, MOST_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)

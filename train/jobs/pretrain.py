@@ -68,7 +68,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
     agree.check_data(info)
     check(config, info, mesh)
     check_free(config, resume)
-    warn(config.warnings())
+    warn([*config.warnings(), *repeats(config, info)])
     with open_run(config, info, mesh) as run:
         return train(run)
 
@@ -126,11 +126,18 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
         raise InputError("compute.attention splash needs a TPU, and this machine has none; use cudnn or xla")
 
 
+def repeats(config: RunConfig, info: DataInfo) -> list[str]:
+    """Returns a sentence if the run is longer than its data."""
+    rows, epochs = info.rows["train"], config.epochs(info.rows["train"])
+    return [f"the run reads the {rows:,} training rows {epochs:.2f} times (epochs)"] if epochs > 1 else []
+
+
 def batches_on_devices(run: Run, first: int) -> Iterator[jax.Array]:
     """Returns the global batches from update `first` on, each moved to the devices one step ahead."""
     rows = run.config.batch_size
     held = sharding.local_rows(run.mesh, rows)
-    return on_devices(train_batches(run.info, rows, run.config.seed, first, held), run.mesh, rows)
+    skip = run.config.data.skip_rows
+    return on_devices(train_batches(run.info, rows, run.config.seed, first, held, skip), run.mesh, rows)
 
 
 def on_devices(batches: Iterator[np.ndarray], mesh: Mesh, rows: int) -> Iterator[jax.Array]:
@@ -211,6 +218,7 @@ def conclude(run: Run, score: Score, tokens_per_second: float) -> dict[str, Any]
     summary = {
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step(),
+        "epochs": config.epochs(run.info.rows["train"]),
         "restarts": config.restarts_before(config.steps),
         "validation_loss": score.loss,
         "validation_perplexity": score.perplexity,

@@ -8,7 +8,7 @@ from train.config import flags, old
 from train.config import run as run_config
 from train.config.run import RunConfig
 from train.data.rows.info import DataInfo
-from train.data.rows.read import first_rows
+from train.data.rows.read import rows_from
 from train.run.checkpoint import Checkpoints
 from train.step.spec import spec_of
 from train.step.state import random_state
@@ -105,7 +105,7 @@ def _derived(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
         "data": {
             "step": step,
             "seed": config.seed,
-            "next_rows": first_rows(rows, config.batch_size, config.seed, step),
+            "next_rows": rows_from(rows, config.seed, config.rows_before(step), min(4, config.batch_size)),
         },
         "random": random_state(spec_of(config), step),
     }

@@ -23,7 +23,7 @@ from train.data.rows.info import DataInfo
 from train.data.rows.layout import TOKENIZER, TOKENIZER_BYTES
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
-from train.run.meta import check_data
+from train.run.meta import check_data, read_meta
 from train.run.state import assign_methods, restore_state, state_shapes
 from train.step.state import TrainState, layouts
 
@@ -87,6 +87,7 @@ def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
                 f"--init-from {config.init_from} holds a model of {field.name} {there}, "
                 f"not model.{field.name} {here}"
             )
+    _warn_of_read_rows(config, info)
     return params
 
 
@@ -138,6 +139,25 @@ def read_newest(saved: Checkpoints, path: str, read: Callable[[int], T]) -> T:
         except (InputError, FileNotFoundError):
             if not reads or not _newer(saved, before):
                 raise
+
+
+def _warn_of_read_rows(config: RunConfig, info: DataInfo) -> None:
+    """Warns if a warm start reads the rows that its source, a run of the same seed and data, has read."""
+    if not (epath.Path(config.init_from) / CONFIG).exists():
+        return
+    source = read_config(config.init_from)
+    with open_checkpoints(source) as saved:
+        step = saved.steps()[-1]
+        rows = read_meta(saved, step)["data"]["rows"]
+    end = source.rows_before(step)
+    same = (source.seed, rows) == (config.seed, info.rows["train"])
+    if same and config.data.skip_rows < end:
+        warn(
+            [
+                f"this run begins with rows that {config.init_from} has read, since seed and data are the same; "
+                f"--data.skip-rows {end} continues behind them, and another --seed shuffles anew"
+            ]
+        )
 
 
 def _check_tokenizer(path: str, info: DataInfo) -> None:

@@ -1,7 +1,7 @@
 """Batches of rows from a prepared data set, through TFDS's data source and grain.
 
-The global batch of a step is a pure function of the data set, the seed and the step. The number of processes
-and interruptions do not change it.
+The global batch of a step is a pure function of the data set, the seed, the skipped rows and the step. The
+number of processes and interruptions do not change it.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ def train_batches(
     seed: int,
     start_step: int,
     rows: Int[np.ndarray, "R"] | None = None,
+    skip: int = 0,
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """Yields batches of training rows without end, in another order every epoch; threads read ahead.
 
@@ -40,6 +41,7 @@ def train_batches(
       seed: of the order.
       start_step: first step to yield. The batch of step s does not depend on it.
       rows: positions in each global batch that this process reads; all by default.
+      skip: rows of the order that come before the first batch.
 
     Yields:
       (R, T), int32.
@@ -56,16 +58,15 @@ def train_batches(
     order = _order(info.rows["train"], seed)
 
     def rows_of(step: int) -> list:
-        return [order[step * batch_size + int(row)] for row in here]
+        return [order[skip + step * batch_size + int(row)] for row in here]
 
     return _read(info, "train", grain.MapDataset.range(start_step, sys.maxsize).map(rows_of))
 
 
-def first_rows(rows: int, batch_size: int, seed: int, step: int, count: int = 4) -> list[int]:
-    """Returns the numbers of the first training rows of a step's global batch, which identify the order."""
+def rows_from(rows: int, seed: int, first: int, count: int) -> list[int]:
+    """Returns the numbers of `count` training rows from position `first` of the order, which identify it."""
     order = _order(rows, seed)
-    here = range(step * batch_size, step * batch_size + min(count, batch_size))
-    return np.asarray([order[position] for position in here]).tolist()
+    return np.asarray([order[position] for position in range(first, first + count)]).tolist()
 
 
 def eval_batches(
