@@ -1,7 +1,7 @@
 """Hugging Face folders: weights, config.json and tokenizer, read and written without torch."""
 
 from mora_jax.hf.config import read_config
-from mora_jax.hf.folder import whole_folder
+from mora_jax.hf.folder import remove_leftovers, whole_folder
 from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
 from mora_jax.hf.weights import load_hf, save_hf
 
@@ -9,6 +9,7 @@ __all__ = [
     "check_tokenizer",
     "load_hf",
     "read_config",
+    "remove_leftovers",
     "save_hf",
     "save_tokenizer",
     "special_ids",

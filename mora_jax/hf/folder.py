@@ -1,9 +1,13 @@
 """A folder that appears complete or not at all."""
 
 import contextlib
+import errno
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
@@ -15,6 +19,8 @@ from mora_jax.io import path_of
 @contextlib.contextmanager
 def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary folder to fill, which is renamed to `path` when the block ends without an error.
+
+    It is a new folder beside `path`, and is removed if there is an error.
 
     A bucket cannot rename: its folder is filled on the local disk and uploaded, config.json last, since a
     folder without it is no model.
@@ -34,10 +40,34 @@ def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
                 with file.open("rb") as source, (target / file.name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 24)
         return
-    partial = target.parent / f"{target.name}.partial"
-    partial.rmtree(missing_ok=True)
+    partial = target.parent / f"{target.name}.{secrets.token_hex(4)}.mora-partial"
     partial.mkdir(parents=True)
-    yield partial
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    try:
+        yield partial
+        _move(partial, target)
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+
+
+def remove_leftovers(path: epath.PathLike) -> None:
+    """Removes what killed programs left of `whole_folder(path)`. No other program may be filling it."""
+    target = epath.Path(path)
+    if "://" in str(target) or not target.parent.exists():
+        return
+    leftover = re.compile(rf"{re.escape(target.name)}(\.[0-9a-f]{{8}}\.mora-partial)+")
+    for found in target.parent.iterdir():
+        if leftover.fullmatch(found.name):
+            found.rmtree()
+
+
+def _move(partial: epath.Path, target: epath.Path) -> None:
+    """Moves a folder to a name that is free, or that of an empty folder."""
+    try:
+        Path(partial).rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise InputError(
+            f"{target} was made by another program meanwhile; choose another name or remove it"
+        ) from error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mora_jax.errors import InputError
-from train.cli.demo import MARK, demo
+from train.cli.demo import MADE, MARK, demo
 from train.console.exits import Preempted
 
 
@@ -62,7 +62,7 @@ def test_the_whole_path(config, tmp_path, capsys):
 def test_a_second_demo_starts_from_scratch(config, tmp_path, tiny_text, short, monkeypatch):
     folder = tmp_path / "demo"
     folder.mkdir()
-    (folder / MARK).write_text("made by a demo")
+    (folder / MARK).write_text(MADE)
     (folder / "left-over").write_text("x")
     monkeypatch.setattr("train.cli.demo.pretrain", stop)
     short(tiny_text)
@@ -87,7 +87,7 @@ with lock.lock_run(sys.argv[1]):
 
 
 def test_a_running_demo_is_not_removed(config, tmp_path):
-    (tmp_path / MARK).write_text("made by a demo")
+    (tmp_path / MARK).write_text(MADE)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
@@ -96,6 +96,34 @@ def test_a_running_demo_is_not_removed(config, tmp_path):
             demo(config, str(tmp_path))
         other.kill()
     assert (tmp_path / MARK).exists()
+
+
+def test_a_second_demo_at_once_is_refused_and_leaves_the_text(config, tmp_path, monkeypatch):
+    """From its first moment, when the first one still gathers text."""
+    folder, words = tmp_path / "demo", [sys.executable, "-m", "train.cli.main", "demo"]
+    refused = []
+
+    def gather(text: str, limit_bytes: int) -> None:
+        (folder / "text").mkdir()
+        (folder / "text/first").touch()
+        command = [*words, "--config", config, "--folder", str(folder)]
+        refused.append(subprocess.run(command, capture_output=True, text=True, check=False))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.cli.demo.write_shards", gather)
+    with pytest.raises(KeyboardInterrupt):
+        demo(config, str(folder))
+    assert refused[0].returncode == 2
+    assert refused[0].stderr.startswith(f"mora: {folder} is in use by process ")
+    assert (folder / "text/first").exists()
+
+
+def test_a_folder_whose_file_has_the_name_of_the_mark_is_not_removed(config, tmp_path):
+    (tmp_path / MARK).write_text("A demo, recorded in 2019: see demo.mp4")
+    (tmp_path / "demo.mp4").touch()
+    with pytest.raises(InputError, match="holds something else than a demo"):
+        demo(config, str(tmp_path))
+    assert (tmp_path / "demo.mp4").exists()
 
 
 def test_a_stopped_demo_names_the_command_that_resumes_its_training(
@@ -116,7 +144,7 @@ def test_a_folder_of_something_else_is_not_removed(config, tmp_path):
         demo(config, str(tmp_path))
     with pytest.raises(InputError, match="holds something else than a demo"):
         demo(config, str(tmp_path / "thesis.tex"))
-    with pytest.raises(InputError, match="cannot be created"):
+    with pytest.raises(InputError, match="cannot be written to"):
         demo(config, str(tmp_path / "thesis.tex" / "demo"))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -124,7 +152,7 @@ def test_a_folder_of_something_else_is_not_removed(config, tmp_path):
 def test_a_bad_config_removes_no_demo(tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
-    (folder / MARK).write_text("made by a demo")
+    (folder / MARK).write_text(MADE)
     (folder / "loss.png").write_text("x")
     with pytest.raises(InputError, match=r"nowhere\.yaml is missing"):
         demo(str(tmp_path / "nowhere.yaml"), str(folder))

@@ -112,7 +112,7 @@ def test_a_large_vocabulary_is_stored_as_uint32(text: Path, tmp_path: Path):
 def test_other_settings_are_refused(text: Path, tmp_path: Path, change: dict, named: str):
     prepared(text, tmp_path / "d")
     before = contents(tmp_path / "d")
-    train_tokenizer(str(text / "train.*.gz"), str(text / "other.model"), 390)
+    train_tokenizer(str(text / "train.*.gz"), str(text / "other.model"), 390, overwrite=True)
     change = {name: str(text / value) if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(InputError, match="was prepared with") as error:
         prepared(text, tmp_path / "d", **change)

@@ -1,5 +1,6 @@
 """Preparation that is interrupted, damaged or run twice: it resumes, and the result is the same."""
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -237,6 +238,43 @@ def test_a_second_program_is_refused(text: Path, tmp_path: Path, bucket: str, pl
         other.kill()
     prepared(text, out)
     assert not (folder / layout.UNFINISHED).exists()
+
+
+def test_a_folder_called_unfinished_of_somebody_else_stays(text: Path, tmp_path: Path):
+    mine = tmp_path / "d" / layout.UNFINISHED / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(InputError, match="is not empty and not a prepared data set"):
+        prepared(text, tmp_path / "d")
+    assert mine.read_text() == "years of work"
+    shutil.move(mine.parent, tmp_path / "aside")
+    prepared(text, tmp_path / "d")
+    shutil.move(tmp_path / "aside", mine.parent)
+    prepared(text, tmp_path / "d")  # it is complete
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["settings.json.part", "lock", "train-00000.json.part"])
+def test_no_link_leads_outside(text: Path, tmp_path: Path, name: str):
+    outside = tmp_path / "outside"
+    outside.write_text("years of work")
+    aside = tmp_path / "d" / layout.UNFINISHED
+    aside.mkdir(parents=True)
+    (aside / "lock").touch()
+    (aside / name).unlink(missing_ok=True)
+    (aside / name).symlink_to(outside)
+    with contextlib.suppress(InputError):
+        prepared(text, tmp_path / "d")
+    assert outside.read_text() == "years of work"
+
+
+def test_a_link_in_the_place_of_the_unfinished_folder_is_refused(text: Path, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / layout.UNFINISHED).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"unfinished is a link, .* put a folder there"):
+        prepared(text, tmp_path / "d")
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_another_program_finishes_it_meanwhile(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -138,3 +138,14 @@ def test_a_real_model(tokenizers: Path):
     tokenizer = Tokenizer.load(tokenizers / "mistral_v1_32k.model")
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (32_000, 2)
     assert tokenizer.encode_documents(["Hello world", "Hi"]).tolist() == [22557, 1526, 2, 15359, 2]
+
+
+def test_a_file_in_the_place_of_the_model_is_replaced_only_if_asked(text, tmp_path):
+    out = tmp_path / "t.model"
+    out.write_text("years of work")
+    with pytest.raises(InputError, match=r"t\.model exists already; .* --overwrite"):
+        train_tokenizer(str(text / "train.0*"), str(out), 300)
+    assert out.read_text() == "years of work"
+    train_tokenizer(str(text / "train.0*"), str(out), 300, overwrite=True)
+    assert Tokenizer.load(out).vocab_size == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["t.model"]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -61,6 +63,46 @@ def test_an_existing_folder_is_not_changed(tiny_run, tmp_path):
     with pytest.raises(InputError, match="exists already; choose another name"):
         export(str(tiny_run.folder), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_called_partial_stays(tiny_run, tmp_path, kind):
+    mine = tmp_path / "out.partial"
+    mine.mkdir() if kind == "folder" else mine.write_text("years of work")
+    if kind == "folder":
+        (mine / "thesis.tex").write_text("years of work")
+    export(str(tiny_run.folder), str(tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}
+    assert (mine / "thesis.tex" if kind == "folder" else mine).read_text() == "years of work"
+
+
+def test_what_a_killed_export_left_is_removed(tiny_run, tmp_path):
+    (tmp_path / "out.0123abcd.mora-partial").mkdir()
+    (tmp_path / "out.mora-partial").mkdir()
+    (tmp_path / "out2.0123abcd.mora-partial").mkdir()
+    export(str(tiny_run.folder), str(tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out",
+        "out.mora-partial",
+        "out2.0123abcd.mora-partial",
+    }
+
+
+def test_a_second_export_to_the_same_folder_is_refused(tiny_run, tmp_path, monkeypatch):
+    run, out, real, seen = str(tiny_run.folder), str(tmp_path / "out"), hf.save_hf, []
+
+    def save(*args):
+        command = [sys.executable, "-m", "train.cli.main", "export", run, out]
+        seen.append(subprocess.run(command, capture_output=True, text=True, check=False))
+        real(*args)
+
+    monkeypatch.setattr("mora_jax.hf.save_hf", save)
+    export(run, out)
+    assert seen[0].returncode == 2
+    assert seen[0].stderr.startswith(f"mora: {out} is in use by process ")
+    assert len(seen[0].stderr.splitlines()) == 1
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.fixture

@@ -60,6 +60,18 @@ def test_a_config_that_is_the_same_is_not_written_again(tiny_run, tmp_path):
     assert read_config(config.run_dir).checkpoint.every == 17
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+def test_a_folder_of_a_run_that_is_a_link_is_refused(tiny_run, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    config = here(tiny_run, tmp_path / "run")
+    if name == "checkpoints":
+        claim(config)
+    with pytest.raises(InputError, match=rf"run/{name} is a link, .* put a folder there"):
+        check_free(config, resume=True)
+
+
 def test_a_run_of_another_config_is_not_resumed(tiny_run, copy):
     config = here(tiny_run, copy)
     before = (copy / "config.yaml").read_bytes()

@@ -244,3 +244,11 @@ def test_a_value_that_is_no_number_is_named(tmp_path, name, value):
     path.write_text(f'{{"step": 0, "loss": 1, "group_type": "0"}}\n{{"step": 1, "{name}": {value}}}\n')
     with pytest.raises(InputError, match=f"metrics.jsonl, line 2: {name} is .*, not a number that a float"):
         read_metrics(str(path))
+
+
+def test_a_log_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is a link, .* remove it"):
+        Metrics(str(tmp_path / "run"), 1)
+    assert not (tmp_path / "outside").exists()

@@ -26,6 +26,11 @@ def config(tmp_path, monkeypatch) -> RunConfig:
     return RunConfig(run_dir=str(tmp_path / "runs/a"))
 
 
+def named(function: str) -> str:
+    """Returns a name as JAX gives it to a program."""
+    return f"{function}-{'0' * 64}-cache"
+
+
 def programs(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*-cache")}
 
@@ -77,18 +82,26 @@ def test_truncated_programs_are_removed_and_complete_ones_kept(config, tmp_path,
     folder.mkdir(parents=True)
     compress = zlib.compress if compressor == "zlib" else importlib.import_module(compressor).compress
     program = compress(os.urandom(1 << 16))
-    (folder / "whole-cache").write_bytes(program)
+    (folder / named("whole")).write_bytes(program)
     for name, size in (("a", 0), ("b", 1), ("c", len(program) // 2), ("d", len(program) - 1)):
-        (folder / f"cut_{name}-cache").write_bytes(program[:size])
+        (folder / named(f"cut_{name}")).write_bytes(program[:size])
     compile_something(config, 4)
     assert not any(name.startswith("cut") for name in programs(folder))
-    assert "whole-cache" in programs(folder)
+    assert named("whole") in programs(folder)
+
+
+def test_files_of_the_user_in_the_folder_of_programs_stay(config, tmp_path):
+    mine = {"notes-cache": "mine", "checked": "mine", "checked.part": "mine"}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    compile_something(dataclasses.replace(config, compilation=Compilation(str(tmp_path))), 4)
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
 
 
 def test_checked_programs_are_not_read_again(config, tmp_path):
     compile_something(config, 5)
     folder = tmp_path / "runs/jax_cache"
-    old = folder / "old-cache"
+    old = folder / named("old")
     old.write_bytes(b"cut off")
     long_ago = time.time() - 3600
     os.utime(old, (long_ago, long_ago))
@@ -114,10 +127,10 @@ def test_a_full_disk_is_named(disk):
 def test_an_interrupted_check_is_repeated(config, tmp_path, monkeypatch):
     compile_something(config, 7)
     folder = tmp_path / "runs/jax_cache"
-    (folder / "checked").unlink(missing_ok=True)
-    (folder / "cut-cache").write_bytes(b"cut off")
+    (folder / "mora-checked").unlink(missing_ok=True)
+    (folder / named("cut")).write_bytes(b"cut off")
     long_ago = time.time() - 3600
-    os.utime(folder / "cut-cache", (long_ago, long_ago))
+    os.utime(folder / named("cut"), (long_ago, long_ago))
 
     def fail(program: bytes) -> bool:
         raise OSError
@@ -125,18 +138,18 @@ def test_an_interrupted_check_is_repeated(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(backend, "_verify", fail)
         compile_something(config, 7)
-    assert (folder / "cut-cache").exists()
+    assert (folder / named("cut")).exists()
     compile_something(config, 7)
-    assert not (folder / "cut-cache").exists()
+    assert not (folder / named("cut")).exists()
 
 
 def test_a_program_that_cannot_be_decompressed_here_is_kept(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     folder = tmp_path / "runs/jax_cache"
     folder.mkdir(parents=True)
-    (folder / "other-cache").write_bytes(backend._ZSTD + b"whatever")
+    (folder / named("other")).write_bytes(backend._ZSTD + b"whatever")
     compile_something(config, 8)
-    assert (folder / "other-cache").exists()
+    assert (folder / named("other")).exists()
 
 
 @pytest.fixture
@@ -215,15 +228,15 @@ def test_a_deterministic_run_checks_every_program_at_every_start(config, tmp_pat
         altered = program[:4] + bytes(b ^ 255 for b in program[4:40]) + program[40:]
     long_ago = time.time() - 3600
     for name, content in (("cut", program[:99]), ("whole", program), ("altered", altered)):
-        (folder / f"{name}-cache").write_bytes(content)
-        os.utime(folder / f"{name}-cache", (long_ago, long_ago))
+        (folder / named(name)).write_bytes(content)
+        os.utime(folder / named(name), (long_ago, long_ago))
     for _ in range(2):
-        with pytest.raises(InputError, match=r"altered-cache is damaged: remove it .* may change bits"):
+        with pytest.raises(InputError, match=r"altered-0{64}-cache is damaged: remove it .* may change bits"):
             compile_something(deterministic, 9)
-    (folder / "altered-cache").unlink()
+    (folder / named("altered")).unlink()
     compile_something(deterministic, 9)
-    assert "cut-cache" not in programs(folder)
-    assert "whole-cache" in programs(folder)
+    assert named("cut") not in programs(folder)
+    assert named("whole") in programs(folder)
 
 
 def test_a_deterministic_run_loads_the_programs_it_kept(config, tmp_path):

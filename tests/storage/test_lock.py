@@ -65,7 +65,7 @@ def test_a_full_disk_is_not_bad_input(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(lock, "open_own", full)
     with pytest.raises(OSError, match="No space left") as error:
         enter(tmp_path)
     assert error.value.filename == str(tmp_path / lock.LOCK)

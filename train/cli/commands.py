@@ -54,12 +54,14 @@ class TrainTokenizer:
       out: model file to write, ending in .model.
       vocab_size: number of pieces.
       max_documents: most documents to train on.
+      overwrite: replace the model file if there is one; otherwise it is an error.
     """
 
     source: str
     out: str
     vocab_size: int = 32_000
     max_documents: int = 1_000_000
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __post_init__(self) -> None:
         spell_out(self, "--", "source", "out")

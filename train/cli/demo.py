@@ -1,5 +1,6 @@
 """`mora demo`: the whole path from text to export, on prose that every Python installation has."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mora_jax.errors import InputError
-from mora_jax.io import json_text
+from mora_jax.io import json_text, read_text
 from train.config import flags
 from train.config.run import RunConfig
 from train.console.exits import Preempted
@@ -16,12 +17,14 @@ from train.data.rows.build import prepare
 from train.data.text.prose import LIMIT_BYTES, write_shards
 from train.data.tokenizer import train_tokenizer
 from train.jobs.export import export
-from train.jobs.pretrain import pretrain
+from train.jobs.pretrain import SUMMARY, pretrain
 from train.jobs.score import score_path
 from train.storage import lock
+from train.storage.files import remove_parts, writable, write_whole
 
-# A folder that holds this file was made by a demo, so the next demo may remove it.
+# A folder that holds this file, with this text, was made by a demo, so the next demo may replace it.
 MARK = "demo.txt"
+MADE = "Made by `mora demo`, which replaces this folder when it runs again.\n"
 
 
 def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
@@ -33,11 +36,17 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
       text_bytes: UTF-8 bytes of text to gather, at most.
 
     Raises:
-      InputError: the config is wrong, or the folder holds something else than a demo.
+      InputError: the config is wrong, the folder holds something else than a demo, or another program
+        uses it.
       Preempted: the training was stopped by a signal.
     """
-    text, tokenizer, rows = (f"{folder}/{name}" for name in ("text", "tokenizer.model", "data"))
     config = flags.read_config(config_path)
+    with lock.lock_output(folder, "--folder"):
+        _demo(config, folder, text_bytes)
+
+
+def _demo(config: RunConfig, folder: str, text_bytes: int) -> None:
+    text, tokenizer, rows = (f"{folder}/{name}" for name in ("text", "tokenizer.model", "data"))
     config = dataclasses.replace(
         config, run_dir=folder, data=dataclasses.replace(config.data, directory=rows)
     )
@@ -56,22 +65,31 @@ def demo(config_path: str, folder: str, text_bytes: int = LIMIT_BYTES) -> None:
     export(folder, f"{folder}/export")
     score = score_path(f"{folder}/export", rows, config.eval, config.compute.dtype)
     summary["exported_perplexity"] = score.perplexity
-    Path(folder, "summary.json").write_text(json_text(summary, indent=2) + "\n")
+    write_whole(Path(folder, SUMMARY), json_text(summary, indent=2) + "\n")
     _show(summary, folder, config)
 
 
 def _clear(folder: Path) -> None:
-    if (folder / MARK).exists():
-        # Refuses the folder of a running demo.
+    """Makes the folder, or empties that of an earlier demo, whose training must not be running."""
+    if _is_demo(folder):
         with lock.lock_file(folder / lock.LOCK, "--folder", str(folder)):
-            shutil.rmtree(folder)
+            for path in sorted(folder.iterdir()):
+                if path.name not in (MARK, lock.LOCK):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return
+    if folder.is_dir():
+        remove_parts(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something else than a demo; choose another --folder")
-    try:
+    with writable(folder, f"--folder {folder} cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("Made by `mora demo`, which replaces this folder when it runs again.\n")
-    except OSError as error:
-        raise InputError(f"--folder {folder} cannot be created: {error.strerror}") from error
+        write_whole(folder / MARK, MADE)
+
+
+def _is_demo(folder: Path) -> bool:
+    with contextlib.suppress(InputError):
+        return read_text(folder / MARK, len(MADE)) == MADE
+    return False
 
 
 def _show(summary: dict, folder: str, config: RunConfig) -> None:

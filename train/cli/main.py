@@ -52,7 +52,13 @@ def train_tokenizer(command: TrainTokenizer) -> None:
     """Runs `mora train-tokenizer`."""
     from train.data.tokenizer import train_tokenizer as train
 
-    made = train(command.source, command.out, command.vocab_size, command.max_documents)
+    made = train(
+        command.source,
+        command.out,
+        command.vocab_size,
+        command.max_documents,
+        overwrite=command.overwrite,
+    )
     print(f"{made.path}: {made.vocab_size:,} pieces")
 
 

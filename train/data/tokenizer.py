@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -17,6 +18,8 @@ from train.console.progress import progress
 from train.data.rows.layout import TOKENIZER_BYTES, token_dtype
 from train.data.text.c4 import documents, shards
 from train.storage.buckets import in_bucket
+from train.storage.files import writable, write_whole
+from train.storage.lock import lock_output
 
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
 MAX_VOCAB_SIZE = 1_000_000
@@ -58,7 +61,12 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    source: str, out: str, vocab_size: int, max_documents: int = 1_000_000, max_characters: int = 50_000_000
+    source: str,
+    out: str,
+    vocab_size: int,
+    max_documents: int = 1_000_000,
+    max_characters: int = 50_000_000,
+    overwrite: bool = False,
 ) -> Tokenizer:
     """Trains a BPE model with byte fallback on the first documents of every file, and writes it.
 
@@ -68,12 +76,14 @@ def train_tokenizer(
       vocab_size: number of pieces, including the 256 bytes and <unk>, <s>, </s>.
       max_documents: documents to train on at most, the same number from every file.
       max_characters: characters to train on at most, likewise.
+      overwrite: whether a file in the place of `out` is replaced; otherwise it is refused.
 
     Returns:
       The trained tokenizer.
 
     Raises:
-      InputError: bad text (see `c4.records`), no text, or a vocabulary that cannot be made from it.
+      InputError: bad text (see `c4.records`), no text, a file in the place of `out`, which another program
+        may be writing, or a vocabulary that cannot be made from it.
     """
     if in_bucket(out):
         raise InputError(f"--out {out} is in a bucket; write the tokenizer to a disk, then copy it there")
@@ -82,13 +92,17 @@ def train_tokenizer(
     for name, value in (("--max-documents", max_documents), ("max_characters", max_characters)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    lines = _sample(source, max_documents, max_characters)
-    if not lines:
-        raise InputError(f"{source} holds no text to train a tokenizer on")
-    with progress(f"training {vocab_size:,} pieces on", len(lines), "lines") as advance:
-        model = _train(_counted(lines, advance), vocab_size)
-    _write(Path(out), model)
-    return Tokenizer.load(out)
+    with lock_output(out, "--out"):
+        _check_free(Path(out), overwrite)
+        lines = _sample(source, max_documents, max_characters)
+        if not lines:
+            raise InputError(f"{source} holds no text to train a tokenizer on")
+        with progress(f"training {vocab_size:,} pieces on", len(lines), "lines") as advance:
+            model = _train(_counted(lines, advance), vocab_size)
+        _check_free(Path(out), overwrite)  # other programs do not know the lock
+        with writable(out, f"tokenizer {out} cannot be written"):
+            write_whole(out, model)
+        return Tokenizer.load(out)
 
 
 def _read(path: epath.PathLike) -> bytes:
@@ -98,12 +112,11 @@ def _read(path: epath.PathLike) -> bytes:
         raise InputError(f"tokenizer: {error}") from error
 
 
-def _write(path: Path, model: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(model)
-    except OSError as error:
-        raise InputError(f"tokenizer {path} cannot be written: {error.strerror}") from error
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name the model file to write")
+    if not overwrite and os.path.lexists(out):
+        raise InputError(f"--out {out} exists already; choose another name, or add --overwrite to replace it")
 
 
 def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor:

@@ -12,6 +12,7 @@ from train.console.terminal import warn
 from train.data.rows.layout import TOKENIZER
 from train.run.model import load_model, widest_mesh
 from train.run.tokenizer import run_tokenizer
+from train.storage.lock import lock_output
 
 
 def export(
@@ -32,13 +33,15 @@ def export(
       The merged parameters and the model's config.
 
     Raises:
-      InputError: if the run has no complete checkpoint.
+      InputError: if another program writes `out`, or the run has no complete checkpoint.
     """
     tokenizer = run_tokenizer(run_dir)
-    with hf.whole_folder(out) as folder:
-        params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
-        hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
-        _save_tokenizer(folder, tokenizer, run_dir)
+    with lock_output(out, "OUT"):
+        hf.remove_leftovers(out)
+        with hf.whole_folder(out) as folder:
+            params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
+            hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
+            _save_tokenizer(folder, tokenizer, run_dir)
     return params, model
 
 

@@ -16,13 +16,17 @@ from train.config import flags
 from train.config import run as run_config
 from train.config.run import RunConfig
 from train.run.checkpoint import Checkpoints
+from train.run.metrics import EVENTS
+from train.runtime.backend import CACHE
 from train.storage.buckets import in_bucket
-from train.storage.files import make_folder, writable, write_whole
+from train.storage.files import make_folder, refuse_links, remove_parts, writable, write_whole
 from train.storage.format import FORMAT, KEY
 
 CONFIG = "config.yaml"
 DIVERGED = "diverged.json"
 CHECKPOINTS = "checkpoints"
+# What a run fills beside its files.
+FOLDERS = (CHECKPOINTS, EVENTS, CACHE)
 # Sections that a resumed run may change: none of them affects what is trained.
 OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log", "mesh", "distributed")
 
@@ -32,7 +36,7 @@ def check_free(config: RunConfig, resume: bool) -> None:
 
     Raises:
       InputError: if the folder holds a run of another config, holds any run and `resume` is off, is that of
-        the data set, or cannot be made.
+        the data set, has a link in the place of a folder that the run fills, or cannot be made.
     """
     folder = epath.Path(config.run_dir)
     if _is_within(config.run_dir, config.data.directory):
@@ -53,6 +57,8 @@ def check_free(config: RunConfig, resume: bool) -> None:
         )
     with writable(folder, f"--run-dir {folder} cannot be made"):
         make_folder(folder)
+    if not in_bucket(folder):
+        refuse_links(Path(folder), FOLDERS)
 
 
 def claim(config: RunConfig) -> None:
@@ -60,6 +66,7 @@ def claim(config: RunConfig) -> None:
     if jax.process_index() > 0:
         return
     path = epath.Path(config.run_dir) / CONFIG
+    remove_parts(path.parent)
     text = yaml.safe_dump({KEY: FORMAT} | run_config.to_plain(config), sort_keys=False)
     if not path.exists() or path.read_text() != text:
         write_whole(path, text)

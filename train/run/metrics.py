@@ -26,7 +26,7 @@ from mora_jax.errors import InputError
 from mora_jax.io import is_plain_file, json_text, read_text
 from train.console.progress import Bar
 from train.console.terminal import warn
-from train.storage.files import naming_errors, writable, write_whole
+from train.storage.files import naming_errors, open_own, writable, write_whole
 
 LINES = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -170,7 +170,7 @@ def _render(step: int, values: Values) -> str:
 def _json_lines(closing: contextlib.ExitStack, path: Path, start: int, evaluated: bool) -> Sink:
     with writable(path, f"{path} cannot be written to"):
         logged = _drop_later_lines(path, start, evaluated) if path.exists() else set()
-        file = closing.enter_context(path.open("ab", buffering=0))  # a buffer would fail again at the end
+        file = closing.enter_context(open_own(path, "ab"))  # a buffer would fail again at the end
     if missing := _spans(sorted(set(range(start)) - logged)):
         warn([f"{path} lacks updates {missing}; they are done and not repeated"])
 

@@ -9,8 +9,11 @@ them (openxla/xla#37902).
 import contextlib
 import importlib.util
 import os
+import re
+import secrets
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -22,8 +25,10 @@ from train.runtime import workarounds
 from train.storage.buckets import in_bucket
 
 CACHE = "jax_cache"
-# A file in the cache's folder whose age says which programs were checked. JAX names a program `<key>-cache`.
-_CHECKED = "checked"
+# A file in the cache's folder whose age says which programs were checked.
+_CHECKED = "mora-checked"
+# JAX's name of a program: the function's, a SHA-256 and `cache`. Other files in the folder are the user's.
+_PROGRAM = re.compile(r".+-[0-9a-f]{64}-cache")
 _OPTIONS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
@@ -125,20 +130,30 @@ def _gpu_expected() -> bool:
 
 def _remove_truncated(folder: epath.Path) -> None:
     """Removes programs that a kill truncated. JAX would never replace them, and compile at every start."""
-    checked, checking = folder / _CHECKED, folder / f"{_CHECKED}.part"
+    checked, checking = folder / _CHECKED, folder / f"{_CHECKED}.{secrets.token_hex(8)}.part"
     since = checked.stat().mtime if checked.exists() else 0
     with contextlib.suppress(OSError):  # a folder that cannot be written to may still be read
         folder.mkdir(parents=True, exist_ok=True)
-        checking.write_bytes(b"")  # before the loop: its age must not cover what is written meanwhile
-        for program in folder.glob("*-cache"):
-            if program.stat().mtime >= since - 1 and _verify(program.read_bytes()) != "good":
-                program.unlink(missing_ok=True)
-        checking.replace(checked)
+        # Before the loop: its age must not cover what is written meanwhile.
+        Path(checking).touch(exist_ok=False)
+        try:
+            for program in _programs(folder):
+                if program.stat().mtime >= since - 1 and _verify(program.read_bytes()) != "good":
+                    program.unlink(missing_ok=True)
+            checking.replace(checked)
+        finally:
+            checking.unlink(missing_ok=True)
+
+
+def _programs(folder: epath.Path) -> list[epath.Path]:
+    """Returns the files in a folder that JAX keeps programs in, sorted."""
+    there = folder.iterdir() if folder.exists() else ()
+    return sorted(path for path in there if _PROGRAM.fullmatch(path.name))
 
 
 def _check_all(folder: epath.Path) -> None:
     """Removes truncated programs, which never ran. Raises InputError for any other damage."""
-    for program in sorted(folder.glob("*-cache")):
+    for program in _programs(folder):
         found = _verify(program.read_bytes())
         if found == "altered":
             raise InputError(

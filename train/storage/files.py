@@ -4,7 +4,10 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -20,6 +23,8 @@ _BAD_PLACES = (
     *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
 )
 _CHUNK = 1 << 22
+# Files that `write_whole` has not finished: no user gives a file such a name.
+_PART = re.compile(r".+\.[0-9a-f]{16}\.part")
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
@@ -33,12 +38,55 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
         with store_errors(str(path)):
             path.write_bytes(data)
         return
-    part = path.parent / f"{path.name}.part"
-    with naming_errors(part):
-        part.write_bytes(data)
-        sync(part)
-        part.replace(path)
+    part = path.parent / f"{path.name}.{secrets.token_hex(8)}.part"
+    with naming_errors(path):
+        try:
+            with Path(part).open("xb") as file:  # a new file, and never what a link leads to
+                file.write(data)
+            sync(part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def is_part(name: str) -> bool:
+    """Returns whether a file of this name is one that `write_whole` has not finished."""
+    return bool(_PART.fullmatch(name))
+
+
+def remove_parts(folder: epath.PathLike) -> None:
+    """Removes what killed calls of `write_whole` left in a folder. No other program may be writing there."""
+    if in_bucket(folder):
+        return
+    for path in epath.Path(folder).iterdir():
+        if is_part(path.name):
+            path.unlink(missing_ok=True)
+
+
+def open_own(path: Path, mode: str) -> Any:
+    """Opens a file that this program keeps, to write to it, without a buffer. A link is not followed.
+
+    Raises:
+      InputError: if there is a link in its place, which may lead to a file of somebody else.
+      OSError: if it cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, and may lead to a file of somebody else; remove it")
+    return open(path, mode, buffering=0, opener=opener)
+
+
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises InputError if one of the named folders, which a program fills, is a link to another place."""
+    for name in names:
+        if (folder / name).is_symlink():
+            raise InputError(
+                f"{folder / name} is a link, and may lead to files of somebody else; put a folder there"
+            )
 
 
 def make_folder(path: epath.PathLike) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from etils import epath
 from mora_jax.errors import InputError
 from train.console.terminal import log, warn
 from train.storage import buckets
-from train.storage.files import writable
+from train.storage.files import open_own, writable
 
 LOCK = "lock"
+# What this program writes into a lock. A file with anything else is somebody's own.
+_HOLDER = re.compile(rb"process \d*( on \S*)?")
 
 
 def local_folder(run_dir: str) -> Path:
@@ -62,20 +65,35 @@ def lock_file(path: Path, flag: str, folder: str) -> Iterator[Callable[[], None]
       InputError: if another program has locked it, or it cannot be written to.
       OSError: if the disk is in trouble.
     """
-    with writable(path, f"{flag} {folder} cannot be written to"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b", buffering=0)
-    with file:
-        if not _try_lock(file, folder):
-            file.seek(0)
-            holder = file.read(1000).decode(errors="replace") or "another program"
-            raise InputError(
-                f"{folder} is in use by {holder}; wait for it, stop it, or choose another {flag}"
-            )
+    with _locked(path, flag, folder) as file:
         with contextlib.suppress(OSError):  # a full disk: the text is only for the message above
             file.truncate(0)
             file.write(_this_process().encode())
         yield lambda: _check_there(path, file, folder)
+
+
+@contextlib.contextmanager
+def lock_output(path: str, flag: str) -> Iterator[None]:
+    """Keeps other programs on this machine from writing the same file or folder, which need not exist yet.
+
+    The lock is a hidden file beside it, or on this machine's disk for one in a bucket. It is removed at the
+    end.
+
+    Args:
+      path: what is written.
+      flag: what names it, such as "--out".
+
+    Raises:
+      InputError: if another program writes it, or its parent cannot be written to.
+      OSError: if the disk is in trouble.
+    """
+    place = buckets.stand_in("output", path) if buckets.in_bucket(path) else Path(path).absolute()
+    file = place.with_name(f".{place.name}.mora-lock")
+    with lock_file(file, flag, path):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # still locked: who has opened it finds it gone
 
 
 @contextlib.contextmanager
@@ -87,11 +105,34 @@ def wait_for_lock(path: Path, waiting: str) -> Iterator[None]:
       waiting: logged before waiting.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with open_own(path, "ab") as file:
         if not _try_lock(file, str(path.parent)):
             log(waiting, every_process=True)
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+def _locked(path: Path, flag: str, folder: str) -> Any:
+    """Returns the file of `lock_file`, opened and locked."""
+    while True:
+        with writable(path, f"{flag} {folder} cannot be written to"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_own(path, "a+b")
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(file)
+            locked = _try_lock(file, folder)
+            file.seek(0)
+            content = file.read(1000)
+            if content and not _HOLDER.fullmatch(content):
+                raise InputError(f"{path} is not a lock of mora; move it, or choose another {flag}")
+            if not locked:
+                holder = content.decode(errors="replace") or "another program"
+                raise InputError(
+                    f"{folder} is in use by {holder}; wait for it, stop it, or choose another {flag}"
+                )
+            if _is_there(path, file):  # else its holder removed it meanwhile
+                closing.pop_all()
+                return file
 
 
 def _try_lock(file: Any, folder: str) -> bool:
@@ -117,6 +158,8 @@ def _note(run_dir: str) -> Iterator[None]:
     try:
         with buckets.store_errors(str(note)):
             holder = note.read_text() if note.exists() else ""
+            if holder and not holder.startswith("process "):
+                raise InputError(f"{note} is not a lock of mora; move it, or choose another --run-dir")
             note.write_text(me)
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"--run-dir {run_dir} cannot be written to: {error.strerror}") from error
@@ -135,9 +178,13 @@ def _this_process() -> str:
 
 
 def _check_there(path: Path, file: Any, folder: str) -> None:
-    try:
-        there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        there = False
-    if not there:
+    if not _is_there(path, file):
         raise InputError(f"{folder}, or the file {LOCK} in it, was removed during the run; nothing is saved")
+
+
+def _is_there(path: Path, file: Any) -> bool:
+    """Returns whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

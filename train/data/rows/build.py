@@ -4,6 +4,7 @@ TFDS's own preparation starts from scratch after an interruption and runs in one
 written here with TFDS's serializer, and described to TFDS at the end.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ from train.data.text.sources import TextShard, open_text
 from train.data.tokenizer import Tokenizer
 from train.storage import buckets, lock
 from train.storage.buckets import in_bucket
-from train.storage.files import naming_errors, sync, write_whole
+from train.storage.files import is_part, naming_errors, refuse_links, sync, write_whole
 
 
 def prepare(
@@ -69,17 +70,22 @@ def prepare(
     settings = settings_of(sequence_length, model, text)
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
+    held, splits = folder / layout.UNFINISHED / lock.LOCK, () if in_bucket(out) else layout.SPLITS
     if not _is_complete(out, settings):
-        with lock.lock_file(folder / layout.UNFINISHED / lock.LOCK, "--out", out):
+        with lock.lock_file(held, "--out", out):
             if not _is_complete(out, settings):  # another program may have completed it meanwhile
                 start(folder, settings)
                 _complete(folder, jobs, settings, tokenizer, workers or os.cpu_count() or 1)
                 if in_bucket(out):
                     load_info(str(folder))
                     _upload(folder, out)
-    info = load_info(out, splits=() if in_bucket(out) else layout.SPLITS)
-    if not in_bucket(out):
-        shutil.rmtree(folder / layout.UNFINISHED, ignore_errors=True)
+            info = load_info(out, splits=splits)
+            shutil.rmtree(held.parent, ignore_errors=True)
+        return info
+    info = load_info(out, splits=splits)
+    if held.exists():  # a kill left it behind; the disk may be read-only now
+        with contextlib.suppress(InputError, OSError), lock.lock_file(held, "--out", out):
+            shutil.rmtree(held.parent, ignore_errors=True)
     return info
 
 
@@ -126,13 +132,26 @@ def _is_complete(out: str, settings: Settings) -> bool:
     """Returns whether the data set is complete. Raises InputError if `out` holds anything else."""
     if in_bucket(out):
         names = set(buckets.objects(out))
+        free = not names
     else:
+        refuse_links(Path(out), [layout.UNFINISHED])
         names = {entry.name for entry in Path(out).iterdir()} if Path(out).is_dir() else set()
+        free = _is_started(Path(out))
     if layout.SETTINGS in names:
         check_settings(out, settings)
-    elif any(name != layout.UNFINISHED for name in names):
+    elif not free:
         raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
     return layout.DESCRIBED in names
+
+
+def _is_started(folder: Path) -> bool:
+    """Returns whether a folder without settings is free, or holds nothing but the start of a data set."""
+    if not folder.is_dir():
+        return not folder.exists()
+    names = {path.name for path in folder.iterdir() if not is_part(path.name)}
+    aside = folder / layout.UNFINISHED
+    ours = aside.is_dir() and ((aside / lock.LOCK).exists() or not any(aside.iterdir()))
+    return not names or (names == {layout.UNFINISHED} and ours)
 
 
 def _complete(

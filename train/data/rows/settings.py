@@ -13,7 +13,7 @@ from mora_jax.io import read_json
 from train.data.rows import layout
 from train.data.text.sources import TextShard
 from train.data.tokenizer import Tokenizer
-from train.storage.files import sync, writable
+from train.storage.files import remove_parts, writable, write_whole
 from train.storage.format import FORMAT, KEY, check_format
 
 
@@ -72,8 +72,6 @@ def start(folder: Path, settings: Settings) -> None:
     if path.exists():
         check_settings(folder, settings)
         return
-    part = folder / layout.UNFINISHED / f"{layout.SETTINGS}.part"
     with writable(folder, f"{folder} cannot be written to"):
-        part.write_text(json.dumps({KEY: FORMAT, **asdict(settings)}))
-        sync(part)
-        part.replace(path)
+        remove_parts(folder)
+        write_whole(path, json.dumps({KEY: FORMAT, **asdict(settings)}))

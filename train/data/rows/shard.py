@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
     Raises:
       InputError: the text is bad (see `c4.records`). No file is left behind.
     """
-    unfinished = job.record.with_suffix(f".rows-{os.getpid()}")
+    unfinished = job.record.with_suffix(f".rows-{secrets.token_hex(8)}")
     try:
         counts, unigram_V = _write_rows(job, unfinished, report)
         sync(unfinished)
