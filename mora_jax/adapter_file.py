@@ -91,11 +91,11 @@ def load(path: epath.PathLike, params: Params) -> State:
     file = path_of(path)
     tensors, metadata = read_file(file)
     said = parse_json(metadata.get(KEY, "null"), f"the metadata of {file}")
-    if not isinstance(said, Mapping) or said.get("version") != VERSION:
+    if not isinstance(said, dict) or said.get("version") != VERSION:
         raise InputError(f"{file} holds no adapters that mora_jax.save of this version wrote")
     try:
         methods, kernels, step = Methods.from_json(said["methods"]), dict(said["kernels"]), int(said["step"])
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: its metadata says no methods: {error}") from error
     flat = trees.flatten(params)
     if other := sorted(flat.keys() ^ dict(methods.choices).keys()):

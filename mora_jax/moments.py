@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Set
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ Clear: TypeAlias = Literal["reset", "magnitude", "random"]
 def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float, key: PRNGKeyArray) -> Any:
     """Clears the optimizer state of adapters, or a share of it, after their update was merged.
 
-    "reset" starts it anew. The counts of learning rate schedules stay. Pruning zeroes a share of the non-zero
-    entries of each Adam moment of each kernel, the smallest ones ("magnitude") or random ones (ReLoRA,
-    arXiv:2307.05695), and keeps Adam's count.
+    "reset" starts it anew. Counts of learning rate schedules and injected hyper-parameters stay. Pruning
+    zeroes a share of the non-zero entries of each Adam moment of each kernel, the smallest ones ("magnitude")
+    or random ones (ReLoRA, arXiv:2307.05695), and keeps Adam's count.
 
     Args:
       opt_state: any Optax state; what belongs to adapters lies in states of `optax.partition`.
@@ -32,12 +32,25 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     Raises:
       InputError: if there is no state of these labels, or nothing to prune, as without Adam's moments.
     """
+    if how not in get_args(Clear):
+        raise InputError(f"how is one of {', '.join(get_args(Clear))}, not {how!r}")
+    if not 0 <= share <= 1:
+        raise InputError(f"the share to prune lies in [0, 1], not {share}")
+    share = float(share)
     found: set[str] = set()
     pruned: list[Any] = []
 
     def cleared(path: Any, old: Any, new: Any) -> Any:
         if isinstance(old, optax.ScaleByScheduleState):
             return old
+        if isinstance(old, _INJECTED):
+            inner = jax.tree_util.tree_map_with_path(
+                lambda p, a, b: cleared((*path, *p), a, b),
+                old.inner_state,
+                new.inner_state,
+                is_leaf=_is_whole,
+            )
+            return old._replace(inner_state=inner)
         if how == "reset":
             return new
         if not isinstance(old, optax.ScaleByAdamState):
@@ -47,9 +60,10 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
         mu_key, nu_key = jax.random.split(own_key)
         return old._replace(mu=_pruned(old.mu, how, share, mu_key), nu=_pruned(old.nu, how, share, nu_key))
 
-    def by_label(old: Any, new: Any) -> Any:
+    def by_label(path: Any, old: Any, new: Any) -> Any:
         if not isinstance(old, optax.transforms.PartitionState):
-            return old
+            # Other transformations keep something of the old adapters, such as MultiSteps their gradients.
+            return new if jax.tree_util.DictKey("adapters") in path else old
         found.update(labels & old.inner_states.keys())
         ours, others = ({k: s for k, s in p.inner_states.items() if k in labels} for p in (old, new))
         states = jax.tree_util.tree_map_with_path(cleared, ours, others, is_leaf=_is_whole)
@@ -58,7 +72,7 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     def is_partition(node: Any) -> bool:
         return isinstance(node, optax.transforms.PartitionState)
 
-    result = jax.tree.map(by_label, opt_state, fresh, is_leaf=is_partition)
+    result = jax.tree_util.tree_map_with_path(by_label, opt_state, fresh, is_leaf=is_partition)
     if labels - found:
         raise InputError("there is no optimizer state of adapters: make the optimizer with State.optimizer")
     if how != "reset" and not pruned:
@@ -66,8 +80,11 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     return result
 
 
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
+
 def _is_whole(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState | optax.ScaleByScheduleState)
+    return isinstance(node, (optax.ScaleByAdamState, optax.ScaleByScheduleState, *_INJECTED))
 
 
 def _pruned(moments: Any, how: Clear, share: float, key: PRNGKeyArray) -> Any:

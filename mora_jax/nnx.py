@@ -17,7 +17,8 @@
     model, optimizer = mora_nnx.restarted(model, optimizer, rngs)  # ReMoRA
     plain = mora_nnx.merged(model)
 
-An adapted model computes what `merged` of it computes, whatever its code does with a kernel. The methods are
+An adapted model computes what `merged` of it computes, whatever its code does with the attribute of a kernel.
+Only `nnx.state`, `nnx.split` and the like see the stored kernel and the adapter beside it. The methods are
 static attributes of its modules, so a compiled step is compiled again when a restart changes them.
 """
 
@@ -69,7 +70,8 @@ def adapt(model: M, rules: Rules | Methods, rngs: nnx.Rngs) -> M:
 
     Raises:
       InputError: as `assign` does; if a method has dropout, which an NNX model cannot apply; if the model has
-        adapters already; if a kernel is no attribute of a module, but lies in a list or dict.
+        adapters already; if a kernel is no attribute of a module, but lies in a list or dict, or is the
+        kernel of an `nnx.WeightNorm` or `nnx.SpectralNorm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,8 +94,20 @@ def adapt(model: M, rules: Rules | Methods, rngs: nnx.Rngs) -> M:
     for path, method in chosen.adapted():
         if method.dropout:
             raise InputError(f"{path}: NNX models apply no dropout of {method.name}'s inputs; set it to 0")
+    _check_wrappers(model, dict(chosen.adapted()))
     _install(model, chosen, trees.flatten(transform.attach(rngs.params(), tree, chosen)))
     return model
+
+
+def _check_wrappers(model: Any, adapted: Mapping[str, Any]) -> None:
+    """Raises InputError if a kernel lies below a module that changes the stored kernels of other modules."""
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
+            prefix = "".join(f"{key}/" for key in path)
+            if below := [name for name in adapted if name.startswith(prefix)]:
+                raise InputError(
+                    f"{below[0]} is normalised by an nnx.{type(module).__name__}: adapt another kernel"
+                )
 
 
 def merged(model: M) -> M:

@@ -145,5 +145,5 @@ class State:
 
 
 def _scaled(tx: Any, group: Group) -> optax.GradientTransformation:
-    tx = tx if isinstance(tx, optax.GradientTransformation) else tx(group)
+    tx = tx if hasattr(tx, "update") else tx(group)
     return tx if group.lr_scale == 1 else optax.chain(tx, optax.scale(group.lr_scale))

@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import methods as method_table
 from mora_jax import sharding, trees
-from mora_jax.errors import InputError, nearest
+from mora_jax.errors import InputError, nearest, some
 from mora_jax.methods.base import Bound, Method
 from mora_jax.on import CHOICES, On
 
@@ -63,7 +63,8 @@ class Methods:
 
     def trainable(self) -> dict[str, "Group"]:
         """Returns the optimizer group of every trainable array, by path under `params/` or `adapters/`."""
-        groups = {f"params/{path}": Group(adapter=False) for path in self.trained()}
+        # Parameters that are one array have an empty path.
+        groups = {f"params/{path}".rstrip("/"): Group(adapter=False) for path in self.trained()}
         for path, method in self.adapted():
             for name, leaf in method.leaves().items():
                 if leaf.trainable:
@@ -166,6 +167,8 @@ def assign(rules: Rules, params: Params, stacked: str = "") -> Methods:
       >>> assign(rules, params)["bias"]
       'frozen'
     """
+    if isinstance(rules, Mapping) or any(not isinstance(r, Sequence) or len(r) != 2 for r in rules):
+        raise InputError(f"rules are a list of pairs (regex, choice), not {rules!r}")
     for _, choice in rules:
         if not isinstance(choice, Method | On) and choice not in ("train", "frozen"):
             raise InputError(f"a rule's choice is {CHOICES}, not {choice!r}")
@@ -174,12 +177,17 @@ def assign(rules: Rules, params: Params, stacked: str = "") -> Methods:
     for path, choice in trees.first_match(rules, flat).items():
         if isinstance(choice, Method) and stacked and re.fullmatch(stacked, path):
             choice = On(choice, stack=(0,))
-        _check(path, choice, flat[path].shape)
+        _check(path, choice, flat[path])
         choices[path] = choice
     return Methods(tuple(choices.items()))
 
 
-def _check(path: str, choice: Choice, shape: tuple[int, ...]) -> None:
+def _check(path: str, choice: Choice, leaf: Any) -> None:
+    if not hasattr(leaf, "shape"):
+        raise InputError(f"{path} is no array but {leaf!r}")
+    shape = tuple(leaf.shape)
+    if choice != "frozen" and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise InputError(f"{path} has type {leaf.dtype}: only floating arrays can be trained or adapted")
     if isinstance(choice, Method) and (len(shape) != 2 or path.rpartition("/")[2] in NO_KERNELS):
         raise InputError(
             f"{choice.name} adapts kernels (in, out), and {path!r} has shape {shape}: name its axes, as in "
@@ -345,18 +353,25 @@ def adapters_of(
     """Returns path, method and arrays of every adapted kernel.
 
     Raises:
-      InputError: if a kernel or an array is missing, or an array does not fit the kernel's stack.
+      InputError: if a kernel or an array is missing, an array has another shape than its method makes, or the
+        adapters have arrays that the methods do not know.
     """
     kernels, arrays = trees.flatten(params), trees.flatten(adapters)
+    known = {f"{path}/{name}" for path, on in methods.kernels() for name in on.method.leaves()}
+    if unknown := sorted(arrays.keys() - known):
+        raise InputError(f"the methods adapt nothing with {some(unknown)}, which the adapters hold")
     for path, on in methods.kernels():
         if path not in kernels:
             hint = nearest(path, kernels)
             raise InputError(f"the parameters have no {path!r}, which the methods adapt{hint}")
         names = {name: f"{path}/{name}" for name in on.method.leaves()}
         axes = on.axes(kernels[path].shape)
-        stack = axes.sizes(axes.stack)
-        if any(n not in arrays or arrays[n].shape[: len(stack)] != stack for n in names.values()):
+        if any(n not in arrays for n in names.values()):
             raise InputError(f"the adapters have no arrays of {on.method.name} for {path!r}")
+        for name, shape in on.method.shapes(axes.k, axes.d).items():
+            wanted, found = axes.sizes(axes.stack) + shape, arrays[names[name]].shape
+            if found != wanted:
+                raise InputError(f"{names[name]} has shape {found}, and {on.method} makes {wanted}")
         yield path, on, {name: arrays[n] for name, n in names.items()}
 
 

@@ -1,6 +1,7 @@
 """`adapted`: any function of parameters, with adapters."""
 
 import functools
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,21 +66,28 @@ def adapted(f: Callable[..., Any], methods: Methods | None = None, path: Path = 
             params, adapters, used = params.params, params.adapters, params.methods
         if used is None or adapters is None:
             raise InputError("give adapted its methods and the call its adapters, or call it with a State")
-        dropout_key = _dropout_key(kwargs, used)
+        dropout_key = _dropout_key(f, kwargs, used)
         prefix = "" if _holds(params, used) or not _is_linen(params) else f"{LINEN}/"
         inside = params[LINEN] if prefix else params
         kernels = _kernels(inside, adapters, used, path, dropout_key)
         if not kernels:
             return f(params, *args, **kwargs)
 
-        def call(ws: dict[str, Any]) -> Any:
-            return f(trees.replaced(params, {prefix + name: w for name, w in ws.items()}), *args, **kwargs)
+        returned: list[Any] = []
 
-        program, shape = jax.make_jaxpr(call, return_shape=True)({name: k.w for name, k in kernels.items()})
-        names = sorted(kernels)  # as JAX orders a dict
-        _check_read(program.jaxpr, names)
-        outputs = evaluate(program.jaxpr, program.consts, [kernels[name] for name in names])
-        return jax.tree.unflatten(jax.tree.structure(shape), [materialised(o, "an output") for o in outputs])
+        def call(ws: list[Any]) -> list[Any]:
+            leaves = {prefix + name: w for name, w in zip(kernels, ws, strict=True)}
+            leaves, structure = jax.tree.flatten(f(trees.replaced(params, leaves), *args, **kwargs))
+            returned.extend([structure, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]])
+            return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+        program = jax.make_jaxpr(call)([kernel.w for kernel in kernels.values()])
+        _check_read(program.jaxpr, list(kernels))
+        outputs = evaluate(program.jaxpr, program.consts, list(kernels.values()))
+        arrays = iter([materialised(output, "an output") for output in outputs])
+        structure, constants = returned
+        leaves = [next(arrays) if constant is None else constant for constant in constants]
+        return jax.tree.unflatten(structure, leaves)
 
     return apply
 
@@ -107,6 +115,9 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
 
     @functools.wraps(f)
     def call(state: State, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
+        if not isinstance(state, State):
+            raise InputError(f"the first argument is a State, not {type(state).__name__}")
+
         def of_trainable(trainable: Tree) -> Any:
             return apply(state.with_trainable(trainable), *args, **kwargs)
 
@@ -115,12 +126,15 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     return call
 
 
-def _dropout_key(kwargs: dict[str, Any], methods: Methods) -> PRNGKeyArray | None:
-    """Returns the key that a call gives, and takes it out of its arguments."""
+def _dropout_key(f: Callable[..., Any], kwargs: dict[str, Any], methods: Methods) -> PRNGKeyArray | None:
+    """Returns the key that a call gives, and takes it out of its arguments unless it is f's own."""
     drops = [method.name for _, method in methods.adapted() if method.dropout]
     if drops and "dropout_key" not in kwargs:
         raise InputError(f"{drops[0]} has dropout: pass dropout_key=key in training, else dropout_key=None")
-    return kwargs.pop("dropout_key", None) if drops else None
+    if not drops and "dropout_key" in inspect.signature(f).parameters:
+        return None
+    key = kwargs.pop("dropout_key", None)
+    return key if drops else None
 
 
 def _is_linen(params: Any) -> bool:
@@ -146,6 +160,7 @@ def _kernels(
 
 
 def _check_read(jaxpr: Jaxpr, names: Sequence[str]) -> None:
-    read = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, Literal)}
+    atoms = [*jaxpr.outvars, *(atom for eqn in jaxpr.eqns for atom in eqn.invars)]
+    read = {atom for atom in atoms if not isinstance(atom, Literal)}
     if read.isdisjoint(jaxpr.invars):
         raise InputError(f"the function reads none of the adapted kernels: {some([repr(n) for n in names])}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from mora_jax.frontends.kernel import Kernel
@@ -21,10 +22,10 @@ Values = list[Any]
 
 def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Values:
     """Returns the outputs of a jaxpr, some of whose inputs may be `Kernel`s."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(_array, consts), *args], strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else values[atom]
+        return _array(atom.val) if isinstance(atom, Literal) else values[atom]
 
     for eqn in jaxpr.eqns:
         found = [read(atom) for atom in eqn.invars]
@@ -33,6 +34,11 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Values
             outputs = _applied(eqn, found)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _array(constant: Any) -> Any:
+    """Returns a constant as an array of JAX: functions that are kept in a program may index it by tracers."""
+    return jnp.asarray(constant) if isinstance(constant, np.ndarray) else constant
 
 
 def materialised(value: Any, reader: str) -> Any:
@@ -85,8 +91,7 @@ def _slice(eqn: JaxprEqn, args: Values) -> Values | None:
     cut = _cut(args[0].shape, [end - start for start, end in zip(starts, limits, strict=True)])
     if cut is None or (strides and set(strides) != {1}):
         return None
-    start, end = starts[cut], limits[cut]
-    return _one(args[0].sliced(cut, lambda a, axis: jax.lax.slice_in_dim(a, start, end, axis=axis)))
+    return _one(args[0].sliced(cut, starts[cut], limits[cut] - starts[cut]))
 
 
 def _dynamic_slice(eqn: JaxprEqn, args: Values) -> Values | None:
@@ -95,8 +100,7 @@ def _dynamic_slice(eqn: JaxprEqn, args: Values) -> Values | None:
     cut = _cut(kernel.shape, widths)
     if cut is None:
         return None
-    start, width = starts[cut], widths[cut]
-    return _one(kernel.sliced(cut, lambda a, axis: jax.lax.dynamic_slice_in_dim(a, start, width, axis)))
+    return _one(kernel.sliced(cut, starts[cut], widths[cut]))
 
 
 def _dot_general(eqn: JaxprEqn, args: Values) -> Values | None:
@@ -193,6 +197,7 @@ def _is_plain_product(eqn: JaxprEqn, x: Any, kernel: Kernel) -> bool:
         and jnp.finfo(x.dtype).bits >= 16  # methods are not made for narrower types
         and params["preferred_element_type"] in (None, x.dtype)
         and params.get("out_sharding") is None
+        and not any(jax.typeof(a).sharding.mesh.explicit_axes for a in (x, kernel.w))
         and _precision(params["precision"]) == _precision(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
     )
 

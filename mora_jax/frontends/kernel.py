@@ -7,7 +7,7 @@ program sees: the stored axes that were flattened to it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -73,8 +73,9 @@ class Kernel:
         """
         if jnp.finfo(self.dtype).bits < 32 and jnp.finfo(self.w.dtype).bits < 32:
             raise InputError(
-                f"{self.name} is stored in {self.w.dtype} and read by {reader}, not by a product of its "
-                f"inputs: adding a small update would round it away; store it in float32, or freeze it"
+                f"{self.name} is stored in {self.w.dtype} and read by {reader}, not by a plain product of "
+                f"its inputs (of one type, with default precision): adding a small update would round it "
+                f"away; store it in float32, or freeze it"
             )
         if self.key is not None and self.on.method.dropout:
             raise InputError(
@@ -112,20 +113,25 @@ class Kernel:
             return None
         return dataclasses.replace(self, groups=(*groups[:-1], groups[-1] + tuple(left)))
 
-    def sliced(self, axis: int, take: Callable[[Array, int], Array]) -> "Kernel | None":
-        """Returns a part of the kernel along an axis of its stack.
+    def sliced(self, axis: int, start: Any, width: int) -> "Kernel | None":
+        """Returns a part of the kernel along an axis of its stack, with dropout of its own.
 
         Args:
           axis: axis of the program's kernel.
-          take: returns a part of an array along an axis.
+          start: first index, possibly traced.
+          width: number of kernels.
         """
         if len(self.groups[axis]) != 1 or self.groups[axis][0] not in self.axes.stack:
             return None
         at = self.groups[axis][0]
         place = self.axes.stack.index(at)
+
+        def take(array: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, start, width, axis)
+
         arrays = {name: take(array, place) for name, array in self.arrays.items()}
-        part = dataclasses.replace(self, w=take(self.w, at), arrays=arrays)
-        if part.w.shape[at] > 1:
+        part = dataclasses.replace(self.keyed(start), w=take(self.w, at), arrays=arrays)
+        if width != 1:
             return part
         part = part.without(at)
         return dataclasses.replace(part, w=part.w.squeeze(at), arrays=_squeezed(part.arrays, place))
@@ -155,8 +161,8 @@ class Kernel:
         w = jnp.moveaxis(self.w, first[0], 0)
         return dataclasses.replace(one, w=w, arrays=arrays, key=key, groups=one.groups[1:])
 
-    def keyed(self, i: Array) -> "Kernel":
-        """Returns the kernel with dropout of its own for the i-th turn of a loop."""
+    def keyed(self, i: Any) -> "Kernel":
+        """Returns the kernel with dropout of its own for the i-th turn of a loop, or layer of a stack."""
         key = self.key if self.key is None else jax.random.fold_in(self.key, i)
         return dataclasses.replace(self, key=key)
 

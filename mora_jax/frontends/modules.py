@@ -141,10 +141,11 @@ class EffectiveKernel:
 def view_type(variable: type[nnx.Variable]) -> type[nnx.Variable]:
     """Returns a type of variables that cannot be set, for what is computed at each read."""
 
-    def refuse(self: Any, value: Any, **_: Any) -> None:
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
         raise InputError("this is an effective kernel, with its adapter: change it in the merged model")
 
-    return type(variable.__name__, (variable,), {"set_value": refuse, "set_raw_value": refuse})
+    setters = ("set_value", "set_raw_value", "set_metadata", "copy_from", "update_from_state")
+    return type(variable.__name__, (variable,), dict.fromkeys(setters, refuse))
 
 
 @functools.cache

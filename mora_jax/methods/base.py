@@ -70,6 +70,10 @@ class Method:
         """Returns how each array that `init` makes is trained and sharded."""
         raise NotImplementedError
 
+    def shapes(self, k: int, d: int) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes that arrays of a (k, d) kernel must have; those of `init` by default."""
+        return _shapes(self, k, d)
+
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """Returns the effective kernel: the definition of the method."""
         raise NotImplementedError
@@ -172,6 +176,8 @@ class Adapter:
 class Bound:
     """A kernel with its adapter, in the kernel's place among the parameters; only `dense` can apply it.
 
+    It is no array: code that takes it for one fails.
+
     Attributes:
       w: the kernel (..., in, out). The first leaf: Flax compares its shape with that of the initialisation.
       arrays: the adapter's arrays.
@@ -189,11 +195,22 @@ class Bound:
         """The adapter by itself."""
         return Adapter(self.arrays, self.method)
 
+    def __getitem__(self, layer: int | Array) -> "Bound":
+        """Returns one kernel of a stack."""
+        arrays = {name: array[layer] for name, array in self.arrays.items()}
+        return dataclasses.replace(self, w=self.w[layer], arrays=arrays)
+
     def __jax_array__(self) -> Array:
         raise InputError(
             f"the model reads {self.path} itself, and would ignore its {self.method.name} adapter: bind is "
             f"for models that call mora_jax.dense, use mora_jax.adapted"
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(method: Method, k: int, d: int) -> Mapping[str, tuple[int, ...]]:
+    made = jax.eval_shape(method.init, jax.random.key(0), jax.ShapeDtypeStruct((k, d), jnp.float32))
+    return {name: array.shape for name, array in made.items()}
 
 
 def padded(x: Array, axis: int, multiple: int) -> Array:

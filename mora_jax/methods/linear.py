@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
+from mora_jax.errors import InputError
 from mora_jax.methods.base import Adapter, Arrays, Bound, Method, outer, padded
 from mora_jax.sharding import Layout
 
@@ -64,6 +65,11 @@ def dense(
     """
     if adapters is None:
         adapters = [w.adapter if isinstance(w, Bound) else None for w in ws]
+    for w in ws:
+        if isinstance(w, Bound) and w.w.ndim != 2:
+            raise InputError(
+                f"{w.path} is a stack of kernels {w.w.shape}: scan over it, or index a layer of it"
+            )
     ws = [w.w if isinstance(w, Bound) else w for w in ws]
     known = list(layouts) if layouts and sharding.in_use() else [None] * len(ws)
     # Each kernel draws the same dropout mask whether the kernels share a product or not.
@@ -181,7 +187,7 @@ def _effective(tile: int, x: Array, factors: _Factors) -> Array:
 
 def _product_forward(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
-    return _product(path, tile, x, factors), (x, factors)
+    return x @ _effective(tile, x, factors), (x, factors)  # plain, so that it has a forward mode
 
 
 def _product_backward(path: Path, tile: int, saved: Any, dy: Array) -> Any:

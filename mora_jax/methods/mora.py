@@ -6,7 +6,7 @@ use it, N kernels of one input, G shards of a batch.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -90,6 +90,10 @@ class MoRA(Method):
     def leaves(self) -> dict[str, Leaf]:
         """Returns m_RR as trained."""
         return {"m_RR": Leaf(layout=_M_LAYOUT)}
+
+    def shapes(self, k: int, d: int) -> Mapping[str, tuple[int, ...]]:
+        """Returns m_RR's shape, which may be any if the stored m decides it."""
+        return {} if self.r_hat_from == "stored" else super().shapes(k, d)
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """Returns w + the operator's matrix of m, (k, d) in w's type."""

@@ -129,3 +129,34 @@ def test_what_cannot_be_restarted_or_pruned_is_refused():
         state.restart(jax.random.key(0), opt_state, optimizer, "magnitude")
     with pytest.raises(InputError, match="no optimizer state of adapters"):
         state.restart(jax.random.key(0), optax.sgd(1.0).init(state.trainable), optax.sgd(1.0))
+
+
+def test_injected_rates_go_on_after_a_restart():
+    schedule = optax.piecewise_constant_schedule(1.0, {2: 1e-6})
+    for tx in (optax.sgd(schedule), optax.inject_hyperparams(optax.sgd)(schedule)):
+        state, optimizer, opt_state = trained([("up/kernel", MoRA(2)), (".*", "frozen")], tx)
+        state, opt_state = state.restart(jax.random.key(4), opt_state, optimizer)
+        _, gradients = value_and_grad(loss)(state, X)
+        updates, _ = optimizer.update(gradients, opt_state, state.trainable)
+        assert 0 < max(float(jnp.abs(u).max()) for u in jax.tree.leaves(updates)) < 1e-5
+
+
+def test_gradients_collected_before_a_restart_are_not_applied_after_it():
+    state = State.init(jax.random.key(3), PARAMS, LORA_PLUS)
+    optimizer = optax.MultiSteps(state.optimizer(optax.sgd(1.0)), 2)
+    opt_state = optimizer.init(state.trainable)
+    _, gradients = value_and_grad(loss)(state, X)
+    _, opt_state = optimizer.update(gradients, opt_state, state.trainable)
+    assert np.asarray(opt_state.acc_grads["adapters"]["up"]["kernel"]["m_RR"]).any()
+    _, after = state.restart(jax.random.key(4), opt_state, optimizer)
+    assert not np.asarray(after.acc_grads["adapters"]["up"]["kernel"]["m_RR"]).any()
+    assert np.asarray(after.acc_grads["params"]["up"]["bias"]).any()
+
+
+@pytest.mark.parametrize(
+    ("how", "share"), [("zero", 0.5), ("Reset", 0.5), ("random", 1.5), ("magnitude", 90)]
+)
+def test_what_a_restart_clears_is_checked(how, share):
+    state, optimizer, opt_state = trained([("up/kernel", MoRA(2)), (".*", "frozen")], optax.adam(1e-2), 0)
+    with pytest.raises(InputError, match=r"how is one of reset|lies in \[0, 1\]"):
+        state.restart(jax.random.key(0), opt_state, optimizer, how, share)

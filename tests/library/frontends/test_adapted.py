@@ -27,6 +27,7 @@ from mora_jax import (
     assign,
     attach,
     bind,
+    dense,
     merge,
     partition,
     restart,
@@ -463,3 +464,144 @@ def test_a_state_goes_through_ten_restarts_with_two_compilations_and_never_the_w
     assert other != state.methods
     with pytest.raises(InputError, match="a State has methods of its own"):
         adapted(loss, other)(state, x)
+
+
+def test_layers_of_a_stack_that_are_indexed_drop_different_inputs():
+    params = {"w": jnp.zeros((2, 16, 16))}
+    methods = assign([("w", On(LoRA(16, dropout=0.5), stack=(0,)))], params)
+    eye = jnp.broadcast_to(jnp.eye(16), (2, 16, 16))
+    call = adapted(lambda p, x: [x @ p["w"][i] for i in range(2)], methods)
+    adapters = {"w": {"a_KR": eye, "b_RD": eye}}
+    ys = call(params, jnp.ones((4, 16)), adapters=adapters, dropout_key=jax.random.key(0))
+    assert not np.array_equal(*ys)
+
+
+def test_a_dropout_key_is_taken_where_no_method_has_dropout():
+    params = {"w": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2))], params)
+    adapters = random_adapters(params, methods)
+    x = jnp.ones((2, 8))
+    call = adapted(lambda p, x: x @ p["w"], methods)
+    plain = call(params, x, adapters=adapters)
+    np.testing.assert_array_equal(call(params, x, adapters=adapters, dropout_key=jax.random.key(0)), plain)
+    own = adapted(lambda p, x, dropout_key: x @ p["w"] + dropout_key, methods)
+    np.testing.assert_array_equal(own(params, x, adapters=adapters, dropout_key=1.0), plain + 1)
+
+
+def test_what_is_no_array_is_returned_as_it_is():
+    params = {"w": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2))], params)
+    call = adapted(lambda p, x: {"y": x @ p["w"], "note": "hi", "width": 8}, methods)
+    outputs = call(params, jnp.ones((2, 8)), adapters=random_adapters(params, methods))
+    assert (outputs["note"], outputs["width"]) == ("hi", 8)
+    assert type(outputs["width"]) is int
+
+
+def test_a_function_may_return_its_parameters_only():
+    params = {"w": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2))], params)
+    adapters = random_adapters(params, methods)
+    returned = adapted(lambda p: p, methods)(params, adapters=adapters)
+    np.testing.assert_allclose(returned["w"], merge(params, adapters, methods)["w"], atol=1e-6)
+
+
+def test_a_hessian_goes_through_two_layers():
+    params = {"up": jax.random.normal(jax.random.key(0), (6, 6)), "down": jnp.ones((6, 6))}
+    methods = assign([(".*", MoRA(1))], params)
+    adapters = random_adapters(params, methods)
+    x = jax.random.normal(jax.random.key(1), (3, 6))
+
+    def f(params, x):
+        return jnp.sum(jnp.tanh(x @ params["up"]) @ params["down"])
+
+    got = jax.hessian(lambda a: adapted(f, methods)(params, x, adapters=a))(adapters)
+    expected = jax.hessian(lambda a: f(merge(params, a, methods), x))(adapters)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_custom_vjp_may_index_a_constant_of_the_program():
+    @jax.custom_vjp
+    def scaled(x, table):
+        return x * table[0]
+
+    def backward(table, g):
+        return g * jax.lax.fori_loop(0, 2, lambda i, total: total + table[i], 0.0), None
+
+    scaled.defvjp(lambda x, table: (scaled(x, table), table), backward)
+    params = {"w": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2))], params)
+    call = adapted(lambda p, x: jnp.sum(scaled(x @ p["w"], np.array([2.0, 3.0], np.float32))), methods)
+    adapters = random_adapters(params, methods)
+    gradient = jax.grad(lambda a: call(params, jnp.ones((2, 8)), adapters=a))(adapters)
+    assert np.asarray(gradient["w"]["m_RR"]).any()
+
+
+def test_explicit_meshes_compute_the_same():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 16))}
+    methods = assign([("w", MoRA(2))], params)
+    adapters = random_adapters(params, methods)
+    x = jax.random.normal(jax.random.key(1), (8, 16))
+
+    def f(params, x):
+        return jnp.sum(jnp.sin(jnp.matmul(x, params["w"], out_sharding=jax.P("data"))))
+
+    def plain(params, x):
+        return jnp.sum(jnp.sin(x @ params["w"]))
+
+    expected = jax.grad(lambda a: plain(merge(params, a, methods), x))(adapters)
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(x, jax.P("data"))
+        call = adapted(f, methods)
+        got = jax.jit(jax.grad(lambda a: call(params, on_mesh, adapters=a)))(adapters)
+    np.testing.assert_allclose(got["w"]["m_RR"], expected["w"]["m_RR"], atol=1e-4)
+
+
+def test_a_stack_is_bound_for_each_of_its_layers():
+    params = {"w": jax.random.normal(jax.random.key(0), (2, 8, 8))}
+    methods = assign([("w", On(MoRA(2), stack=(0,)))], params)
+    adapters, x = random_adapters(params, methods), jnp.ones((3, 8))
+    bound = bind(params, adapters, methods)["w"]
+    with pytest.raises(InputError, match=r"w is a stack of kernels \(2, 8, 8\)"):
+        dense(x, [bound])
+    merged = merge(params, adapters, methods)["w"]
+    np.testing.assert_allclose(dense(x, [bound[1]])[0], x @ merged[1], atol=1e-5)
+
+
+def test_adapters_of_other_methods_are_refused():
+    params = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
+    methods = assign([("w", MoRA(2)), ("v", "frozen")], params)
+    wide = attach(jax.random.key(0), params, assign([("w", MoRA(4)), ("v", "frozen")], params))
+    with pytest.raises(InputError, match=r"w/m_RR has shape \(8, 8\), and MoRA\(rank=2.* makes \(5, 5\)"):
+        merge(params, wide, methods)
+    more = attach(jax.random.key(0), params, assign([(".*", MoRA(2))], params))
+    with pytest.raises(InputError, match="the methods adapt nothing with v/m_RR"):
+        adapted(lambda p, x: x @ p["w"], methods)(params, jnp.ones((2, 8)), adapters=more)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "choice", "message"),
+    [
+        (jnp.ones((8, 8), jnp.int8), MoRA(2), "w has type int8: only floating arrays"),
+        (jnp.ones((8, 8), jnp.complex64), DoRA(2), "w has type complex64"),
+        (jnp.ones((), jnp.int32), "train", "w has type int32"),
+        (1.0, "train", "w is no array but 1.0"),
+    ],
+)
+def test_arrays_that_cannot_be_trained_are_refused(leaf, choice, message):
+    with pytest.raises(InputError, match=message):
+        assign([("w", choice)], {"w": leaf})
+
+
+@pytest.mark.parametrize("rules", [{"w": MoRA(2)}, [("w", MoRA(2), 1)], ["w"]])
+def test_rules_are_a_list_of_pairs(rules):
+    with pytest.raises(InputError, match="rules are a list of pairs"):
+        assign(rules, {"w": jnp.ones((8, 8))})
+
+
+def test_one_array_may_be_all_parameters():
+    state = State.init(jax.random.key(0), jnp.ones((8, 8)), [(".*", "train")])
+    assert state.trainable["params"].shape == (8, 8)
+    with pytest.raises(InputError, match="the first argument is a State, not dict"):
+        value_and_grad(lambda p: p)({})

@@ -603,3 +603,19 @@ def test_a_model_is_adapted_once(odd):
 def test_the_library_imports_nnx_only_when_asked():
     code = "import sys, mora_jax; assert 'flax.nnx' not in sys.modules; mora_jax.nnx.adapt"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_kernels_that_another_module_normalises_are_refused(wrapper):
+    model = wrapper(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    with pytest.raises(InputError, match=f"kernel is normalised by an nnx.{wrapper.__name__}"):
+        mora_nnx.adapt(model, [(".*kernel", MoRA(2)), (".*", "frozen")], nnx.Rngs(2))
+
+
+def test_a_view_cannot_be_changed():
+    model = mora_nnx.adapt(
+        nnx.Linear(8, 8, rngs=nnx.Rngs(0)), [("kernel", MoRA(2)), (".*", "frozen")], nnx.Rngs(2)
+    )
+    for change in (lambda k: k.set_metadata(a=1), lambda k: k.update_from_state(nnx.Param(k.get_value()))):
+        with pytest.raises(InputError, match="effective kernel"):
+            change(model.kernel)
