@@ -153,3 +153,21 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     done = subprocess.run(["sh", "-c", words, sys.executable, CLOSED], cwd=tmp_path, env=environment)
     assert done.returncode == 0
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_errors_are_held_back_and_shown_or_dropped():
+    code = """
+import os
+from train.console.streams import held_errors
+with held_errors():
+    os.write(2, b"shown ")
+with held_errors() as drop:
+    os.write(2, b"dropped ")
+    drop()
+    os.write(2, b"last words ")
+    os._exit(3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert (done.returncode, done.stderr) == (3, "shown last words ")

@@ -381,6 +381,16 @@ def test_invalid_processes_are_refused(fields, message):
         Distributed(**fields)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_processes_that_do_not_find_each_other(config: Path, missing: int):
+    """JAX's runtime aborts such a process, with a page of native stack."""
+    both = launched(config, 2, 1, "--distributed.initialization-timeout", "4")
+    both[missing].kill()
+    _, printed = both[1 - missing].communicate(timeout=60)
+    assert both[1 - missing].returncode == exits.BAD_INPUT
+    assert re.fullmatch(r"mora: the processes of this run do not find each other at .*\n", printed), printed
+
+
 def test_an_error_of_jax_is_found_behind_others():
     lost = jax.errors.JaxRuntimeError("a task died")
     saving, restoring = OSError("could not be saved"), InputError("cannot be restored")

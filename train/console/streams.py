@@ -4,13 +4,15 @@ import contextlib
 import os
 import select
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 # Seconds to wait for a stream that accepts nothing, such as a pipe that nobody reads.
 PATIENCE = 1.0
+_STDERR = 2
 # Characters to buffer for a stream before waiting for it.
 _BUFFERED = 1 << 16
 
@@ -33,6 +35,29 @@ def lossy_output(result: bool = False) -> Iterator[None]:
             finally:
                 for stream in (out, err):
                     stream.drain(PATIENCE)
+
+
+@contextlib.contextmanager
+def held_errors() -> Iterator[Callable[[], None]]:
+    """Holds back what is written to standard error, by native code too, until the block ends.
+
+    Yields:
+      A function that drops what was written, for a program that ends inside the block.
+    """
+    kept = os.dup(_STDERR)
+
+    def drop() -> None:
+        os.dup2(kept, _STDERR)
+
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), _STDERR)
+        try:
+            yield drop
+        finally:
+            drop()
+            os.close(kept)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
 
 
 class LossyStream:

@@ -19,7 +19,7 @@ import jax
 
 from mora_jax.errors import InputError
 from train.config.sections import Distributed
-from train.console import exits
+from train.console import exits, streams
 from train.runtime.agree import Disagreement
 from train.runtime.memory import exhausted
 from train.runtime.workarounds import on_abort
@@ -49,8 +49,9 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
     if not several(config, os.environ):
         yield
         return
-    with on_abort(lambda: print(f"\nmora: {_LOST}", file=sys.stderr, flush=True), exits.LOST):
+    with _meeting(config):
         _initialize(config)
+    with on_abort(lambda: _last_words(f"\nmora: {_LOST}", exits.LOST)):
         try:
             yield
         except (exits.Stopped, Disagreement):  # raised on all processes
@@ -62,6 +63,30 @@ def joined(config: Distributed, explain: Callable[[BaseException], int]) -> Iter
                 time.sleep(config.heartbeat_timeout + _GRACE)
             _exit(explain(error))
         jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _meeting(config: Distributed) -> Iterator[None]:
+    """Ends the program with one line if JAX's runtime aborts, as it does if one is not found in time."""
+    where = f" at {config.coordinator_address}" if config.coordinator_address else ""
+    line = (
+        f"mora: the processes of this run do not find each other{where} within "
+        f"{config.initialization_timeout} seconds (distributed.initialization_timeout); start all of them, "
+        "with an address that reaches process 0, the right number of processes, and an id for each"
+    )
+    with streams.held_errors() as drop:  # the runtime prints a page of native stack before it aborts
+
+        def end() -> int:
+            drop()
+            return _last_words(line, exits.BAD_INPUT)
+
+        with on_abort(end):
+            yield
+
+
+def _last_words(line: str, status: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return status
 
 
 def several(config: Distributed, environment: Mapping[str, str]) -> bool:

@@ -52,8 +52,8 @@ def raised_by_compilation_cache(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def on_abort(last_words: Callable[[], None], status: int) -> Iterator[None]:
-    """Calls `last_words` and exits with `status` if the process aborts.
+def on_abort(last_words: Callable[[], int]) -> Iterator[None]:
+    """Calls `last_words` if the process aborts, and exits with the status that it returns.
 
     jaxlib 0.10 to 0.12. If another process is gone, the distributed runtime calls abort() after a page of its
     own. JAX accepts a callback for this, but cannot call it: it cannot convert the reason. Python's own
@@ -61,8 +61,7 @@ def on_abort(last_words: Callable[[], None], status: int) -> Iterator[None]:
     """
 
     def handle(_: int) -> None:
-        last_words()
-        os._exit(status)
+        os._exit(last_words())
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)  # must outlive its registration
     register = ctypes.CDLL(None).signal
