@@ -154,7 +154,7 @@ def _warn_of_read_rows(config: RunConfig, info: DataInfo) -> None:
     if same and config.data.skip_rows < end:
         warn(
             [
-                f"this run begins with rows that {config.init_from} has read, since seed and data are the same; "
+                f"this run begins with rows that {config.init_from} has read: seed and data are the same; "
                 f"--data.skip-rows {end} continues behind them, and another --seed shuffles anew"
             ]
         )
