@@ -116,6 +116,11 @@ def test_a_bad_file_keeps_the_finished_shards(text: Path, tmp_path: Path, count:
         prepared(text, tmp_path / "d", source=source, workers=count)
     assert not list((tmp_path / "d").glob("rows-train*00001-of*"))
     assert not list((tmp_path / "d" / "unfinished").glob("*rows-*"))
+    (tmp_path / "1.json.gz").write_bytes(whole)
+    for _ in range(2):
+        prepared(text, tmp_path / "d", source=source)
+    prepared(text, tmp_path / "whole", source=source)
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow  # the other tests stop a preparation at every step, in one process
@@ -177,7 +182,7 @@ def test_a_kill_while_the_description_is_written(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("moves", range(5))  # 4: after all of them
+@pytest.mark.parametrize("moves", range(6))  # 5: after all of them
 def test_a_kill_while_the_last_files_are_moved(
     text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ):
@@ -321,3 +326,97 @@ def test_a_disk_full_at_the_end(text: Path, disk, monkeypatch: pytest.MonkeyPatc
     disk.free()
     monkeypatch.setattr(workers, "write_shard", None)
     prepared(text, out)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> dict[str, Any]:
+    """Three files of text that can be changed without changing their sizes."""
+    for index in range(3):
+        write_lines(tmp_path / f"plain.{index}.json", random_texts(60, seed=index))
+    return {"source": str(tmp_path / "plain.*.json")}
+
+
+def change(path: Path) -> None:
+    """Changes a file's text to other text of equal size."""
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"a", b"e"))
+    assert path.read_bytes() != before
+    assert path.stat().st_size == len(before)
+
+
+def test_other_text_of_equal_names_and_sizes_is_refused(text: Path, plain: dict, tmp_path: Path):
+    first = prepared(text, tmp_path / "d", **plain)
+    before = contents(tmp_path / "d")
+    change(tmp_path / "plain.1.json")
+    with pytest.raises(InputError, match=r"another train text: plain\.1\.json has other content now; choose"):
+        prepared(text, tmp_path / "d", **plain)
+    assert contents(tmp_path / "d") == before
+    (tmp_path / "d" / layout.TEXT).unlink()  # as earlier versions left it
+    assert prepared(text, tmp_path / "d", **plain) == first
+    with (tmp_path / "plain.1.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"another train \(size \d+ of plain\.1\.json, now size \d+ "):
+        prepared(text, tmp_path / "d", **plain)
+
+
+@pytest.mark.parametrize("done", [1, 2, 4], ids=["before", "after", "all"])
+def test_shards_of_old_and_new_text_are_never_mixed(
+    text: Path, plain: dict, tmp_path: Path, monkeypatch, done: int
+):
+    """The text changes after a kill, before or after its shard is finished."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "write_shard", interrupted_after(done))
+        patch.setattr(build, "write_metadata", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, tmp_path / "d", **plain)
+    change(tmp_path / "plain.1.json")
+    prepared(text, tmp_path / "d", **plain)
+    prepared(text, tmp_path / "new", **plain)
+    assert contents(tmp_path / "d") == contents(tmp_path / "new")
+
+
+def test_a_kill_while_a_shard_is_replaced_leaves_no_record_of_it(
+    text: Path, plain: dict, tmp_path: Path, monkeypatch
+):
+    """Its rows are new and its record would be that of the old text, which may come back."""
+    old = (tmp_path / "plain.1.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_metadata", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, tmp_path / "d", **plain)
+    change(tmp_path / "plain.1.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "write_whole", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, tmp_path / "d", **plain)
+    (tmp_path / "plain.1.json").write_bytes(old)
+    prepared(text, tmp_path / "d", **plain)
+    prepared(text, tmp_path / "whole", **plain)
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+def test_an_upload_of_other_text_is_not_continued(
+    text: Path, plain: dict, tmp_path: Path, bucket: str, monkeypatch
+):
+    """This machine's copy is lost meanwhile, and the second upload is killed as well."""
+    real = buckets.upload
+
+    def first_files(folder: Path, out: str, names: Any, advance: Any) -> None:
+        if layout.DESCRIBED in names:
+            raise KeyboardInterrupt
+        real(folder, out, names, advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "upload", first_files)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, f"{bucket}/d", **plain)
+    shutil.rmtree(buckets.stand_in("prepare", f"{bucket}/d"))
+    change(tmp_path / "plain.1.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "upload", lambda *args: (real(*args), stopped()))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, f"{bucket}/d", **plain)
+    prepared(text, f"{bucket}/d", **plain)
+    prepared(text, tmp_path / "new", **plain)
+    for name, content in contents(tmp_path / "new").items():
+        assert epath.Path(f"{bucket}/d/{name}").read_bytes() == content

@@ -51,6 +51,15 @@ def test_every_document_in_order_by_directory(tmp_path: Path):
     assert [record.position for record in shards[0].records(0)] == list(range(1, 301))
 
 
+def test_other_documents_have_another_hash(tmp_path: Path, monkeypatch):
+    hashes = [shard.sha256() for shard in tfds_shards(f"tfds:{a_data_set(tmp_path / 'a')}", "train", "")]
+    assert hashes == [s.sha256() for s in tfds_shards(f"tfds:{a_data_set(tmp_path / 'b')}", "train", "")]
+    changed = [[*DOCUMENTS["train"][0][:-1], "other"], *DOCUMENTS["train"][1:]]
+    monkeypatch.setitem(DOCUMENTS, "train", changed)
+    others = [s.sha256() for s in tfds_shards(f"tfds:{a_data_set(tmp_path / 'c')}", "train", "")]
+    assert [a == b for a, b in zip(hashes, others, strict=True)] == [False, True]
+
+
 def test_by_name(tmp_path: Path):
     a_data_set(tmp_path)
     assert read(tfds_shards("tfds:c4/en", "validation", str(tmp_path))) == DOCUMENTS["validation"][0]

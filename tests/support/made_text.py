@@ -29,6 +29,9 @@ class LongShard:
     def records(self, skip_lines: int) -> Iterator[Record]:
         return itertools.repeat(Record("a b c d " * 2_000, 0), 50_000)
 
+    def sha256(self) -> str:
+        return ""
+
 
 def random_texts(count: int, seed: int) -> list[str]:
     """Returns documents of 1 to 60 words each, from a vocabulary of 200 words."""

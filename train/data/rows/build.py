@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from etils import epath
@@ -22,7 +23,7 @@ from train.data.rows import layout
 from train.data.rows import workers as pool
 from train.data.rows.info import DataInfo, load_info
 from train.data.rows.metadata import write_metadata
-from train.data.rows.settings import Settings, check_settings, settings_of, start
+from train.data.rows.settings import HASHED, Settings, check_settings, check_text, settings_of, start
 from train.data.rows.shard import Advance, Job
 from train.data.text.sources import TextShard, open_text
 from train.data.tokenizer import Tokenizer
@@ -73,15 +74,18 @@ def prepare(
     held, splits = folder / layout.UNFINISHED / lock.LOCK, () if in_bucket(out) else layout.SPLITS
     if not _is_complete(out, settings):
         with lock.lock_file(held, "--out", out):
-            if not _is_complete(out, settings):  # another program may have completed it meanwhile
+            if _is_complete(out, settings):  # by another program meanwhile
+                check_text(out, text)
+            else:
                 start(folder, settings)
-                _complete(folder, jobs, settings, tokenizer, workers or os.cpu_count() or 1)
+                _complete(folder, text, jobs, settings, tokenizer, workers or os.cpu_count() or 1)
                 if in_bucket(out):
                     load_info(str(folder))
                     _upload(folder, out)
             info = load_info(out, splits=splits)
             shutil.rmtree(held.parent, ignore_errors=True)
         return info
+    check_text(out, text)
     info = load_info(out, splits=splits)
     if held.exists():  # a kill left it behind; the disk may be read-only now
         with contextlib.suppress(InputError, OSError), lock.lock_file(held, "--out", out):
@@ -138,7 +142,7 @@ def _is_complete(out: str, settings: Settings) -> bool:
         names = {entry.name for entry in Path(out).iterdir()} if Path(out).is_dir() else set()
         free = _is_started(Path(out))
     if layout.SETTINGS in names:
-        check_settings(out, settings)
+        check_settings(out, settings, finished=layout.DESCRIBED in names)
     elif not free:
         raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
     return layout.DESCRIBED in names
@@ -155,10 +159,16 @@ def _is_started(folder: Path) -> bool:
 
 
 def _complete(
-    folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Settings, tokenizer: str, workers: int
+    folder: Path,
+    text: Mapping[str, Sequence[TextShard]],
+    jobs: Mapping[str, Sequence[Job]],
+    settings: Settings,
+    tokenizer: str,
+    workers: int,
 ) -> None:
     """Does what is left to do of a data set on a disk."""
     if (folder / layout.DESCRIBED).exists():
+        check_text(folder, text)
         return
     write_whole(folder / layout.TOKENIZER, epath.Path(tokenizer).read_bytes())
     _run([*jobs["train"], *jobs["validation"]], workers)
@@ -172,7 +182,9 @@ def _complete(
 
 def _run(jobs: Sequence[Job], workers: int) -> None:
     """Does the jobs that are not finished, with a progress bar."""
-    left = [job for job in jobs if not job.finished]
+    with ThreadPoolExecutor(HASHED) as threads:
+        finished = list(threads.map(lambda job: job.finished, jobs))
+    left = [job for job, done in zip(jobs, finished, strict=True) if not done]
     size = sum(job.shard.size for job in left)
     started = time.monotonic()
     done = Advance(0, 0, 0)
@@ -199,11 +211,17 @@ def _move_up(aside: Path, folder: Path) -> None:
 
 
 def _upload(folder: Path, out: str) -> None:
-    """Uploads a complete data set to its bucket: its settings first, `DESCRIBED` last; removes the folder."""
+    """Uploads a complete data set to its bucket, `TEXT` first and `DESCRIBED` last; removes it here."""
     # Files of subfolders are left out: UNFINISHED holds the lock.
     here = {name: size for name, size in buckets.files(folder).items() if "/" not in name}
     there = buckets.objects(out)
-    first, last = {layout.SETTINGS}, {layout.DESCRIBED}
+    text = (folder / layout.TEXT).read_bytes() if (folder / layout.TEXT).exists() else b""
+    if layout.TEXT not in there or (epath.Path(out) / layout.TEXT).read_bytes() != text:
+        with buckets.store_errors(out):  # what an upload of other text left
+            for name in here.keys() & there.keys():
+                (epath.Path(out) / name).unlink()
+        there = {}
+    first, last = here.keys() & {layout.SETTINGS, layout.TEXT}, {layout.DESCRIBED}
     rest = {name for name, size in here.items() if name not in there or there[name].size != size}
     with Bar(f"uploading to {out}", sum(here[name] for name in rest) / 1e6, "MB") as bar:
         for names in (first, rest - first - last, last):

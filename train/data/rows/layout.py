@@ -6,6 +6,7 @@ dataset_info.json features.json metadata.json    TFDS's own description
 tokenizer.model                                  a copy of the tokenizer
 unigram.npz                                      how often each piece occurs in each split
 settings.json                                    what the rows depend on, written at the first start
+text.json                                        the hash of each shard of text
 unfinished/                                      records of finished shards, until the data set is complete
 """
 
@@ -23,6 +24,7 @@ SPLITS = ("train", "validation")
 TOKENIZER = "tokenizer.model"
 UNIGRAM = "unigram.npz"
 SETTINGS = "settings.json"
+TEXT = "text.json"
 UNFINISHED = "unfinished"
 DESCRIBED = "dataset_info.json"  # written last: a data set that has it is complete
 FIELD = "tokens"

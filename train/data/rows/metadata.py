@@ -1,5 +1,6 @@
 """The description of a finished data set: TFDS's files and how often each piece occurs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Se
     train_V, validation_V = (sum(job.piece_counts() for job in jobs[split]) for split in layout.SPLITS)
     np.savez_compressed(folder / layout.UNIGRAM, train=train_V, validation=validation_V)
     facts = {name: value for name, value in asdict(settings).items() if name not in layout.SPLITS}
+    hashes = {split: [job.text_sha256() for job in jobs[split]] for split in jobs}
+    (folder / layout.TEXT).write_text(json.dumps(hashes))
     for split in jobs:  # TFDS finds the splits by the names of files
         (folder / jobs[split][0].target.name).touch()
     tfds.folder_dataset.write_metadata(

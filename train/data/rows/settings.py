@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_json
+from mora_jax.io import read_json, read_object
+from train.console.progress import progress
 from train.data.rows import layout
 from train.data.text.sources import TextShard
 from train.data.tokenizer import Tokenizer
 from train.storage.files import remove_parts, writable, write_whole
 from train.storage.format import FORMAT, KEY, check_format
+
+HASHED = 4  # shards of text that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -54,23 +58,79 @@ def read_settings(folder: epath.PathLike, name: str) -> dict[str, Any]:
     return stated
 
 
-def check_settings(folder: epath.PathLike, settings: Settings) -> None:
-    """Raises InputError if a data set was started with other settings; of any format that can be read."""
+def check_settings(folder: epath.PathLike, settings: Settings, finished: bool) -> bool:
+    """Compares the settings of a data set, of any format that can be read.
+
+    Args:
+      folder: the data set.
+      settings: those that are wanted.
+      finished: whether the sizes of the text must be equal. Before, each finished shard knows its text.
+
+    Returns:
+      Whether the stated settings are exactly the wanted ones.
+
+    Raises:
+      InputError: if the data set was started with other ones.
+    """
     stated = read_settings(folder, str(folder))
+    same = True
     for name, wanted in asdict(settings).items():
         held = stated.get(name)
-        if held != wanted:
+        same &= held == wanted
+        if held != wanted and (finished or _names(held) != _names(wanted)):
             was, now = (f"{len(v)} shards of text" if isinstance(v, list) else v for v in (held, wanted))
+            if was == now and isinstance(held, list):
+                was, now = _first_difference(held, wanted)
             raise InputError(
                 f"{folder} was prepared with another {name} ({was}, now {now}); choose another folder"
             )
+    return same
+
+
+def check_text(folder: epath.PathLike, text: Mapping[str, Sequence[TextShard]]) -> None:
+    """Raises InputError if a finished data set was made from text of another content.
+
+    Data sets of earlier versions do not state it.
+    """
+    file = epath.Path(folder) / layout.TEXT
+    if not file.exists():
+        return
+    stated = read_object(file)
+    shards = [(split, index, shard) for split in text for index, shard in enumerate(text[split])]
+    with progress("comparing the text", len(shards), "shards") as advance, ThreadPoolExecutor(HASHED) as pool:
+        for (split, index, shard), found in zip(
+            shards, pool.map(lambda each: each[2].sha256(), shards), strict=True
+        ):
+            advance(1)
+            held = stated.get(split)
+            if not isinstance(held, list) or held[index : index + 1] != [found]:
+                raise InputError(
+                    f"{folder} was prepared with another {split} text: {shard.name} has other content now; "
+                    "choose another folder"
+                )
+
+
+def _names(value: Any) -> Any:
+    """The names in a list of shards; any other setting as it is."""
+    if isinstance(value, list) and all(isinstance(pair, list) and pair for pair in value):
+        return [pair[0] for pair in value]
+    return value
+
+
+def _first_difference(held: list, wanted: list) -> tuple[str, str]:
+    """The first shards of equally many that differ."""
+    pair = next((a, b) for a, b in zip(held, wanted, strict=True) if a != b)
+    was, now = (" of ".join(map(str, shard[::-1])) if isinstance(shard, list) else shard for shard in pair)
+    return f"size {was}", f"size {now}"
 
 
 def start(folder: Path, settings: Settings) -> None:
-    """Writes the settings of a new data set on a disk; compares those of one that was started before."""
+    """Writes the settings of a new data set on a disk; compares those of one that was started before.
+
+    Text that was mended since then has other sizes, which are stated from now on.
+    """
     path = folder / layout.SETTINGS
-    if path.exists():
-        check_settings(folder, settings)
+    if path.exists() and check_settings(folder, settings, finished=False):
         return
     with writable(folder, f"{folder} cannot be written to"):
         remove_parts(folder)

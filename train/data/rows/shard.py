@@ -13,7 +13,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_bytes, read_json
+from mora_jax.io import read_bytes, read_json, read_object
 from train.data.rows import layout
 from train.data.rows.layout import FIELD, row_features, token_dtype
 from train.data.text.c4 import Record
@@ -23,6 +23,7 @@ from train.storage.files import sync, write_whole
 
 BLOCK_CHARACTERS = 1_000_000
 BLOCK_RECORDS = 1_000
+_TEXT = "text_sha256"  # in the record, beside the counts
 
 
 class Advance(NamedTuple):
@@ -63,26 +64,31 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether all files are there and undamaged."""
+        """Whether all files are there and undamaged, and of the text as it is now."""
         with contextlib.suppress(InputError):
             self.counts()
             self.piece_counts()
-            return True
+            return self.text_sha256() == self.shard.sha256()
         return False
 
     def counts(self) -> Counts:
         """Returns the counts of a finished job. Raises InputError if the record or the rows are damaged."""
         try:
-            counts = Counts(**read_json(self.record))
+            stated = {name: value for name, value in read_json(self.record).items() if name != _TEXT}
+            counts = Counts(**stated)
             for value in astuple(counts):
                 layout.count(value)
-        except (InputError, TypeError) as error:
+        except (InputError, TypeError, AttributeError) as error:
             raise InputError(f"{self.record} is damaged; run the same preparation again") from error
         if not self.target.is_file() or self.target.stat().st_size != counts.file_bytes:
             raise InputError(
                 f"{self.target} has another size than {self.record} states; run the same preparation again"
             )
         return counts
+
+    def text_sha256(self) -> str:
+        """Returns the hash of the text that a finished job read, empty if an earlier version did it."""
+        return str(read_object(self.record).get(_TEXT, ""))
 
     def piece_counts(self) -> np.ndarray:
         """Returns how often each piece occurs in the rows, (V,). Raises InputError for a damaged file."""
@@ -105,9 +111,12 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
       InputError: the text is bad (see `c4.records`). No file is left behind.
     """
     unfinished = job.record.with_suffix(f".rows-{secrets.token_hex(8)}")
+    text = job.shard.sha256()
     try:
         counts, unigram_V = _write_rows(job, unfinished, report)
         sync(unfinished)
+        job.record.unlink(missing_ok=True)  # one of earlier text
+        sync(job.record.parent)
         unfinished.replace(job.target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -115,7 +124,7 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
     npy = io.BytesIO()
     np.save(npy, unigram_V)
     write_whole(job.unigram, npy.getvalue())
-    write_whole(job.record, json.dumps(asdict(counts)))
+    write_whole(job.record, json.dumps({**asdict(counts), _TEXT: text}))
 
 
 def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tuple[Counts, np.ndarray]:

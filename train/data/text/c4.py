@@ -12,6 +12,7 @@ from etils import epath
 
 from mora_jax.errors import InputError, reason
 from train.storage.buckets import in_bucket
+from train.storage.files import sha256
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # The longest line of C4 has a million bytes. Parsed JSON may take thirty times its own length in memory.
@@ -39,6 +40,13 @@ class FileShard:
 
     def records(self, skip_lines: int) -> Iterator[Record]:
         return records(self.path, skip_lines)
+
+    def sha256(self) -> str:
+        """Returns the hash of the file. Raises InputError if it cannot be read."""
+        try:
+            return sha256(self.path)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {reason(error)}") from error
 
 
 def shards(source: str) -> list[epath.Path]:

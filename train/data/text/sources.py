@@ -19,6 +19,8 @@ class TextShard(Protocol):
 
     def records(self, skip_lines: int) -> Iterator[Record]: ...
 
+    def sha256(self) -> str: ...
+
 
 def open_text(source: str, validation: str, tfds_data_dir: str) -> dict[str, list[TextShard]]:
     """Returns the shards of the splits "train" and "validation".

@@ -1,5 +1,6 @@
 """Text from a prepared TFDS data set, such as `tfds:c4/en` or `tfds:/path/to/c4/en/3.1.0`."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class TfdsShard:
             block = rows.__getitems__(range(first, min(first + READ_AT_ONCE, self.size)))
             for position, row in enumerate(block, start=first + 1):
                 yield Record(_text(row["text"], f"{self.directory} {self.name}", position), position)
+
+    def sha256(self) -> str:
+        """Returns the hash of the texts."""
+        digest = hashlib.sha256()
+        for record in self.records(0):
+            text = (record.text or "").encode()
+            digest.update(len(text).to_bytes(8, "little") + text)
+        return digest.hexdigest()
 
 
 def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
