@@ -20,7 +20,8 @@ from mora_jax.io import path_of
 def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary folder to fill, which is renamed to `path` when the block ends without an error.
 
-    It is a new folder beside `path`, and is removed if there is an error.
+    It is a new folder beside `path`, and is removed if there is an error. If `path` is an empty folder, or a
+    link to one, the new folder lies in it, and its files are moved up, config.json last.
 
     A bucket cannot rename: its folder is filled on the local disk and uploaded, config.json last, since a
     folder without it is no model.
@@ -40,11 +41,15 @@ def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
                 with file.open("rb") as source, (target / file.name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 24)
         return
-    partial = target.parent / f"{target.name}.{secrets.token_hex(4)}.mora-partial"
+    home = target if target.exists() else target.parent
+    partial = home / f"{target.name}.{secrets.token_hex(4)}.mora-partial"
     partial.mkdir(parents=True)
     try:
         yield partial
-        _move(partial, target)
+        if home == target:
+            _move_up(partial, target)
+        else:
+            _move(partial, target)
     except BaseException:
         partial.rmtree(missing_ok=True)
         raise
@@ -56,9 +61,19 @@ def remove_leftovers(path: epath.PathLike) -> None:
     if "://" in str(target) or not target.parent.exists():
         return
     leftover = re.compile(rf"{re.escape(target.name)}(\.[0-9a-f]{{8}}\.mora-partial)+")
-    for found in target.parent.iterdir():
-        if leftover.fullmatch(found.name):
-            found.rmtree()
+    for home in (target.parent, *([target] if target.is_dir() else [])):
+        for found in home.iterdir():
+            if leftover.fullmatch(found.name):
+                found.rmtree()
+
+
+def _move_up(partial: epath.Path, target: epath.Path) -> None:
+    """Moves the files of a folder into the one that it lies in, and in which nothing else may lie."""
+    if [found.name for found in target.iterdir()] != [partial.name]:
+        raise InputError(f"{target} was filled by another program meanwhile; choose another name or empty it")
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG):
+        Path(file).rename(target / file.name)
+    partial.rmdir()
 
 
 def _move(partial: epath.Path, target: epath.Path) -> None:

@@ -93,6 +93,7 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         ),
         (lambda: s.Checkpoint(every=0, keep_every=15), "keep_every 15 must be a multiple"),
         (lambda: s.Mesh(data=0), r"mesh\.data must be at least 1, not 0"),
+        (lambda: s.BadSteps(window=2**31 - 1), r"bad_steps\.window must be at most 100,000"),
         (lambda: RunConfig(seed=-1), "seed must lie in"),
         (lambda: RunConfig(seed=2**32), "seed must lie in"),
         (lambda: RunConfig(steps=0), "steps must be at least 1"),

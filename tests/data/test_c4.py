@@ -34,6 +34,15 @@ def test_blank_lines_and_a_missing_last_newline_lose_nothing(tmp_path: Path):
     assert list(c4.documents(path, skip_lines=0)) == ["one", "two"]
 
 
+def test_blank_lines_without_end_are_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(c4, "MAX_BLANK_LINES", 3, raising=False)
+    path = write(tmp_path / "a.json", line("one"), b"\n" * 3, line("two"), b"\n" * 3)
+    assert list(c4.documents(path, skip_lines=0)) == ["one", "two"]
+    write(path, line("one"), b"\n" * 5)
+    with pytest.raises(InputError, match=r"a.json: the 4 lines up to line 5 are blank; this is no text"):
+        list(c4.documents(path, skip_lines=9))
+
+
 def test_shards_of_a_glob_a_folder_and_a_file(tmp_path: Path):
     names = ["c4-train.00001.json.gz", "c4-train.00000.json.gz", "other.jsonl"]
     for name in names:

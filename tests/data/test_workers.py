@@ -1,6 +1,7 @@
 """Worker processes: reports arrive, the first error stops the others, a killed worker is reported."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,27 @@ def test_a_killed_worker_is_reported(tokenizer: Tokenizer, tmp_path: Path):
     jobs = [a_job(tokenizer, Deadly(), tmp_path / f"{i}.rows") for i in range(2)]  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"a worker process was killed.*fewer --workers"):
         workers.run(jobs, 2, lambda advance: None)
+
+
+class Noting:
+    """A shard that notes the signals blocked in the process that unpickles it, and ends it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self):
+        blocked = "signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())"
+        note = f"pathlib.Path({str(self._path)!r}).write_text(str({blocked}))"
+        return exec, (f"import os, pathlib, signal; {note}; os._exit(9)",)
+
+
+def test_ctrl_c_is_the_parents_from_a_workers_first_moment(tokenizer: Tokenizer, tmp_path: Path):
+    """A worker inherits that it is blocked. One that is interrupted while it loads prints a traceback."""
+    jobs = [a_job(tokenizer, Noting(tmp_path / "noted"), tmp_path / f"{i}.rows") for i in range(2)]  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a worker process was killed"):
+        workers.run(jobs, 2, lambda advance: None)
+    assert (tmp_path / "noted").read_text() == "True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_nothing_to_do():

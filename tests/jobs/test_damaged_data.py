@@ -77,3 +77,13 @@ def test_a_shard_damaged_during_a_run(free, large_data, tmp_path, monkeypatch, s
     if harm is not blank:
         with pytest.raises(InputError, match=rf"the {split} rows take \d+ bytes, not"):
             loop.pretrain(config)
+
+
+def test_missing_counts_of_pieces_are_found_before_training(tiny_run, tmp_path):
+    data = shutil.copytree(tiny_run.config.data.directory, tmp_path / "data")
+    (data / "unigram.npz").unlink()
+    there = dataclasses.replace(tiny_run.config.data, directory=str(data))
+    config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path / "run"), data=there)
+    with pytest.raises(InputError, match=r"unigram\.npz is damaged \(.* is missing\)"):
+        loop.pretrain(config)
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from mora_jax.models.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train.config.sections import Evaluation
 from train.data.rows.info import load_info
+from train.data.rows.read import eval_batches
 from train.jobs.evaluate import Score, check_divides, check_vocabulary, evaluate
 from train.run.model import load_model
 
@@ -100,3 +101,22 @@ def test_a_batch_that_does_not_divide_is_refused(model, info):
 
 def test_all_devices_are_used():
     assert sharding.make_mesh(-1).devices.size == jax.device_count()
+
+
+def test_a_batch_is_never_wider_than_the_split(model, info, monkeypatch):
+    seen = []
+
+    def noted(info, split, batch_size, *rest):
+        seen.append(batch_size)
+        return eval_batches(info, split, batch_size, *rest)
+
+    monkeypatch.setattr("train.jobs.evaluate.eval_batches", noted)
+    net, params = model
+    mesh = sharding.make_mesh(1)
+    small, large = (
+        evaluate(net, Methods(()), params, {}, info, Evaluation(batch_size=size), mesh) for size in (8, 2**20)
+    )
+    assert seen[0] == 8
+    assert seen[1] == info.rows["validation"]
+    assert large.predictions == small.predictions
+    np.testing.assert_allclose(large.loss, small.loss, rtol=1e-6)

@@ -1,6 +1,7 @@
 """The exported folder holds the merged weights and the tokenizer, whole or not at all."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -167,3 +168,13 @@ def test_transformers_reads_it_with_the_same_logits(exported, tiny_text):
     with torch.no_grad():
         theirs = loaded(torch.tensor(tokens_BT)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_full_disk_names_the_folder(tiny_run, disk, capfd):
+    disk.fill()
+    filler = disk.path / "filler"
+    os.truncate(filler, filler.stat().st_size - (40 << 10))
+    with pytest.raises(OSError, match="No space left") as full:
+        export(str(tiny_run.folder), str(disk.path / "out"))
+    assert full.value.filename == str(disk.path / "out")
+    assert not (disk.path / "out").exists()

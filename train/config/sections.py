@@ -20,6 +20,8 @@ YAML_ONLY = ("rules", "groups")
 # The largest int32 of JAX; no count of a run comes near it.
 MOST = 2**31 - 1
 MOST_SEQUENCES = 2**24
+# Every update sorts the window, and every checkpoint holds it.
+MOST_WINDOW = 100_000
 MOST_ROWS = 2**40
 
 
@@ -171,7 +173,7 @@ class BadSteps:
     patience: int = 10
 
     def __post_init__(self) -> None:
-        at_least("bad_steps.window", self.window, 0)
+        at_least("bad_steps.window", self.window, 0, MOST_WINDOW)
         above("bad_steps.factor", self.factor, 1)
         at_least("bad_steps.patience", self.patience, 1)
 

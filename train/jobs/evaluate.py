@@ -72,10 +72,13 @@ def evaluate(
     """
     check_vocabulary(info, model.config.vocab_size)
     check_divides("eval.batch_size", how.batch_size, mesh)
+    rows = info.rows["validation"]
+    # Rows that only pad a batch would take memory.
+    shards = sharding.batch_shards(mesh)
+    how = dataclasses.replace(how, batch_size=min(how.batch_size, max(1, -(-rows // shards)) * shards))
     held = sharding.local_rows(mesh, how.batch_size)
     batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None, held)
     total = count = 0.0
-    rows = info.rows["validation"]
     total_rows = min(rows, how.max_batches * how.batch_size or rows)
     first = jax.process_index() == 0
     shown = progress("evaluating", total_rows, "rows") if first else contextlib.nullcontext(lambda n: None)

@@ -12,6 +12,7 @@ from train.console.terminal import warn
 from train.data.rows.layout import TOKENIZER
 from train.run.model import load_model, widest_mesh
 from train.run.tokenizer import run_tokenizer
+from train.storage.files import naming_errors
 from train.storage.lock import lock_output
 
 
@@ -40,8 +41,9 @@ def export(
         hf.remove_leftovers(out)
         with hf.whole_folder(out) as folder:
             params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
-            hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
-            _save_tokenizer(folder, tokenizer, run_dir)
+            with naming_errors(out):
+                hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
+                _save_tokenizer(folder, tokenizer, run_dir)
     return params, model
 
 

@@ -118,6 +118,7 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
             f"{info.directory} has rows of {info.sequence_length} tokens, not data.sequence_length "
             f"{config.data.sequence_length}"
         )
+    unigram_perplexity(info)  # the summary needs it: a damaged file is found now and not at the end
     check_mesh(config, mesh)
     platform = mesh.devices.flat[0].platform
     if config.compute.attention == "cudnn" and platform != "gpu":

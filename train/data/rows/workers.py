@@ -3,11 +3,13 @@
 import functools
 import multiprocessing
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
 from mora_jax.errors import InputError
@@ -38,7 +40,8 @@ def run(jobs: Sequence[Job], workers: int, report: Callable[[Advance], None]) ->
         return
     with _processes(min(workers, len(jobs))) as (pool, messages, stop):
         send = functools.partial(_send, messages, stop)
-        futures = [pool.submit(write_shard, job, send) for job in jobs]
+        with _interrupts_held():
+            futures = [pool.submit(write_shard, job, send) for job in jobs]
         try:
             _follow(futures, messages, report)
         except BrokenProcessPool as error:
@@ -56,11 +59,23 @@ def _processes(count: int) -> Iterator[tuple[ProcessPoolExecutor, queue.Queue, t
     """Yields a pool, a queue for reports, and an event that stops the workers."""
     context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in any state
     manager = SyncManager(ctx=context)
-    manager.start(exit_with_parent)
+    with _interrupts_held():
+        manager.start(exit_with_parent)
     try:
         yield ProcessPoolExecutor(count, context, exit_with_parent), manager.Queue(), manager.Event()
     finally:
         manager.shutdown()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back, also from processes started inside, which would print tracebacks while they load."""
+    resource_tracker.ensure_running()  # starting it would release signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow(futures: Sequence[Future], messages: queue.Queue, report: Callable[[Advance], None]) -> None:

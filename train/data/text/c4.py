@@ -17,6 +17,7 @@ from train.storage.files import sha256
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # The longest line of C4 has a million bytes. Parsed JSON may take thirty times its own length in memory.
 MAX_LINE_BYTES = 16 * 2**20
+MAX_BLANK_LINES = 1_000_000  # in a row; in a few bytes of gzip there may be any number
 WILDCARDS = "*?["
 
 
@@ -87,9 +88,12 @@ def records(path: epath.Path, skip_lines: int) -> Iterator[Record]:
       InputError: the file is missing, truncated or corrupt, or has one bad line too many (not JSON, no
         string `text`). The message names the file and the line, from 1.
     """
-    skipped = 0
+    skipped = blank = 0
     for number, line, position in _lines(path):
-        if not line.strip():
+        blank = 0 if line.strip() else blank + 1
+        if blank > MAX_BLANK_LINES:
+            raise InputError(f"{path}: the {blank:,} lines up to line {number} are blank; this is no text")
+        if blank:
             continue
         text, wrong = _parse(line)
         if wrong:
