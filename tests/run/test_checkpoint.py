@@ -35,6 +35,16 @@ def test_restores_exact_bits_into_other_shardings(directory: Path):
         assert bits(restored) == bits(state)
 
 
+@pytest.mark.parametrize("name", ["br[1]", "a*b?", "[!x]"])
+def test_the_name_of_a_folder_is_no_pattern(tmp_path: Path, name: str):
+    state = a_state(1)
+    with Checkpoints(str(tmp_path / name / "run" / "checkpoints")) as saved:
+        saved.save(1, state, {})
+        saved.wait()
+        assert saved.latest_good() == (1, [])
+        assert bits(saved.restore(1, abstract(state))) == bits(state)
+
+
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path: Path):
     step = jax.jit(lambda s: jax.tree.map(lambda a: a * 3 + 1, s), donate_argnums=0)
     state = jax.random.normal(jax.random.key(0), (1024, 1024))

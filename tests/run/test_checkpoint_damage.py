@@ -116,13 +116,14 @@ def test_files_made_to_harm_are_an_input_error(directory: Path):
         manifest.seal(folder, {name: found[name] for name in ("step", "meta", "arrays")})
         wanted = abstract(a_state(), sharding())
         with Checkpoints(str(work)) as saved:
-            assert saved.damage(2) == []
+            damage = saved.damage(2)  # only of the index of arrays, since the seal is right
             try:
                 restored = saved.restore(2, wanted)
             except InputError:
                 refused += 1
             else:
                 assert abstract(restored) == wanted
+                assert damage == []
     assert refused > 5
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,27 @@ def test_a_failed_save_is_reported_and_leaves_the_previous_one(
     saved.save(3, a_state(3), {})
     saved.close()
     assert saved.steps() == [3]
+
+
+@pytest.mark.parametrize("why", ["the merged index is missing", "it lacks an array"])
+def test_a_checkpoint_that_cannot_be_restored_is_not_sealed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, why: str
+):
+    """Whatever the reason: orbax skipped its merge, or something removed a file meanwhile."""
+    state = directory / "3" / "state"
+
+    def before_sealing() -> None:
+        (state / "manifest.ocdbt").unlink()
+        if why == "it lacks an array":
+            shutil.copytree(directory / "other" / "1" / "state", state, dirs_exist_ok=True)
+
+    with Checkpoints(str(directory / "other")) as other:
+        other.save(1, {"w": jnp.ones(3)}, {})
+    saved = Checkpoints(str(directory), keep=1, before_sealing=before_sealing)
+    saved.save(3, a_state(3), {})
+    with pytest.raises(SaveError, match=r"could not be saved: .*/3 cannot be restored: .* is missing"):
+        saved.close()
+    assert saved.steps() == [1, 2]
 
 
 def slow(real: Any, log: list[str], seconds: float = 0.3) -> Any:

@@ -405,9 +405,9 @@ def test_checkpoints_of_an_unknown_run_are_refused(tiny_run, tmp_path):
 )
 def test_meta_that_no_run_has_saved_is_refused(tiny_run, tmp_path, changes):
     """However well it is sealed."""
-    (tmp_path / "6").mkdir()
-    with Checkpoints(str(tiny_run.folder / "checkpoints")) as original:
-        found = manifest.read(original.folder(6), 6)
+    shutil.copytree(tiny_run.folder / "checkpoints" / "6", tmp_path / "6")
+    found = manifest.read(epath.Path(tmp_path / "6"), 6)
+    (tmp_path / "6" / manifest.MANIFEST).unlink()
     content = {"step": 6, "meta": found["meta"] | changes, "arrays": found["arrays"]}
     manifest.seal(epath.Path(tmp_path / "6"), content)
     with Checkpoints(str(tmp_path)) as saved:

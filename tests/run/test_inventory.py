@@ -14,7 +14,9 @@ from train.cli import main as cli
 from train.console import exits
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
+from train.run.folder import open_checkpoints, read_config
 from train.run.inventory import inventory
+from train.run.model import load_model
 
 
 @pytest.fixture
@@ -119,6 +121,51 @@ def test_a_sealed_checkpoint_that_no_run_has_saved_is_damaged(run: Path, restart
     *_, last = inventory(str(run), verify)
     assert (last.state, last.restarts, last.group_type) == ("damaged", "", "")
     assert "22 was not saved by a run of this version" in last.problems[0]
+
+
+def seal_files_again(run: Path, step: int) -> None:
+    """Seals what lies in a checkpoint's folder, as its files are now."""
+    place = epath.Path(run / "checkpoints" / str(step))
+    content = manifest.read(place, step)
+    del content["files"]
+    manifest.seal(place, content)
+
+
+def test_a_sealed_checkpoint_without_its_merged_index_is_damaged(run: Path):
+    (run / "checkpoints/22/state/manifest.ocdbt").unlink()
+    seal_files_again(run, 22)
+    *_, last = inventory(str(run))
+    assert last.state == "damaged"
+    assert "22 cannot be restored: in its merged index of arrays," in last.problems[0]
+    with open_checkpoints(read_config(str(run))) as saved:
+        assert saved.latest_good() == (21, list(last.problems))
+
+
+def changed(run: Path, name: str) -> None:
+    """Changes what is sealed of a checkpoint, as no run with this config would save it."""
+    place = run / "checkpoints" / "22"
+    content = manifest.read(epath.Path(place), 22)
+    meta, arrays = content["meta"], content["arrays"]
+    if name == "config":
+        meta["config"]["seed"] += 1
+    elif name == "restarts":
+        meta["restarts"] -= 1
+    elif name == "random":
+        meta["random"] = {stream: [n + 1 for n in numbers] for stream, numbers in meta["random"].items()}
+    else:
+        arrays[min(arrays)] = "float32[1]"
+    (place / manifest.MANIFEST).write_text(manifest.render(content))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ["config", "restarts", "random", "arrays"])
+def test_what_training_and_export_refuse_is_not_called_good(run: Path, name: str, verify: bool):
+    changed(run, name)
+    *_, last = inventory(str(run), verify)
+    assert last.state == "damaged"
+    with pytest.raises(InputError) as refused:
+        load_model(str(run))
+    assert last.problems == (str(refused.value),)
 
 
 def test_control_characters_in_names_of_files_are_escaped(run: Path, capsys: pytest.CaptureFixture):

@@ -126,8 +126,11 @@ def export(command: Export) -> None:
 
 def list_checkpoints(command: ListCheckpoints) -> None:
     """Runs `mora checkpoints`."""
+    import jax
+
     from train.run.inventory import print_inventory
 
+    jax.config.update("jax_platforms", "cpu")  # the run may be using the GPU
     if not print_inventory(command.run_dir, not command.no_verify):
         raise SystemExit(exits.DAMAGED)
 

@@ -27,9 +27,10 @@ from orbax.checkpoint import v1 as ocp
 from mora_jax.errors import InputError, some
 from train.console.progress import progress
 from train.run import manifest
+from train.run.arrays import check_restorable
 from train.run.manifest import MANIFEST, Advance, Json
 from train.runtime.memory import exhausted
-from train.runtime.workarounds import without_logged_tracebacks
+from train.runtime.workarounds import take_folders_literally, without_logged_tracebacks
 from train.storage import buckets
 from train.storage.files import make_folder
 
@@ -76,6 +77,7 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
         buckets.configure()
+        take_folders_literally()
         bucket = buckets.in_bucket(directory)
         # Orbax requires absolute paths.
         self._directory = epath.Path(directory if bucket else Path(directory).absolute())
@@ -151,9 +153,9 @@ class Checkpoints:
           advance: called with the number of bytes of each chunk that was read; None for a progress bar.
         """
         folder = self.folder(step)
-        if advance is not None:
-            return manifest.damage(folder, step, advance)
-        return _damage(folder, step)
+        found = _damage(folder, step) if advance is None else manifest.damage(folder, step, advance)
+        # In a bucket, an index that cannot be read may be that of a store out of reach.
+        return found if found or buckets.in_bucket(folder) else _unrestorable(folder, step)
 
     def latest_good(self) -> tuple[int | None, list[str]]:
         """Finds the newest checkpoint of which every byte is as it was saved.
@@ -182,6 +184,11 @@ class Checkpoints:
           InputError: if there is no such checkpoint, its save is unfinished, or its manifest is damaged.
         """
         return manifest.read(self.folder(step), step)["meta"]
+
+    def check_layout(self, step: int, abstract_state: Any) -> None:
+        """Raises InputError unless names, shapes and types of the saved arrays are those of a state."""
+        folder = self.folder(step)
+        _check_layout(folder, manifest.read(folder, step)["arrays"], _layout(abstract_state))
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Returns the saved arrays, bit for bit, with the given shardings.
@@ -256,6 +263,7 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 self._before_sealing()
+                check_restorable(self._place(step), sealed["arrays"])
                 manifest.seal(self._place(step), sealed)
                 if self._uploaded:
                     self._upload(step)
@@ -314,6 +322,14 @@ def _step(name: str) -> int | None:
     """Returns the step that a folder's name gives, None unless it is spelled as here."""
     number = int(name) if name.isascii() and name.isdigit() and len(name) <= 10 else -1
     return number if str(number) == name and 0 <= number <= _LARGEST_STEP else None
+
+
+def _unrestorable(folder: epath.Path, step: int) -> list[str]:
+    try:
+        check_restorable(folder, manifest.read(folder, step)["arrays"])
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def _damage(folder: epath.Path, step: int) -> list[str]:

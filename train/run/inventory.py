@@ -9,12 +9,14 @@ from rich.table import Table
 
 from mora_jax.errors import InputError, spelled_out
 from mora_jax.transform import Methods
+from train.config.run import RunConfig
 from train.console.progress import progress
 from train.console.terminal import console
 from train.run import manifest
 from train.run.checkpoint import Checkpoints
 from train.run.folder import open_checkpoints, read_config
 from train.run.meta import group_type, read_meta
+from train.run.state import check_saved
 from train.storage import buckets
 
 State = Literal["good", "not verified", "unfinished", "damaged"]
@@ -53,17 +55,18 @@ def inventory(run_dir: str, verify: bool = True) -> list[Entry]:
     Raises:
       InputError: if the folder holds no run.
     """
-    with open_checkpoints(read_config(run_dir)) as saved:
-        return entries_of(saved, verify)
+    config = read_config(run_dir)
+    with open_checkpoints(config) as saved:
+        return entries_of(saved, verify, config)
 
 
-def entries_of(saved: Checkpoints, verify: bool = True) -> list[Entry]:
-    """Returns what `inventory` does, for opened checkpoints."""
+def entries_of(saved: Checkpoints, verify: bool = True, config: RunConfig | None = None) -> list[Entry]:
+    """Returns what `inventory` does, for opened checkpoints; without a config, of any run."""
     unfinished = saved.unfinished()  # first: one that is moved into place now is then found below
     steps = saved.folders()
     total = sum(_bytes(saved.folder(step)) for step in steps) / 1e6 if verify else 0
     with progress("verifying", total, "MB") as advance:
-        entries = [_entry(saved, step, verify, lambda n: advance(n / 1e6)) for step in steps]
+        entries = [_entry(saved, config, step, verify, lambda n: advance(n / 1e6)) for step in steps]
     entries += [_unfinished(step, folder) for step, folder in unfinished]
     return sorted((entry for entry in entries if entry), key=lambda entry: entry.step)
 
@@ -105,7 +108,9 @@ def _unfinished(step: int, folder: epath.Path) -> Entry | None:
     return Entry(step, "", "", _bytes(folder), None, "unfinished") if folder.exists() else None
 
 
-def _entry(saved: Checkpoints, step: int, verify: bool, advance: manifest.Advance) -> Entry | None:
+def _entry(
+    saved: Checkpoints, config: RunConfig | None, step: int, verify: bool, advance: manifest.Advance
+) -> Entry | None:
     """Returns None for a checkpoint that the run has removed meanwhile."""
     folder = saved.folder(step)
     if not manifest.is_sealed(folder):
@@ -116,6 +121,8 @@ def _entry(saved: Checkpoints, step: int, verify: bool, advance: manifest.Advanc
     try:
         meta = read_meta(saved, step)
         restarts, groups = str(meta["restarts"]), group_type(Methods.from_json(meta["methods"]))
+        if config:
+            check_saved(config, saved, step)
     except InputError as error:  # a damaged manifest was found above if all is verified
         damage = damage or [str(error)]
     if not manifest.is_sealed(folder):  # asked again: a run that removes a checkpoint removes this first

@@ -70,12 +70,12 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh, params: Any = N
     return jax.jit(lambda p: init_state(spec, methods, p), out_shardings=places)(params)
 
 
-def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:
-    """Returns the state and methods of one checkpoint.
+def check_saved(config: RunConfig, saved: Checkpoints, step: int) -> tuple[dict[str, Any], Methods]:
+    """Returns what was saved beside the arrays of a run's checkpoint, and its methods. Reads no array.
 
     Raises:
-      InputError: if a run of another config saved it; if its methods, restarts, data position or random
-        state are not those that the config gives for its step; or if it is damaged.
+      InputError: if a run of another config saved it, or if its methods, restarts, data position, random
+        state or arrays are not those that the config gives for its step.
     """
     methods, found = methods_at(config, step), read_meta(saved, step)
     # The data may have moved, with config.yaml edited by hand. `check_data` compares what the data set holds.
@@ -85,6 +85,18 @@ def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) 
             f"{config.run_dir}: the methods saved at step {step} are not those that the config gives for it"
         )
     check_derived(config, step, found)
+    saved.check_layout(step, _as_saved(state_shapes(config, methods), found[KEY]))
+    return found, methods
+
+
+def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) -> tuple[TrainState, Methods]:
+    """Returns the state and methods of one checkpoint.
+
+    Raises:
+      InputError: if a run of another config saved it; if its methods, restarts, data position or random
+        state are not those that the config gives for its step; or if it is damaged.
+    """
+    found, methods = check_saved(config, saved, step)
     state = _load(saved, step, abstract_state(config, methods, mesh), found[KEY])
     if int(state.step) != step:
         raise InputError(f"{config.run_dir}: checkpoint {step} holds the state of {int(state.step)} updates")
@@ -92,10 +104,17 @@ def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) 
 
 
 def _load(saved: Checkpoints, step: int, abstract: TrainState, number: int) -> TrainState:
-    """Returns the state in a checkpoint. In format 1 some of its fields have other names."""
+    """Returns the state in a checkpoint of a format."""
+    arrays = saved.restore(step, _as_saved(abstract, number))
     if number > 1:
-        return saved.restore(step, abstract)
+        return arrays
     fields = [field.name for field in dataclasses.fields(abstract)]
-    names = {name: old.STATE_FIELDS.get(name, name) for name in fields}
-    arrays = saved.restore(step, {names[name]: getattr(abstract, name) for name in fields})
-    return TrainState(**{name: arrays[names[name]] for name in fields})
+    return TrainState(**{name: arrays[old.STATE_FIELDS.get(name, name)] for name in fields})
+
+
+def _as_saved(state: TrainState, number: int) -> Any:
+    """Returns a state as a checkpoint of a format holds it: in format 1 some fields have other names."""
+    if number > 1:
+        return state
+    fields = [field.name for field in dataclasses.fields(state)]
+    return {old.STATE_FIELDS.get(name, name): getattr(state, name) for name in fields}

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import functools
+import glob
 import logging
 import os
 import signal
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jax._src import distributed, xla_bridge
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -49,6 +52,25 @@ def raised_by_compilation_cache(error: BaseException) -> bool:
     """
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "compilation_cache.py" for frame in frames)
+
+
+def take_folders_literally() -> None:
+    """Makes `epath.Path.glob` take the folder as it is spelled, so that `[1]` in its name is no pattern.
+
+    etils 1.13 to 1.15 globs the folder's path with the pattern. orbax 0.12 looks for its own files that way,
+    finds none in such a folder, and leaves out a part of the checkpoint without an error. May be called
+    again.
+    """
+    kind = type(epath.Path("/"))  # that of paths in buckets too
+    real = kind.glob
+    if hasattr(real, "__wrapped__"):
+        return
+
+    @functools.wraps(real)
+    def found(folder: Any, pattern: str) -> Iterator[Any]:
+        return real(type(folder)(glob.escape(str(folder))), pattern)
+
+    kind.glob = found
 
 
 @contextlib.contextmanager

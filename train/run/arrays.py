@@ -1,0 +1,51 @@
+"""The arrays in a checkpoint's folder, as TensorStore finds them: what can be restored."""
+
+import os
+from collections.abc import Iterable
+
+import tensorstore as ts
+from etils import epath
+
+from mora_jax.errors import InputError, reason, some
+from train.storage.buckets import in_bucket
+
+# Where orbax puts the arrays, and what TensorStore calls the description of each.
+_STATE = "state"
+_DESCRIPTIONS = ("/zarr.json", "/.zarray")
+
+
+def check_restorable(folder: epath.Path, arrays: Iterable[str]) -> None:
+    """Raises InputError unless the index that arrays are restored from is there and names exactly these.
+
+    Each process writes an index of what it saved. Orbax merges them at the end, and restores from the merged
+    one.
+
+    Args:
+      folder: the checkpoint.
+      arrays: the paths of its arrays, such as `params/norm/scale`.
+    """
+    found, wanted = _indexed(folder / _STATE), {_name(path) for path in arrays}
+    problems = [f"{name} is missing" for name in sorted(wanted - found)]
+    problems += [f"{name} does not belong to it" for name in sorted(found - wanted)]
+    if problems:
+        raise InputError(f"{folder} cannot be restored: in its merged index of arrays, {some(problems)}")
+
+
+def _indexed(place: epath.Path) -> set[str]:
+    """Returns the names of the arrays in the merged index of a folder; none if it is missing."""
+    base = f"{place}/" if in_bucket(place) else {"driver": "file", "path": f"{os.fspath(place)}/"}
+    try:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = [key.decode(errors="replace") for key in store.list().result()]
+    # Files made to harm can make TensorStore raise anything.
+    except Exception as error:
+        words = reason(error).partition("[tensorstore_spec")[0].strip()
+        raise InputError(
+            f"{place} cannot be restored: its index of arrays cannot be read: {words}"
+        ) from error
+    return {_name(key.removesuffix(end)) for end in _DESCRIPTIONS for key in keys if key.endswith(end)}
+
+
+def _name(path: str) -> str:
+    """Returns an array's name with one kind of separator: orbax joins the keys of a path by dots."""
+    return path.replace("/", ".")
