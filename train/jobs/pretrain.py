@@ -130,7 +130,9 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
 def repeats(config: RunConfig, info: DataInfo) -> list[str]:
     """Returns a sentence if the run is longer than its data."""
     rows, epochs = info.rows["train"], config.epochs(info.rows["train"])
-    return [f"the run reads the {rows:,} training rows {epochs:.2f} times (epochs)"] if epochs > 1 else []
+    if epochs <= 1 or rows < config.batch_size:  # fewer rows than one batch are refused
+        return []
+    return [f"the run reads the {rows:,} training rows {epochs:.2f} times (epochs)"]
 
 
 def batches_on_devices(run: Run, first: int) -> Iterator[jax.Array]:
