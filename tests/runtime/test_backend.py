@@ -98,6 +98,19 @@ def test_files_of_the_user_in_the_folder_of_programs_stay(config, tmp_path):
     assert {name: (tmp_path / name).read_text() for name in mine} == mine
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_pipe_in_the_place_of_a_program_is_refused(config, deterministic):
+    config = dataclasses.replace(config, deterministic=deterministic)
+    folder = Path(backend.cache_folder(config))
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / named("pipe"))
+    with (
+        pytest.raises(InputError, match="is not a regular file; remove it"),
+        backend.compiled_programs(config),
+    ):
+        pass
+
+
 def test_checked_programs_are_not_read_again(config, tmp_path):
     compile_something(config, 5)
     folder = tmp_path / "runs/jax_cache"

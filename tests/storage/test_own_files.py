@@ -1,5 +1,6 @@
 """What is not this program's own is neither overwritten nor removed, and no link leads a write outside."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,10 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_made_anew(tmp_path: Path, m
     monkeypatch.setattr(lock, "_try_lock", late)
     with lock.lock_file(path, "--out", "out") as check_there:
         check_there()
+
+
+@pytest.mark.parametrize("mode", ["ab", "a+b"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path, mode: str):
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(InputError, match="lock is not a regular file; remove it"):
+        files.open_own(tmp_path / "lock", mode)

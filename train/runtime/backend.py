@@ -20,6 +20,7 @@ import jax
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.io import is_plain_file
 from train.config.run import RunConfig
 from train.runtime import workarounds
 from train.storage.buckets import in_bucket
@@ -148,7 +149,11 @@ def _remove_truncated(folder: epath.Path) -> None:
 def _programs(folder: epath.Path) -> list[epath.Path]:
     """Returns the files in a folder that JAX keeps programs in, sorted."""
     there = folder.iterdir() if folder.exists() else ()
-    return sorted(path for path in there if _PROGRAM.fullmatch(path.name))
+    programs = sorted(path for path in there if _PROGRAM.fullmatch(path.name))
+    for program in programs:
+        if not in_bucket(program) and not is_plain_file(program):  # a pipe would be waited for
+            raise InputError(f"{program} is not a regular file; remove it")
+    return programs
 
 
 def _check_all(folder: epath.Path) -> None:

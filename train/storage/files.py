@@ -68,7 +68,7 @@ def open_own(path: Path, mode: str) -> Any:
     """Opens a file that this program keeps, to write to it, without a buffer. A link is not followed.
 
     Raises:
-      InputError: if there is a link in its place, which may lead to a file of somebody else.
+      InputError: if there is a link in its place, which may lead to a file of somebody else, or a pipe.
       OSError: if it cannot be opened.
     """
 
@@ -77,6 +77,8 @@ def open_own(path: Path, mode: str) -> Any:
 
     if path.is_symlink():
         raise InputError(f"{path} is a link, and may lead to a file of somebody else; remove it")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe waits for its other end
+        raise InputError(f"{path} is not a regular file; remove it")
     return open(path, mode, buffering=0, opener=opener)
 
 
