@@ -67,8 +67,8 @@ def take_folders_literally() -> None:
         return
 
     @functools.wraps(real)
-    def found(folder: Any, pattern: str) -> Iterator[Any]:
-        return real(type(folder)(glob.escape(str(folder))), pattern)
+    def found(self: Any, pattern: str) -> Iterator[Any]:
+        return real(type(self)(glob.escape(str(self))), pattern)
 
     kind.glob = found
 
