@@ -178,3 +178,11 @@ def test_a_full_disk_names_the_folder(tiny_run, disk, capfd):
         export(str(tiny_run.folder), str(disk.path / "out"))
     assert full.value.filename == str(disk.path / "out")
     assert not (disk.path / "out").exists()
+
+
+def test_the_working_folder_is_filled(tiny_run, exported, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(str(tiny_run.folder), ".")
+    assert contents(tmp_path / "here") == contents(exported[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
