@@ -26,7 +26,9 @@ def paths_of(command: type) -> list[str]:
 
 def made(command: type, **given: typing.Any) -> typing.Any:
     """Returns a command with the given fields, and something for those that have no default."""
-    needed = {f.name: "x" for f in dataclasses.fields(command) if f.default is dataclasses.MISSING}
+    needed: dict[str, typing.Any] = {
+        f.name: "x" for f in dataclasses.fields(command) if f.default is dataclasses.MISSING
+    }
     if "run" in needed:
         needed["run"] = RunConfig()
     kinds = typing.get_type_hints(command)
@@ -47,12 +49,13 @@ def test_every_path_of_a_command(name, monkeypatch):
 
 def test_every_path_of_a_config(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    for section, field, name in (
+    sections: list[tuple[type, str, str]] = [
         (RunConfig, "run_dir", "run_dir"),
         (RunConfig, "init_from", "init_from"),
         (Data, "directory", "data.directory"),
         (Compilation, "cache", "compilation.cache"),
-    ):
+    ]
+    for section, field, name in sections:
         with pytest.raises(InputError, match=f"^{name} hf://a is no path"):
             section(**{field: "hf://a"})
         assert getattr(section(**{field: "~/a"}), field) == "/home/me/a"
