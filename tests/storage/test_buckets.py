@@ -112,7 +112,7 @@ ForeignError.__module__ = "botocore.exceptions"
     ("error", "status", "line"),
     [
         (ForeignError("no credentials\nat all"), 74, "mora: ForeignError: no credentials at all"),
-        (PermissionError(13, "Access Denied", "s3://a"), 74, "mora: s3://a: Access Denied"),
+        (PermissionError(13, "Access Denied", "s3://a"), 2, "mora: s3://a: Access Denied"),
     ],
     ids=["of a package", "of the system"],
 )

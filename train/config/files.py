@@ -115,7 +115,7 @@ def _check_literal(node: yaml.Node, name: str, texts: Collection[str], seen: dic
             _check_literal(item, name, (), {})
     elif name in texts and node.tag != f"{_TAG}null":
         node.tag = f"{_TAG}str"
-    else:
+    elif isinstance(node, yaml.ScalarNode):
         _check_number(node)
 
 
@@ -139,7 +139,7 @@ def _check_mapping(node: yaml.MappingNode, name: str, texts: Collection[str], se
         _check_literal(value, dotted, texts, seen)
 
 
-def _check_number(node: yaml.Node) -> None:
+def _check_number(node: yaml.ScalarNode) -> None:
     plain = node.style is None or node.tag in _NUMBERS
     if plain and _LEADING_ZERO.fullmatch(node.value):
         raise InputError(
