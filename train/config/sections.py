@@ -25,6 +25,11 @@ MOST_WINDOW = 100_000
 MOST_ROWS = 2**40
 
 
+# Of the learning rate, of its multiples and of weight decay. With a finite gradient norm, no product of these
+# and of Adam's update leaves float32, so the step need not look at every parameter after the update.
+LARGEST_FACTOR = 1e6
+
+
 def at_least(name: str, value: float, least: float, most: float = MOST) -> None:
     """Raises InputError for a value below `least`, above `most`, not a number or zero in float32 alone."""
     if not value >= least or value == math.inf:
@@ -34,11 +39,13 @@ def at_least(name: str, value: float, least: float, most: float = MOST) -> None:
     check_float32(name, value)
 
 
-def above(name: str, value: float, bound: float) -> None:
-    """Raises InputError for a value not above `bound`, or not finite or zero in float32."""
+def above(name: str, value: float, bound: float, most: float = math.inf) -> None:
+    """Raises InputError for a value not above `bound`, above `most`, or not finite or zero in float32."""
     if not bound < value < math.inf:
         raise InputError(f"{name} must be above {bound}, not {value}")
     check_float32(name, value)
+    if value > most:
+        raise InputError(f"{name} must be at most {most:,}, not {value}")
 
 
 def number(name: str, value: Any) -> float:
@@ -97,9 +104,9 @@ class GroupRule:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        at_least("lr_scale of optimizer.groups", self.lr_scale, 0)
+        at_least("lr_scale of optimizer.groups", self.lr_scale, 0, LARGEST_FACTOR)
         if self.weight_decay is not None:
-            at_least("weight_decay of optimizer.groups", self.weight_decay, 0)
+            at_least("weight_decay of optimizer.groups", self.weight_decay, 0, LARGEST_FACTOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Optimizer:
     groups: Annotated[tuple[tuple[str, GroupRule], ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
-        above("optimizer.learning_rate", self.learning_rate, 0)
+        above("optimizer.learning_rate", self.learning_rate, 0, LARGEST_FACTOR)
         for name in ("b1", "b2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -133,7 +140,7 @@ class Optimizer:
             if np.float32(value) == 1:
                 raise InputError(f"optimizer.{name} {value} is 1 in float32; choose at most 0.9999999")
         above("optimizer.eps", self.eps, 0)
-        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        at_least("optimizer.weight_decay", self.weight_decay, 0, LARGEST_FACTOR)
         at_least("optimizer.clip_norm", self.clip_norm, 0)
 
 

@@ -1,7 +1,7 @@
-"""Bad steps: an update that is not finite, or whose loss or gradient is far above normal, is skipped.
+"""Bad steps: an update whose loss or gradient is not finite, or far above what is normal, is skipped.
 
-The judgement is part of the compiled step. It depends only on the loss, gradient norm and update of the full
-batch and on arrays of the state, so it is equal on every process and after resuming from a checkpoint.
+The judgement is part of the compiled step. It depends only on the loss and gradient norm of the full batch
+and on arrays of the state, so it is equal on every process and after resuming from a checkpoint.
 """
 
 import dataclasses
@@ -42,24 +42,15 @@ def init(config: BadSteps) -> History:
 
 
 def judge(
-    config: BadSteps, history: History, loss: Float[Array, ""], norm: Float[Array, ""], updated: Any = ()
+    config: BadSteps, history: History, loss: Float[Array, ""], norm: Float[Array, ""]
 ) -> tuple[Bool[Array, ""], History]:
     """Returns whether a step is bad, and the history after it.
 
     A spike is one of perplexity or of the gradient norm. None is detected before the window is full: its
     median is NaN until then, and nothing is above NaN. Once the patience is exhausted every step is bad, so
     that the final state does not depend on how soon the run stops.
-
-    Args:
-      config: what is bad.
-      history: what is remembered of earlier steps.
-      loss: the loss of the batch.
-      norm: the norm of its gradient.
-      updated: the arrays that the update would leave. One that is not finite would poison all later steps.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    for leaf in jax.tree.leaves(updated):
-        finite &= jnp.isfinite(leaf).all()
     bad = ~finite | exhausted(config, history)
     if config.window:
         bad |= loss > jnp.median(history.losses_W) + math.log(config.factor)
