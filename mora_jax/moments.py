@@ -32,11 +32,7 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     Raises:
       InputError: if there is no state of these labels, or nothing to prune, as without Adam's moments.
     """
-    if how not in get_args(Clear):
-        raise InputError(f"how is one of {', '.join(get_args(Clear))}, not {how!r}")
-    if not 0 <= share <= 1:
-        raise InputError(f"the share to prune lies in [0, 1], not {share}")
-    share = float(share)
+    _check(how, share)
     found: set[str] = set()
     pruned: list[Any] = []
 
@@ -80,6 +76,13 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     return result
 
 
+def _check(how: str, share: float) -> None:
+    if how not in get_args(Clear):
+        raise InputError(f"how is one of {', '.join(get_args(Clear))}, not {how!r}")
+    if not 0 <= share <= 1:
+        raise InputError(f"the share to prune lies in [0, 1], not {share}")
+
+
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
@@ -99,6 +102,7 @@ def _pruned_stack(x: Array, how: Clear, share: float, key: PRNGKeyArray) -> Arra
     if x.ndim > 2:
         keys = jax.random.split(key, x.shape[0])
         return jax.vmap(lambda x, k: _pruned_stack(x, how, share, k))(x, keys)
+    share = float(share)
     if how == "random":
         return jnp.where(jax.random.bernoulli(key, share, x.shape), 0.0, x)
     size = jnp.where(x == 0, jnp.nan, jnp.abs(x))  # padding is zero and does not count

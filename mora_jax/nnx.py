@@ -34,8 +34,8 @@ from mora_jax import moments, report, transform, trees
 from mora_jax.errors import InputError, nearest, some
 from mora_jax.frontends import modules
 from mora_jax.frontends.modules import AdapterParam, FixedAdapterParam
-from mora_jax.on import On
-from mora_jax.transform import Choice, Group, Methods, Rules
+from mora_jax.on import Choice, On
+from mora_jax.transform import Group, Methods, Rules
 
 __all__ = [
     "AdapterParam",

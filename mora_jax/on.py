@@ -1,12 +1,14 @@
-"""`On`: which axes of a kernel are inputs, which count separate kernels, and which are outputs."""
+"""What is done with a parameter: `On`, which names the axes of a kernel, and choices as plain data."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mora_jax import methods as method_table
 from mora_jax.errors import InputError
 from mora_jax.methods.base import Method
 
@@ -111,3 +113,41 @@ class Axes:
         """Returns the shape as a method sees it, such as "24 x (768, 2304)"."""
         stack = "".join(f"{n} x " for n in self.sizes(self.stack))
         return f"{stack}({self.k}, {self.d})"
+
+
+Choice: TypeAlias = Method | On | Literal["train", "frozen"]
+
+
+def method_of(choice: Choice) -> Method | None:
+    """Returns the method of a choice, None for "train" and "frozen"."""
+    choice = choice.method if isinstance(choice, On) else choice
+    return choice if isinstance(choice, Method) else None
+
+
+def choice_to_json(choice: Choice) -> Any:
+    """Returns plain data, from which `choice_from_json` makes an equal choice."""
+    if isinstance(choice, On):
+        method = method_table.to_json(choice.method)
+        return {"method": method, "inputs": list(choice.inputs), "stack": list(choice.stack)}
+    return method_table.to_json(choice) if isinstance(choice, Method) else choice
+
+
+def choice_from_json(data: Any) -> Choice:
+    """Returns a rule's choice from YAML or JSON.
+
+    Args:
+      data: "train", "frozen", a mapping with a method's name and fields, or a mapping with such a mapping as
+        `method`, and the axes `inputs` and `stack` of `On`.
+
+    Raises:
+      InputError: for anything else.
+    """
+    if data in ("train", "frozen"):
+        return data
+    if isinstance(data, str):
+        raise InputError(f"a rule's value is 'train', 'frozen' or a method, not {data!r}")
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), Mapping):
+        return method_table.from_json(data)
+    if extra := data.keys() - {"method", "inputs", "stack"}:
+        raise InputError(f"a rule has method, inputs and stack, not {sorted(map(str, extra))[0]}")
+    return On(method_table.from_json(data["method"]), data.get("inputs", (-2,)), data.get("stack", ()))

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from mora_jax import trees
-from mora_jax.on import On
-from mora_jax.transform import Choice, Methods, Params
+from mora_jax.on import Choice, On
+from mora_jax.transform import Methods, Params
 
 
 def describe(params: Params, methods: Methods) -> str:

@@ -10,20 +10,18 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray
 
-from mora_jax import methods as method_table
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError, nearest, some
 from mora_jax.methods.base import Bound, Method
-from mora_jax.on import CHOICES, On
+from mora_jax.on import CHOICES, Choice, On, choice_from_json, choice_to_json
 
-Choice: TypeAlias = Method | On | Literal["train", "frozen"]
 Rules: TypeAlias = Sequence[tuple[str, Choice]]
 Params: TypeAlias = Any  # any pytree of arrays
 Tree: TypeAlias = dict[str, Any]
@@ -108,41 +106,6 @@ class Group:
         """Name of the group's optimizer state, such as "base" or "adapter*16.0"."""
         scale = "" if self.lr_scale == 1 else f"*{self.lr_scale}"
         return f"{'adapter' if self.adapter else 'base'}{scale}{'' if self.weight_decay else ', undecayed'}"
-
-
-def method_of(choice: Choice) -> Method | None:
-    """Returns the method of a choice, None for "train" and "frozen"."""
-    choice = choice.method if isinstance(choice, On) else choice
-    return choice if isinstance(choice, Method) else None
-
-
-def choice_to_json(choice: Choice) -> Any:
-    """Returns plain data, from which `choice_from_json` makes an equal choice."""
-    if isinstance(choice, On):
-        method = method_table.to_json(choice.method)
-        return {"method": method, "inputs": list(choice.inputs), "stack": list(choice.stack)}
-    return method_table.to_json(choice) if isinstance(choice, Method) else choice
-
-
-def choice_from_json(data: Any) -> Choice:
-    """Returns a rule's choice from YAML or JSON.
-
-    Args:
-      data: "train", "frozen", a mapping with a method's name and fields, or a mapping with such a mapping as
-        `method`, and the axes `inputs` and `stack` of `On`.
-
-    Raises:
-      InputError: for anything else.
-    """
-    if data in ("train", "frozen"):
-        return data
-    if isinstance(data, str):
-        raise InputError(f"a rule's value is 'train', 'frozen' or a method, not {data!r}")
-    if not isinstance(data, Mapping) or not isinstance(data.get("method"), Mapping):
-        return method_table.from_json(data)
-    if extra := data.keys() - {"method", "inputs", "stack"}:
-        raise InputError(f"a rule has method, inputs and stack, not {sorted(map(str, extra))[0]}")
-    return On(method_table.from_json(data["method"]), data.get("inputs", (-2,)), data.get("stack", ()))
 
 
 def assign(rules: Rules, params: Params, stacked: str = "") -> Methods:

@@ -73,21 +73,10 @@ def adapted(f: Callable[..., Any], methods: Methods | None = None, path: Path = 
         if not kernels:
             return f(params, *args, **kwargs)
 
-        returned: list[Any] = []
+        def call(ws: dict[str, Any]) -> Any:
+            return f(trees.replaced(params, {prefix + name: w for name, w in ws.items()}), *args, **kwargs)
 
-        def call(ws: list[Any]) -> list[Any]:
-            leaves = {prefix + name: w for name, w in zip(kernels, ws, strict=True)}
-            leaves, structure = jax.tree.flatten(f(trees.replaced(params, leaves), *args, **kwargs))
-            returned.extend([structure, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]])
-            return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-
-        program = jax.make_jaxpr(call)([kernel.w for kernel in kernels.values()])
-        _check_read(program.jaxpr, list(kernels))
-        outputs = evaluate(program.jaxpr, program.consts, list(kernels.values()))
-        arrays = iter([materialised(output, "an output") for output in outputs])
-        structure, constants = returned
-        leaves = [next(arrays) if constant is None else constant for constant in constants]
-        return jax.tree.unflatten(structure, leaves)
+        return _interpreted(call, kernels)
 
     return apply
 
@@ -124,6 +113,23 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
         return jax.value_and_grad(of_trainable, has_aux=has_aux)(state.trainable)
 
     return call
+
+
+def _interpreted(call: Callable[[dict[str, Any]], Any], kernels: dict[str, Kernel]) -> Any:
+    """Returns what a function of kernels returns, its program evaluated with their adapters."""
+    structure, constants = None, []
+
+    def arrays_of(ws: list[Any]) -> list[Any]:
+        nonlocal structure, constants
+        leaves, structure = jax.tree.flatten(call(dict(zip(kernels, ws, strict=True))))
+        constants = [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+    program = jax.make_jaxpr(arrays_of)([kernel.w for kernel in kernels.values()])
+    _check_read(program.jaxpr, list(kernels))
+    outputs = evaluate(program.jaxpr, program.consts, list(kernels.values()))
+    arrays = iter([materialised(output, "an output") for output in outputs])
+    return jax.tree.unflatten(structure, [next(arrays) if c is None else c for c in constants])
 
 
 def _dropout_key(f: Callable[..., Any], kwargs: dict[str, Any], methods: Methods) -> PRNGKeyArray | None:

@@ -12,7 +12,7 @@ from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
 from mora_jax.models.llama import Compute, LlamaConfig, abstract_params
-from mora_jax.transform import method_of
+from mora_jax.on import method_of
 from train.config import flags
 from train.config import run as c
 from train.config import sections as s

@@ -5,8 +5,7 @@ import yaml
 
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share, from_json
-from mora_jax.on import On
-from mora_jax.transform import choice_from_json
+from mora_jax.on import On, choice_from_json
 from train.config import flags, old
 from train.config.run import RunConfig, to_plain
 from train.config.sections import Params

@@ -8,7 +8,7 @@ import pytest
 from mora_jax import transform, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import Bound, LoRA, MoRA, Share
-from mora_jax.on import On
+from mora_jax.on import On, choice_from_json
 from mora_jax.transform import Group, Methods
 
 RULES = [
@@ -162,7 +162,7 @@ def test_methods_survive_json(methods):
 
 def test_a_choice_that_is_none_is_refused():
     with pytest.raises(InputError, match="'train', 'frozen' or a method, not 'trian'"):
-        transform.choice_from_json("trian")
+        choice_from_json("trian")
 
 
 def test_methods_cause_one_compilation_for_each_group_type(adapters, methods):

@@ -8,8 +8,9 @@ from rich.table import Column, Table
 
 from mora_jax import trees
 from mora_jax.errors import InputError
+from mora_jax.on import Choice, method_of
 from mora_jax.report import count_trained
-from mora_jax.transform import Choice, Methods, method_of
+from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import console
 from train.data.rows.info import load_info

@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mora_jax import transform
 from mora_jax.errors import InputError
 from mora_jax.methods.registry import METHODS, OPERATORS, flat_fields, from_json
 from mora_jax.models.llama import STACKED
-from mora_jax.on import On
+from mora_jax.on import On, choice_to_json
 
 KEYS = {"method.adapt": "params.adapt", "method.train": "params.train"}
 LAYERS = {
@@ -63,7 +62,7 @@ def upgrade_methods(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 def _on_stack(path: str, choice: Any) -> Any:
     bare = isinstance(choice, Mapping) and "method" not in choice and re.fullmatch(STACKED, path)
-    return transform.choice_to_json(On(from_json(choice), stack=(0,))) if bare else choice
+    return choice_to_json(On(from_json(choice), stack=(0,))) if bare else choice
 
 
 def _method(choice: Any) -> Any:

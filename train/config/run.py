@@ -14,7 +14,7 @@ from mora_jax.errors import InputError
 from mora_jax.methods import METHODS, Method, MoRA
 from mora_jax.models.attention import check_splash
 from mora_jax.models.llama import Compute, LlamaConfig
-from mora_jax.on import On
+from mora_jax.on import On, choice_from_json, choice_to_json, method_of
 from train.config import method as method_section
 from train.config.method import WITHOUT_ADAPTERS, MethodChoice
 from train.config.paths import spell_out
@@ -171,7 +171,7 @@ class RunConfig:
         return found
 
     def _methods(self) -> list[Method]:
-        found = [transform.method_of(choice) for _, choice in self.parameter_rules()]
+        found = [method_of(choice) for _, choice in self.parameter_rules()]
         return [method for method in found if method]
 
     def parameter_rules(self) -> transform.Rules:
@@ -213,7 +213,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 def rules_from_plain(data: Any) -> tuple[Rule, ...]:
     """Returns the rules that `to_plain` made plain. Raises InputError for anything else."""
     pairs = _pairs("rules", data, "method | train | frozen")
-    return tuple((regex, transform.choice_from_json(choice)) for regex, choice in pairs)
+    return tuple((regex, choice_from_json(choice)) for regex, choice in pairs)
 
 
 def groups_from_plain(data: Any) -> tuple[Group, ...]:
@@ -234,7 +234,7 @@ def _plain(name: str, value: Any) -> Any:
         case "method":
             return method_section.to_plain(value)
         case "rules":
-            return [[regex, transform.choice_to_json(choice)] for regex, choice in value]
+            return [[regex, choice_to_json(choice)] for regex, choice in value]
         case "groups":
             return [[regex, dataclasses.asdict(rule)] for regex, rule in value]
     return to_plain(value) if dataclasses.is_dataclass(value) else value

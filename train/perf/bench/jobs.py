@@ -8,6 +8,7 @@ from mora_jax import transform
 from mora_jax.errors import InputError
 from mora_jax.methods import Method
 from mora_jax.models.llama import LlamaConfig
+from mora_jax.on import method_of
 from train.perf.bench.cases import Case, DType, with_method
 from train.step.spec import StepSpec, spec_of
 
@@ -99,7 +100,7 @@ class PeerJob:
 
 def check_job(case: Case, jobs: Sequence[StepJob]) -> CheckJob:
     """Returns the check of the methods that some jobs time."""
-    found = (transform.method_of(choice) for job in jobs for _, choice in job.rules)
+    found = (method_of(choice) for job in jobs for _, choice in job.rules)
     methods = dict.fromkeys(method for method in found if method)
     tokens = min(CHECKED_TOKENS, case.config.tokens_per_step())
     config = case.config
