@@ -142,7 +142,8 @@ def test_a_run_whose_save_fails_stops_and_resumes(free, tiny_run, monkeypatch):
     assert names == {path.name for path in (tiny_run.folder / "checkpoints").iterdir()}
 
 
-@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 4])
 def test_a_warm_start_keeps_the_weights_it_started_from(tiny_run, tmp_path, monkeypatch, stop):
     """Killed before or after its first save is due; the other run has other weights meanwhile."""
     source = tmp_path / "source"

@@ -264,6 +264,7 @@ def test_a_deterministic_run_loads_the_programs_it_kept(config, tmp_path):
         compile_something(deterministic, 10)
 
 
+@pytest.mark.slow
 def test_xla_knows_the_flag_and_importing_starts_nothing():
     """In programs of their own: XLA ends one for a flag that it does not know."""
     source = """

@@ -381,7 +381,7 @@ def test_invalid_processes_are_refused(fields, message):
         Distributed(**fields)
 
 
-@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("missing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_processes_that_do_not_find_each_other(config: Path, missing: int):
     """JAX's runtime aborts such a process, with a page of native stack."""
     both = launched(config, 2, 1, "--distributed.initialization-timeout", "4")

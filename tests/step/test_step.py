@@ -212,6 +212,7 @@ DROPPING = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_microbatch_to_microbatch():
     methods, state, _ = trained(DROPPING, 2)
     twice = dataclasses.replace(DROPPING, batch_size=4, microbatches=2)

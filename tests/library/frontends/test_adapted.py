@@ -124,7 +124,7 @@ def products_with_adapters(f, *args) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("name", ["x @ w", "output", "experts"])
+@pytest.mark.parametrize("name", ["x @ w", pytest.param("output", marks=pytest.mark.slow), "experts"])
 def test_every_method_on_every_kind_of_layout(name, method):
     f, shape, x_shape, axes = PRODUCTS[name]
     params = {"w": jax.random.normal(jax.random.key(0), shape)}
@@ -218,7 +218,17 @@ def rules_of(stack: tuple[int, ...]):
     ]
 
 
-@pytest.mark.parametrize("ways", [(), ("remat",), ("jit",), ("remat", "scan"), ("jit", "scan")], ids="-".join)
+@pytest.mark.parametrize(
+    "ways",
+    [
+        (),
+        ("remat", "scan"),
+        pytest.param(("remat",), marks=pytest.mark.slow),
+        pytest.param(("jit",), marks=pytest.mark.slow),
+        pytest.param(("jit", "scan"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def test_a_linen_model_as_it_is(ways):
     tokens = jnp.arange(10).reshape(2, 5)
     model = GPT(ways)

@@ -268,7 +268,10 @@ def planned_for_tpus(*words: str, folder: Path) -> dict:
 @needs_libtpu
 @pytest.mark.parametrize(
     "rows",
-    [pytest.param(4, id="activation path", marks=pytest.mark.slow), pytest.param(64, id="merged path")],
+    [
+        pytest.param(4, id="activation path", marks=pytest.mark.slow),
+        pytest.param(64, id="merged path", marks=pytest.mark.slow),
+    ],
 )
 def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
     """The formula agrees with the compiler about what is sent in float32 and what in bfloat16.
