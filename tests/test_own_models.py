@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_own_models(folder, capsys):
     names: dict = {}
     linen, nnx = blocks("docs/own_models.md")

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from train.config.sections import Data
 from train.jobs.export import export
 from train.jobs.pretrain import pretrain
@@ -10,6 +12,7 @@ from train.jobs.score import score_path
 from train.run.folder import check_free, read_config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_read_from_another_working_folder(tiny_run, tmp_path, monkeypatch):
     """Its paths are written as absolute ones. An equal path, spelled otherwise, is no difference."""
     monkeypatch.chdir(Path(tiny_run.config.data.directory).parent)
