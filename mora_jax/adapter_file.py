@@ -1,6 +1,5 @@
 """The adapters of a model of one's own as one file: arrays as safetensors, methods as JSON in its header."""
 
-import json
 import secrets
 import zlib
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from etils import epath
 from mora_jax import transform, trees
 from mora_jax.errors import InputError, some
 from mora_jax.hf.safetensors import Stored, read_file, write_tensors
-from mora_jax.io import parse_json, path_of
+from mora_jax.io import json_text, parse_json, path_of
 from mora_jax.state import State
 from mora_jax.transform import Methods, Params
 
@@ -58,7 +57,7 @@ def save(path: epath.PathLike, state: State) -> None:
     }
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        write_tensors(partial, specs, (np.asarray(a) for a in arrays.values()), {KEY: json.dumps(said)})
+        write_tensors(partial, specs, (np.asarray(a) for a in arrays.values()), {KEY: json_text(said)})
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
         return old._replace(mu=_pruned(old.mu, how, share, mu_key), nu=_pruned(old.nu, how, share, nu_key))
 
     def by_label(path: Any, old: Any, new: Any) -> Any:
-        if not isinstance(old, optax.transforms.PartitionState):
+        if not is_partition(old):
             # Other transformations keep something of the old adapters, such as MultiSteps their gradients.
             return new if jax.tree_util.DictKey("adapters") in path else old
         found.update(labels & old.inner_states.keys())
@@ -65,15 +65,17 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
         states = jax.tree_util.tree_map_with_path(cleared, ours, others, is_leaf=_is_whole)
         return old._replace(inner_states={**old.inner_states, **states})
 
-    def is_partition(node: Any) -> bool:
-        return isinstance(node, optax.transforms.PartitionState)
-
     result = jax.tree_util.tree_map_with_path(by_label, opt_state, fresh, is_leaf=is_partition)
     if labels - found:
         raise InputError("there is no optimizer state of adapters: make the optimizer with State.optimizer")
     if how != "reset" and not pruned:
         raise InputError(f"{how} pruning needs an optimizer with optax.scale_by_adam, such as optax.adamw")
     return result
+
+
+def is_partition(node: Any) -> bool:
+    """Returns whether a node of an optimizer state is that of `optax.partition`."""
+    return isinstance(node, optax.transforms.PartitionState)
 
 
 def _check(how: str, share: float) -> None:

@@ -34,7 +34,9 @@ from mora_jax import moments, report, transform, trees
 from mora_jax.errors import InputError, nearest, some
 from mora_jax.frontends import modules
 from mora_jax.frontends.modules import AdapterParam, FixedAdapterParam
+from mora_jax.moments import is_partition
 from mora_jax.on import Choice, On
+from mora_jax.state import scaled
 from mora_jax.transform import Group, Methods, Rules
 
 __all__ = [
@@ -135,8 +137,8 @@ def restarted(
 ) -> tuple[M, nnx.Optimizer]:
     """Merges the adapters, initialises new ones, switches the methods and clears the adapters' moments.
 
-    The model's outputs do not change. Learning rate schedules go on, and so does the state of parameters that
-    are trained themselves. Both results are new objects. Partially applied functions such as those of
+    The model's outputs do not change. Learning rate schedules continue, and so does the state of parameters
+    that are trained themselves. Both results are new objects. Partially applied functions such as those of
     `nnx.cached_partial` hold the old ones, and have to be made again.
 
     Args:
@@ -151,8 +153,8 @@ def restarted(
       The new model and the new optimizer.
 
     Raises:
-      InputError: if a method has no update to merge and go on from, as DoRA; if the optimizer has one state
-        for adapters and other parameters.
+      InputError: if a method has no update to merge and continue from, as DoRA; if the optimizer has one
+        state for adapters and other parameters.
 
     Example:
       >>> import optax
@@ -166,9 +168,7 @@ def restarted(
       '1'
     """
     new, params, adapters, chosen = _taken_apart(model)
-    for path, method in chosen.adapted():
-        if method.restart_effect == "no":
-            raise InputError(f"{path}: {method.name} cannot be restarted")
+    chosen.check_restart()
     params, adapters, after = transform.restart(rngs.params(), params, adapters, chosen)
     _set(new, params, chosen)
     _install(new, after, trees.flatten(adapters))
@@ -203,13 +203,12 @@ def optimizer(
     """
     groups = _groups(model)
     by_label: dict[Hashable, optax.GradientTransformation] = {
-        group.label: _scaled(tx if isinstance(tx, optax.GradientTransformation) else tx(group), group)
-        for group in {*groups.values(), Group(adapter=False)}
+        group.label: scaled(tx, group) for group in {*groups.values(), Group(adapter=False)}
     }
 
     def labels(arrays: Any) -> Any:
         def label(path: Any, _: Any) -> str:
-            return groups.get(_written(path), Group(adapter=False)).label
+            return groups.get(trees.written(path), Group(adapter=False)).label
 
         return jax.tree_util.tree_map_with_path(label, arrays, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -336,7 +335,7 @@ def _cleared(
     trained = nnx.state(model, old.wrt)
     old_state, fresh = nnx.as_pure(old.opt_state), nnx.as_pure(old.tx.init(trained))
     labels = {group.label for group in _groups(model).values() if group.adapter}
-    parted = [node for node in jax.tree.leaves(old_state, is_leaf=_is_partition) if _is_partition(node)]
+    parted = [node for node in jax.tree.leaves(old_state, is_leaf=is_partition) if is_partition(node)]
     if labels <= {label for node in parted for label in node.inner_states}:
         cleared = moments.clear(old_state, fresh, labels, how, share, rngs.params())
     elif all(isinstance(variable, AdapterParam) for _, variable in nnx.to_flat_state(trained)):
@@ -348,15 +347,3 @@ def _cleared(
     new = nnx.clone(old)
     nnx.update(new.opt_state, nnx.state(cleared))
     return new
-
-
-def _is_partition(node: Any) -> bool:
-    return isinstance(node, optax.transforms.PartitionState)
-
-
-def _scaled(tx: optax.GradientTransformation, group: Group) -> optax.GradientTransformation:
-    return tx if group.lr_scale == 1 else optax.chain(tx, optax.scale(group.lr_scale))
-
-
-def _written(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -11,7 +11,6 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from mora_jax import moments, transform, trees
-from mora_jax.errors import InputError
 from mora_jax.transform import Group, Methods, Params, Rules, Tree
 
 
@@ -103,7 +102,7 @@ class State:
             `weight_decay` say what may be treated differently.
         """
         labels = transform.labels(self.params, self.adapters, self.methods)
-        by_label = {group.label: _scaled(tx, group) for group in jax.tree.leaves(labels)}
+        by_label = {group.label: scaled(tx, group) for group in jax.tree.leaves(labels)}
         return optax.partition(by_label, jax.tree.map(lambda group: group.label, labels))
 
     def restart(
@@ -116,7 +115,7 @@ class State:
     ) -> tuple["State", Any]:
         """Merges the adapters, initialises new ones, switches the methods and clears the adapters' state.
 
-        The model's outputs do not change. Learning rate schedules go on.
+        The model's outputs do not change. Learning rate schedules continue.
 
         Args:
           key: random key of the new adapters and of pruning.
@@ -130,11 +129,9 @@ class State:
           The new state, and the new state of the optimizer.
 
         Raises:
-          InputError: if a method has no update to merge and go on from, as DoRA.
+          InputError: if a method has no update to merge and continue from, as DoRA.
         """
-        for path, method in self.methods.adapted():
-            if method.restart_effect == "no":
-                raise InputError(f"{path}: {method.name} cannot be restarted")
+        self.methods.check_restart()
         adapter_key, pruning_key = jax.random.split(key)
         parts = transform.restart(adapter_key, self.params, self.adapters, self.methods)
         state = State(*parts, self.step)
@@ -144,6 +141,7 @@ class State:
         return state, moments.clear(opt_state, fresh, labels, how, share, pruning_key)
 
 
-def _scaled(tx: Any, group: Group) -> optax.GradientTransformation:
+def scaled(tx: Any, group: Group) -> optax.GradientTransformation:
+    """Returns a transformation, or what a function of the group returns, scaled by the group's multiple."""
     tx = tx if hasattr(tx, "update") else tx(group)
     return tx if group.lr_scale == 1 else optax.chain(tx, optax.scale(group.lr_scale))

@@ -59,6 +59,12 @@ class Methods:
         """Returns the methods that follow a restart."""
         return Methods(tuple((path, _after_restart(choice)) for path, choice in self.choices))
 
+    def check_restart(self) -> None:
+        """Raises InputError for a method that has no update to merge and continue from, as DoRA."""
+        for path, method in self.adapted():
+            if method.restart_effect == "no":
+                raise InputError(f"{path}: {method.name} cannot be restarted")
+
     def trainable(self) -> dict[str, "Group"]:
         """Returns the optimizer group of every trainable array, by path under `params/` or `adapters/`."""
         # Parameters that are one array have an empty path.

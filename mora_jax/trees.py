@@ -159,13 +159,14 @@ def _leaves(tree: Tree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     nnx = sys.modules.get("flax.nnx")  # without it there are no variables
     if nnx is None:
-        return [(_written(path), leaf) for path, leaf in leaves]
+        return [(written(path), leaf) for path, leaf in leaves]
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
     variables = {path for path, node in nodes if isinstance(node, nnx.Variable)}
-    return [(_written(path[:-1] if path[:-1] in variables else path), leaf) for path, leaf in leaves]
+    return [(written(path[:-1] if path[:-1] in variables else path), leaf) for path, leaf in leaves]
 
 
-def _written(path: KeyPath) -> str:
+def written(path: KeyPath) -> str:
+    """Returns a path of JAX as text, such as "a/b/0/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -130,7 +130,7 @@ def test_flags_before_the_config_are_not_taken_for_defaults(refused, tiny_yaml):
 def test_other_commands_refuse(refused, tmp_path, monkeypatch, args, expected):
     monkeypatch.chdir(tmp_path)
     assert expected in refused(*args)
-    assert not os.listdir(tmp_path)  # noqa: PTH208
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_directory_that_holds_another_config(refused, tiny_run, tiny_yaml):

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_text import LongShard, contents, write_lines
@@ -84,7 +85,8 @@ class Noting:
 
 def test_ctrl_c_is_the_parents_from_a_workers_first_moment(tokenizer: Tokenizer, tmp_path: Path):
     """A worker inherits that it is blocked. One that is interrupted while it loads prints a traceback."""
-    jobs = [a_job(tokenizer, Noting(tmp_path / "noted"), tmp_path / f"{i}.rows") for i in range(2)]  # type: ignore[arg-type]
+    shard: Any = Noting(tmp_path / "noted")
+    jobs = [a_job(tokenizer, shard, tmp_path / f"{i}.rows") for i in range(2)]
     with pytest.raises(InputError, match="a worker process was killed"):
         workers.run(jobs, 2, lambda advance: None)
     assert (tmp_path / "noted").read_text() == "True"

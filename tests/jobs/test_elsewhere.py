@@ -1,4 +1,4 @@
-"""A run is trained in one working folder, and goes on, is scored and exported in another."""
+"""A run is trained in one working folder, and resumed, scored and exported in another."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from train.run.folder import check_free, read_config
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_and_is_read_from_another_working_folder(tiny_run, tmp_path, monkeypatch):
+def test_a_run_resumes_and_is_read_from_another_working_folder(tiny_run, tmp_path, monkeypatch):
     """Its paths are written as absolute ones. An equal path, spelled otherwise, is no difference."""
     monkeypatch.chdir(Path(tiny_run.config.data.directory).parent)
     data = Data("data", 32)
