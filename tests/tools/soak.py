@@ -183,7 +183,8 @@ def disturb(
                 return
             shutil.rmtree(run_dir)
             furthest = 0
-        elif status == exits.PREEMPTED:  # before the kill came
+        # Before the kill came. A run that has finished no longer handles signals, and the next start finds that.
+        elif status in (exits.PREEMPTED, -signal.SIGTERM):
             figures.stopped_by_sigterm += 1
         else:
             raise SystemExit(f"the run ended with status {status}:\n{err}")
