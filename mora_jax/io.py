@@ -16,6 +16,7 @@ from mora_jax.errors import InputError, reason
 
 JSON_LIMIT = 1 << 24  # bytes; far more than a config or an index of tensors takes
 _STORES = ("gs", "s3")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def path_of(path: epath.PathLike, name: str = "") -> epath.Path:
@@ -45,7 +46,7 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
 
     Raises:
       InputError: if the file is missing, is not a regular file (a folder, a pipe, a device), has more than
-        `limit` bytes, or cannot be read.
+        `limit` bytes, is a Git LFS pointer, or cannot be read.
     """
     try:
         file = path_of(path)
@@ -57,11 +58,28 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
         if size > limit:
             raise InputError(f"{file}: it has {size:,} bytes; at most {limit:,} are read")
         with file.open("rb") as stream:
-            return stream.read(size)  # Python allocates what is asked for, so not `limit`
+            content = stream.read(size)  # Python allocates what is asked for, so not `limit`
+        refuse_lfs_pointer(file, content)
+        return content
     except InputError:
         raise
     except (OSError, ImportError, ValueError) as error:  # also a missing package or an invalid name
         raise InputError(f"{str(path)!r} cannot be read: {reason(error)}") from error
+
+
+def refuse_lfs_pointer(path: epath.PathLike, start: bytes) -> None:
+    """Raises InputError if a file is a Git LFS pointer: a line of text in the place of a large file.
+
+    >>> refuse_lfs_pointer("model.safetensors", b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a")
+    Traceback (most recent call last):
+    mora_jax.errors.InputError: model.safetensors is a Git LFS pointer: run git lfs pull where it lies
+
+    Args:
+      path: the file, for the message.
+      start: its content, or at least its first 64 bytes.
+    """
+    if start.startswith(_LFS_POINTER):
+        raise InputError(f"{os.fspath(path)} is a Git LFS pointer: run git lfs pull where it lies")
 
 
 def is_plain_file(file: epath.Path) -> bool:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.io import json_text, path_of, read_bytes, read_object, read_text
+from mora_jax.io import json_text, path_of, read_bytes, read_object, read_text, refuse_lfs_pointer
 
 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path):
@@ -31,6 +31,15 @@ def test_other_things_than_files_are_refused(tmp_path, make, message):
     make(tmp_path / "f")
     with pytest.raises(InputError, match=f"f {message}"):
         read_bytes(tmp_path / "f", 10)
+
+
+def test_a_git_lfs_pointer_is_not_taken_for_its_file(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "f").write_bytes(pointer)
+    with pytest.raises(InputError, match="f is a Git LFS pointer: run git lfs pull"):
+        read_bytes(tmp_path / "f", 200)
+    refuse_lfs_pointer("f", b"version 1" + pointer)
+    refuse_lfs_pointer("f", b"")
 
 
 @pytest.mark.parametrize("path", ["az://a/b", "http://a/b", "hf://a/b", "file:///a", "GS://a"])
