@@ -70,7 +70,7 @@ def read_bytes(path: epath.PathLike, limit: int) -> bytes:
 def refuse_lfs_pointer(path: epath.PathLike, start: bytes) -> None:
     """Raises InputError if a file is a Git LFS pointer: a line of text in the place of a large file.
 
-    >>> refuse_lfs_pointer("model.safetensors", b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a")
+    >>> refuse_lfs_pointer("model.safetensors", b"version https://git-lfs.github.com/spec/v1\\noid 4d7a")
     Traceback (most recent call last):
     mora_jax.errors.InputError: model.safetensors is a Git LFS pointer: run git lfs pull where it lies
 

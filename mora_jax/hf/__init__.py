@@ -2,12 +2,15 @@
 
 from mora_jax.hf.config import read_config
 from mora_jax.hf.folder import remove_leftovers, whole_folder
+from mora_jax.hf.hub import is_hub_id, local_folder
 from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
 from mora_jax.hf.weights import load_hf, save_hf
 
 __all__ = [
     "check_tokenizer",
+    "is_hub_id",
     "load_hf",
+    "local_folder",
     "read_config",
     "remove_leftovers",
     "save_hf",

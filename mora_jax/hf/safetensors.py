@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from mora_jax.errors import InputError, some
-from mora_jax.io import is_plain_file, parse_json, read_object
+from mora_jax.io import is_plain_file, parse_json, read_object, refuse_lfs_pointer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -124,7 +124,11 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.exists():
-        raise InputError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; no other format is supported")
+        raise InputError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}; no other format is read. Pickles (.bin, .pt) "
+            f'can run code and are never opened; to convert them: python -c "import transformers; '
+            f"transformers.AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('OUT')\""
+        )
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index}: weight_map must map the names of tensors to names of files")
@@ -147,7 +151,9 @@ def read_file(file: epath.Path) -> tuple[dict[str, Stored], dict[str, Any]]:
         raise InputError(f"{file} is not a regular file")
     size = file.stat().length
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        refuse_lfs_pointer(file, first := stream.read(64))
+        length = int.from_bytes(first[:8], "little")
+        stream.seek(8)
         if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
             raise InputError(f"{file} is damaged or not a safetensors file: its header cannot be that long")
         header = parse_json(stream.read(length), f"the header of {file}")

@@ -18,9 +18,9 @@ from mora_jax.errors import InputError, some
 from mora_jax.hf import safetensors
 from mora_jax.hf.config import CONFIG, config_json, read_config
 from mora_jax.hf.folder import whole_folder
+from mora_jax.hf.hub import local_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Place, Shapes, parameter_shapes, places
 from mora_jax.hf.safetensors import Stored
-from mora_jax.io import path_of
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
@@ -75,7 +75,8 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
     """Reads the parameters and the config of a Hugging Face LLaMA folder.
 
     Args:
-      path: a folder with config.json and safetensors (float32, bfloat16 or float16; one file or several).
+      path: a folder with config.json and safetensors (float32, bfloat16 or float16; one file or several), or
+        the id of a model on the Hub, `org/name` or `org/name@revision`.
       mesh: the devices to shard the parameters over, by the rules of `sharding`. The host holds one tensor of
         one layer, and of one parameter at a time what this process's devices keep. Without a mesh the
         parameters are numpy arrays.
@@ -97,7 +98,7 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
       ...     load_hf(f"{folder}/model")[1] == config
       True
     """
-    folder = path_of(path)
+    folder = local_folder(path)
     config = read_config(folder)
     tensors, stored = places(config), safetensors.read_headers(folder)
     _check_stored(stored, tensors, config, folder)  # before memory is taken for the weights

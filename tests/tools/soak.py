@@ -183,7 +183,7 @@ def disturb(
                 return
             shutil.rmtree(run_dir)
             furthest = 0
-        # Before the kill came. A run that has finished no longer handles signals, and the next start finds that.
+        # Before the kill came. A run that has finished no longer handles signals; the next start finds it.
         elif status in (exits.PREEMPTED, -signal.SIGTERM):
             figures.stopped_by_sigterm += 1
         else:

@@ -139,7 +139,7 @@ class Evaluate:
     """Computes the validation perplexity of a run or of an exported model.
 
     Attributes:
-      path: folder of a run, or Hugging Face folder.
+      path: folder of a run, Hugging Face folder, or id of a model on the Hub (org/name, org/name@revision).
       data: data set to evaluate on; empty for the run's own.
       batch_size: sequences per batch.
       max_batches: most batches to read; 0 for the whole split.

@@ -52,7 +52,8 @@ class RunConfig:
       steps: optimizer steps of the run.
       batch_size: sequences per optimizer step, over all devices.
       microbatches: parts that a batch is computed in, one after another (gradient accumulation).
-      init_from: Hugging Face folder or run to start from instead of random weights; empty for none.
+      init_from: run, Hugging Face folder or id of a model on the Hub (org/name, org/name@revision) to start
+        from instead of random weights; empty for none.
       model: architecture and sizes.
       compute: how the model is computed.
       data: the prepared text.

@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+from mora_jax import hf
 from mora_jax.errors import InputError
 from mora_jax.models.llama import Compute, Llama
 from mora_jax.transform import Methods
@@ -19,7 +20,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     Model and batches are sharded over all devices, or over as many as divide both.
 
     Args:
-      path: folder of a run, or Hugging Face folder.
+      path: folder of a run, Hugging Face folder, or id of a model on the Hub.
       data: the data set; empty for the run's own.
       how: batch size and number of batches.
       dtype: type of products.
@@ -28,6 +29,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
       InputError: if the folder holds no model, is not a run and `data` is empty, or the loss is not finite.
     """
     info = load_info(data, splits=("validation",)) if data else _own_data(path)
+    path = str(hf.local_folder(path))
     mesh = widest_mesh(path, how.batch_size)
     params, model = load_model(path, info, mesh)
     score = evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)

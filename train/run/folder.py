@@ -10,6 +10,7 @@ import jax
 import yaml
 from etils import epath
 
+from mora_jax import hf
 from mora_jax.errors import InputError
 from mora_jax.io import read_json
 from train.config import flags
@@ -75,7 +76,10 @@ def claim(config: RunConfig) -> None:
 def absolute(config: RunConfig) -> RunConfig:
     """Returns a config whose data set and first weights are found from any working folder."""
     data = dataclasses.replace(config.data, directory=_absolute(config.data.directory))
-    return dataclasses.replace(config, data=data, init_from=config.init_from and _absolute(config.init_from))
+    source = config.init_from
+    if source and not hf.is_hub_id(source):
+        source = _absolute(source)
+    return dataclasses.replace(config, data=data, init_from=source)
 
 
 def read_config(run_dir: str) -> RunConfig:

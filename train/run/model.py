@@ -77,7 +77,7 @@ def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
     if not config.init_from:
         return None
     try:
-        params, model = load_model(config.init_from, info, mesh)
+        params, model = load_model(str(hf.local_folder(config.init_from)), info, mesh)
     except InputError as error:
         raise InputError(f"--init-from {config.init_from}: {error}") from error
     for field in dataclasses.fields(LlamaConfig):

@@ -62,7 +62,12 @@ def test_damaged_weights_are_refused(folder):
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         load_hf(folder)
     file.unlink()
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(
+        InputError, match=r"neither .* Pickles \(.bin, .pt\) can run code .*; to convert them: "
+    ):
+        load_hf(folder)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n")
+    with pytest.raises(InputError, match="is a Git LFS pointer: run git lfs pull"):
         load_hf(folder)
 
 
