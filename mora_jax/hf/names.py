@@ -1,8 +1,13 @@
-"""The table of names: which tensors of a Hugging Face folder make which parameter of `Llama`."""
+"""The table of names: which tensors of a Hugging Face folder make which parameter of `Llama`.
+
+One table serves every architecture. A model has the entries whose parameters it has.
+"""
 
 import functools
+import re
 from typing import NamedTuple, TypeAlias
 
+from mora_jax.errors import InputError, nearest
 from mora_jax.models.llama import LlamaConfig, abstract_params
 from mora_jax.trees import flatten
 
@@ -25,21 +30,37 @@ class Name(NamedTuple):
     transpose: bool
 
 
+def _layer(path: str, tensor: str, transpose: bool = False) -> Name:
+    return Name(f"layers/{path}", f"model.layers.{{}}.{tensor}", transpose)
+
+
+def _linear(module: str) -> tuple[Name, Name]:
+    path = module.replace(".", "/")
+    return (
+        _layer(f"{path}/kernel", f"{module}.weight", True),
+        _layer(f"{path}/bias", f"{module}.bias"),
+    )
+
+
 # In the order of the files.
 NAMES = (
     Name("embed_tokens/embedding", EMBEDDING, False),
-    Name("layers/input_layernorm/scale", "model.layers.{}.input_layernorm.weight", False),
-    Name("layers/self_attn/q_proj/kernel", "model.layers.{}.self_attn.q_proj.weight", True),
-    Name("layers/self_attn/k_proj/kernel", "model.layers.{}.self_attn.k_proj.weight", True),
-    Name("layers/self_attn/v_proj/kernel", "model.layers.{}.self_attn.v_proj.weight", True),
-    Name("layers/self_attn/o_proj/kernel", "model.layers.{}.self_attn.o_proj.weight", True),
-    Name("layers/post_attention_layernorm/scale", "model.layers.{}.post_attention_layernorm.weight", False),
-    Name("layers/mlp/gate_proj/kernel", "model.layers.{}.mlp.gate_proj.weight", True),
-    Name("layers/mlp/up_proj/kernel", "model.layers.{}.mlp.up_proj.weight", True),
-    Name("layers/mlp/down_proj/kernel", "model.layers.{}.mlp.down_proj.weight", True),
+    _layer("input_layernorm/scale", "input_layernorm.weight"),
+    *_linear("self_attn.q_proj"),
+    *_linear("self_attn.k_proj"),
+    *_linear("self_attn.v_proj"),
+    *_linear("self_attn.o_proj"),
+    _layer("self_attn/q_norm/scale", "self_attn.q_norm.weight"),
+    _layer("self_attn/k_norm/scale", "self_attn.k_norm.weight"),
+    _layer("post_attention_layernorm/scale", "post_attention_layernorm.weight"),
+    *_linear("mlp.gate_proj"),
+    *_linear("mlp.up_proj"),
+    *_linear("mlp.down_proj"),
+    _layer("post_feedforward_layernorm/scale", "post_feedforward_layernorm.weight"),
     Name("norm/scale", "model.norm.weight", False),
     Name("lm_head/kernel", HEAD, True),
 )
+_BY_PATH = {name.path: name for name in NAMES}
 
 
 class Place(NamedTuple):
@@ -69,7 +90,7 @@ def places(config: LlamaConfig) -> dict[str, Place]:
     shapes = parameter_shapes(config)
     found = {}
     for path, tensor, transpose in NAMES:
-        if path not in shapes:  # a tied head
+        if path not in shapes:
             continue
         stacked = "{}" in tensor
         shape = shapes[path][1:] if stacked else shapes[path]
@@ -78,3 +99,54 @@ def places(config: LlamaConfig) -> dict[str, Place]:
             index = () if layer is None else (layer,)
             found[tensor.format(layer)] = Place(path, index, transpose, shape)
     return found
+
+
+def tensors(path: str, layers: int) -> list[str]:
+    """Returns the tensors of a parameter: one of each layer if it is stacked, else one.
+
+    Args:
+      path: of the parameter.
+      layers: layers of the model.
+
+    Raises:
+      InputError: if no architecture has the parameter.
+
+    Example:
+      >>> tensors("layers/mlp/up_proj/kernel", 2)
+      ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
+    """
+    if path not in _BY_PATH:
+        raise InputError(f"no Hugging Face tensor is known for {path!r}{nearest(path, _BY_PATH)}")
+    tensor = _BY_PATH[path].tensor
+    return [tensor.format(layer) for layer in range(layers)] if "{}" in tensor else [tensor]
+
+
+def modules(path: str, layers: int) -> list[str]:
+    """Returns the modules that hold the tensors of a parameter, as `tensors` orders them.
+
+    Raises:
+      InputError: if no architecture has the parameter.
+
+    Example:
+      >>> modules("lm_head/kernel", 2)
+      ['lm_head']
+    """
+    return [tensor.rpartition(".")[0] for tensor in tensors(path, layers)]
+
+
+def parameter(tensor: str) -> tuple[str, int | None]:
+    """Returns the path of the parameter that a tensor belongs to, and its layer; None if nothing is stacked.
+
+    Raises:
+      InputError: if no architecture has the tensor.
+
+    Example:
+      >>> parameter("model.layers.3.self_attn.q_proj.weight")
+      ('layers/self_attn/q_proj/kernel', 3)
+    """
+    for name in NAMES:
+        before, stacked, after = name.tensor.partition("{}")
+        layer = r"(0|[1-9]\d*)" if stacked else ""
+        if found := re.fullmatch(re.escape(before) + layer + re.escape(after), tensor):
+            return name.path, int(found[1]) if stacked else None
+    raise InputError(f"no parameter is known for the Hugging Face tensor {tensor!r}")
