@@ -57,6 +57,14 @@ def test_facts_are_shown_in_place_of_the_speed(clock: list[float]):
     assert out.getvalue().endswith("· loss 3.5\n")
 
 
+def test_a_time_left_that_is_given_is_shown(clock: list[float]):
+    console, out = a_console(terminal=False)
+    with Bar("training", 1000, "steps", console) as bar:
+        clock[0] += 11
+        bar.advance(1, "loss 3.5", left=61.2)
+    assert "· 0:01:01 left ·" in out.getvalue()
+
+
 def test_bars_are_drawn_inside_one_another_on_a_terminal():
     console, out = a_console(terminal=True)
     with (

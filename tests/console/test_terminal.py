@@ -18,6 +18,14 @@ def test_text_is_not_markup(capsys):
     assert capsys.readouterr().out.count(text) == 4
 
 
+def test_a_file_gets_every_cell_whole(capsys):
+    path = "a/" * 200 + "run"
+    table = Table("path", title="runs")
+    table.add_row(path)
+    terminal.console().print(table)
+    assert path in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda p: p.stem)
 def test_consoles_are_made_only_in_terminal(path: Path):
     assert ("Console(" in path.read_text()) == (path.name == "terminal.py")

@@ -8,8 +8,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from mora_jax.errors import InputError
+from train.cli.main import main
 from train.jobs import plot
-from train.jobs.plot import COLORS, plot_loss, plot_runs
+from train.jobs.plot import COLORS, draw_runs, plot_loss, plot_runs
 
 
 def write_run(path: Path, restarts: int = 2, validation: bool = True, broken: bool = False) -> str:
@@ -99,3 +100,27 @@ def test_a_diverged_run_is_drawn(tmp_path: Path):
     (tmp_path / "m.jsonl").write_text('{"step": 0, "loss": "NaN", "learning_rate": 0.1}\n')
     plot_loss(str(tmp_path / "m.jsonl"), str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_mora_plot_draws_runs_that_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name / "metrics.jsonl")
+    with (tmp_path / "a/metrics.jsonl").open("a") as log:
+        log.write('{"step": 300, "lo')  # being written
+    main(["plot", str(tmp_path / "a")])
+    assert len(pixels_of(tmp_path / "a/loss.png", COLORS[0])) > 1000
+    both = str(tmp_path / "both.png")
+    main(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--out", both])
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {both}"
+    assert len(pixels_of(tmp_path / "both.png", COLORS[1])) > 1000
+
+
+def test_mora_plot_replaces_no_file_unasked(tmp_path: Path):
+    write_run(tmp_path / "metrics.jsonl")
+    (tmp_path / "mine.png").write_text("mine")
+    with pytest.raises(InputError, match=r"mine\.png exists; choose another --out, or give --overwrite"):
+        draw_runs([str(tmp_path)], str(tmp_path / "mine.png"))
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    draw_runs([str(tmp_path)], str(tmp_path / "mine.png"), overwrite=True)
+    assert len(pixels_of(tmp_path / "mine.png", COLORS[0])) > 1000

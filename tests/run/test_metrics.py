@@ -213,8 +213,9 @@ def test_wandb_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for start in (0, 3):
-        with Metrics(str(tmp_path / "a_run"), 10, start, wandb="paper") as metrics:
+        with Metrics(str(tmp_path / "a_run"), 10, start, "paper", {"model": {"layers": 2}}) as metrics:
             metrics.write(start, {"loss": 1.5, "group_type": "0"})
+    assert [o["config"] for o in fake.inits] == [{"model": {"layers": 2}}] * 2
     assert fake.logged == [{"update": 0, "loss": 1.5}, {"update": 3, "loss": 1.5}]
     assert fake.finished == 2
     assert {o["project"] for o in fake.inits} == {"paper"}
@@ -225,16 +226,28 @@ def test_wandb_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_bar_shows_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shown = []
-    monkeypatch.setattr(metrics_module.Bar, "advance", lambda self, n, facts: shown.append((n, facts)))
+    monkeypatch.setattr(metrics_module.Bar, "advance", lambda self, n, facts, left: shown.append((n, facts)))
     with Metrics(str(tmp_path), 10, 3) as metrics:
         metrics.write(3, {"restart": 2, "group_type": "1"})
-        metrics.write(3, {"loss": 2.0, "learning_rate": 1e-3, "tokens_per_second": 1234.5})
+        speed = {"tokens_per_second": 1234.5, "tokens": 400}
+        metrics.write(3, {"loss": 2.0, "learning_rate": 1e-3} | speed)
         metrics.write(3, {"validation_loss": 9.0})
         metrics.write(5, {"loss": 1.0})
     assert shown == [
         (1, "loss 2.000 · lr 1.0e-03 · 1,234 tokens/s · restarts 2"),
         (2, "loss 1.000 · lr 1.0e-03 · 1,234 tokens/s · restarts 2"),
     ]
+
+
+def test_the_time_left_is_that_of_the_median_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    left = []
+    monkeypatch.setattr(metrics_module.Bar, "advance", lambda self, n, facts, seconds: left.append(seconds))
+    with Metrics(str(tmp_path), 10) as metrics:
+        metrics.write(0, {"loss": 2.0, "tokens": 100})  # its time is that of the compilation
+        for step, seconds in enumerate([0.5, 0.5, 60.0, 0.5], start=1):
+            tokens = 100 * (step + 1)
+            metrics.write(step, {"loss": 2.0, "tokens": tokens, "tokens_per_second": 100 / seconds})
+    assert left == [None, *(0.5 * n for n in (8, 7, 6, 5))]
 
 
 @pytest.mark.parametrize("value", ['"fast"', "[1]", "null", "true", "{}", "1" + "0" * 400])

@@ -30,6 +30,13 @@ def test_the_first_difference_is_named(changes, expected):
     assert bool(found) == bool(changes)
 
 
+def test_variables_that_change_results_are_compared():
+    same = {"JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "h:1", "JAX_COMPILATION_CACHE_DIR": "/c"}
+    changing = {"XLA_FLAGS": "--a", "LIBTPU_INIT_ARGS": "b", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    found = agree.variables(same | changing | {"HOME": "/h"})
+    assert found == {f"environment variable {name}": changing[name] for name in sorted(changing)}
+
+
 def test_a_single_process_compares_nothing(tiny_data):
     agree.check_data(load_info(str(tiny_data)))
     agree.check_equal(SAME)

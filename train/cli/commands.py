@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mora_jax.errors import InputError
 from mora_jax.methods import MoRA
 from mora_jax.models.llama import LlamaConfig
 from train.config.paths import spell_out
@@ -173,6 +174,30 @@ class Export:
 
     def __post_init__(self) -> None:
         spell_out(self, "", "run_dir", "out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draws the loss and the learning rate of one run, or of several in one picture.
+
+    Attributes:
+      runs: folders of runs, which may be training.
+      out: PNG file to write; by default loss.png in the folder of a single run.
+      overwrite: replace the file of --out if there is one; otherwise it is an error.
+    """
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+    ]
+    out: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "runs")
+        spell_out(self, "--", optional=("out",))
+        if len(self.runs) != 1 and not self.out:
+            raise InputError("give one run, or a PNG file for several: mora plot RUN RUN --out FILE.png")
 
 
 @dataclasses.dataclass(frozen=True)

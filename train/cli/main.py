@@ -15,6 +15,7 @@ from train.cli.commands import (
     ListCheckpoints,
     Plan,
     PlanTable,
+    Plot,
     PrepareData,
     Pretrain,
     SurveyMethods,
@@ -135,6 +136,13 @@ def list_checkpoints(command: ListCheckpoints) -> None:
         raise SystemExit(exits.DAMAGED)
 
 
+def plot(command: Plot) -> None:
+    """Runs `mora plot`."""
+    from train.jobs.plot import draw_runs
+
+    print(f"written: {draw_runs(command.runs, command.out, command.overwrite)}")
+
+
 def survey_methods(command: SurveyMethods) -> None:
     """Runs `mora methods`."""
     from train.cli.methods import print_survey
@@ -198,6 +206,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (Evaluate, evaluate),
     "checkpoints": (ListCheckpoints, list_checkpoints),
     "export": (Export, export),
+    "plot": (Plot, plot),
     "methods": (SurveyMethods, survey_methods),
     "bench data": (BenchData, bench_data),
     "bench step": (BenchStep, bench_step),

@@ -61,23 +61,24 @@ class Bar:
         self._rich = Progress(*columns, console=self._console, disable=not self._drawn)
         self._id = self._rich.add_task(description, total=total, completed=start, line=description)  # pyright: ignore[reportArgumentType]
 
-    def advance(self, n: float, facts: str = "") -> None:
+    def advance(self, n: float, facts: str = "", left: float | None = None) -> None:
         """Counts n more units as done.
 
         Args:
           n: units since the last call.
           facts: shown in place of the speed.
+          left: seconds left; None to estimate them from the speed of the last half minute.
         """
         self._rich.advance(self._id, n)
-        self._rich.update(self._id, line=self._line(facts))
+        self._rich.update(self._id, line=self._line(facts, left))
         self._unprinted = not self._drawn
         if self._unprinted and time.monotonic() - self._printed_at >= QUIET:
             self._print()
 
-    def _line(self, facts: str) -> str:
+    def _line(self, facts: str, left: float | None) -> str:
         task = self._rich.tasks[0]
         total = "" if task.total is None else f"/{task.total:,.0f}"
-        left = None if task.finished else task.time_remaining
+        left = None if task.finished else task.time_remaining if left is None else left
         parts = (
             f"{task.description} {task.completed:,.0f}{total} {self._unit}",
             "" if left is None else f"{timedelta(seconds=int(left))} left",

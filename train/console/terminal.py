@@ -8,16 +8,22 @@ from rich.console import Console
 
 from mora_jax.errors import spelled_out
 
+# Characters of a line where there is no terminal: a file or pipe gets every cell of a table whole.
+_UNLIMITED = 10_000
+
 
 def console(stderr: bool = False, width: int | None = None, highlight: bool = True) -> Console:
     """Returns a rich console that ignores markup, since names and contents of files may look like it.
 
     Args:
       stderr: whether to write to standard error instead of standard output.
-      width: in characters; None for the terminal's.
+      width: in characters; None for the terminal's, or for no limit where there is none.
       highlight: whether numbers and the like are coloured.
     """
-    return Console(stderr=stderr, width=width, highlight=highlight, markup=False, emoji=False)
+    made = Console(stderr=stderr, width=width, highlight=highlight, markup=False, emoji=False)
+    if width is None and not made.is_terminal:
+        made.width = _UNLIMITED
+    return made
 
 
 def log(sentence: str, every_process: bool = False) -> None:

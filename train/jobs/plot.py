@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ from matplotlib.figure import Figure
 
 from mora_jax.errors import InputError
 from train.run.metrics import read_metrics
+from train.run.upload import newest_log
 from train.storage.files import make_folder, write_whole
 
 # Distinguishable by the colour-blind; the first is for what matters most.
 COLORS = ("#0b5fa5", "#d1495b", "#2e8b57", "#8e5ea2", "#e08e0b", "#5c6670")
+# The picture of a run in its folder.
+PICTURE = "loss.png"
 PALE, GREY = "#9fc3e0", "#8a8f98"
 # More restarts than this are drawn, but not each labelled.
 LABELLED = 16
@@ -31,6 +34,31 @@ class Curves:
     validation: tuple[np.ndarray, np.ndarray]
     rate: tuple[np.ndarray, np.ndarray]
     restarts: tuple[tuple[int, str], ...]
+
+
+def draw_runs(runs: Sequence[str], out: str = "", overwrite: bool = False) -> str:
+    """Draws runs, which may be training: one by `plot_loss`, several by `plot_runs`.
+
+    Args:
+      runs: folders of runs.
+      out: PNG file to write; empty for loss.png in the folder of a single run.
+      overwrite: whether to replace the file of `out` if there is one.
+
+    Returns:
+      The path of the picture.
+
+    Raises:
+      InputError: if a run has no log that can be drawn, or the file exists.
+    """
+    logs = {run: newest_log(run) for run in runs}
+    if out and not overwrite and epath.Path(out).exists():
+        raise InputError(f"{out} exists; choose another --out, or give --overwrite to replace it")
+    if len(runs) > 1:
+        plot_runs(logs, out)
+        return out
+    out = out or f"{runs[0]}/{PICTURE}"
+    plot_loss(logs[runs[0]], out)
+    return out
 
 
 def plot_loss(metrics_path: str, png_path: str) -> None:

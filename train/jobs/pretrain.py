@@ -19,6 +19,7 @@ from mora_jax.errors import InputError
 from mora_jax.io import json_text, read_json
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
+from train.config import run as run_config
 from train.config.run import RunConfig
 from train.console.exits import Diverged
 from train.console.terminal import warn
@@ -83,7 +84,10 @@ def train(run: Run) -> dict[str, Any]:
         return summary
     batches = batches_on_devices(run, first)
     evaluated = score is not None
-    with Metrics(str(run.log_dir), config.steps, first, config.log.wandb, evaluated=evaluated) as metrics:
+    plain = run_config.to_plain(config)
+    with Metrics(
+        str(run.log_dir), config.steps, first, config.log.wandb, plain, evaluated=evaluated
+    ) as metrics:
         claim_folder(run, state, methods)
         log = StepLog(metrics, config.tokens_per_step())
         for step in itertools.count(first):  # `step` updates are done

@@ -5,10 +5,12 @@ for the restart just before that update, and for the evaluation just after it. J
 are not finite are the strings "NaN", "Infinity" and "-Infinity", which `read_metrics` turns back into floats.
 """
 
+import collections
 import contextlib
 import json
 import math
 import socket
+import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +37,8 @@ _WANDB_ID = "wandb_id.txt"
 LOG_FILES = (LINES, EVENTS, _WANDB_ID)
 # Seconds between two flushes of TensorBoard's events.
 EVENTS_EVERY = 30.0
+# Updates whose median duration gives the time left.
+_RECENT = 100
 # Gaps in the lines of an earlier program that a warning names.
 _NAMED_GAPS = 3
 # Bytes of a line; the run's own have a few hundred.
@@ -62,6 +66,7 @@ class Metrics:
         total: int,
         start: int = 0,
         wandb: str = "",
+        config: dict[str, Any] | None = None,
         writes: bool | None = None,
         evaluated: bool = True,
     ) -> None:
@@ -70,6 +75,7 @@ class Metrics:
           total: updates of the whole run.
           start: updates done before.
           wandb: project in Weights & Biases; empty for none.
+          config: the run's config as plain data, which Weights & Biases shows.
           writes: whether this process writes and shows anything; None for process 0 alone.
           evaluated: whether the evaluation just before `start` is kept; else it is dropped and repeated.
 
@@ -86,7 +92,7 @@ class Metrics:
                 self._sinks.append(_json_lines(self._closing, folder / LINES, start, evaluated))
                 self._sinks.append(_tensorboard(self._closing, folder / EVENTS, start))
                 if wandb:
-                    self._sinks.append(_wandb(self._closing, folder, wandb))
+                    self._sinks.append(_wandb(self._closing, folder, wandb, config or {}))
                 self._sinks.append(_bar(self._closing, total, start))
                 self._closing = self._closing.pop_all()
 
@@ -250,7 +256,7 @@ def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sin
     return write
 
 
-def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
+def _wandb(closing: contextlib.ExitStack, folder: Path, project: str, config: dict[str, Any]) -> Sink:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -259,7 +265,15 @@ def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
     if not path.exists():
         write_whole(path, uuid.uuid4().hex)
     run_id = read_text(path, 1000)
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow")
+    run = wandb.init(
+        project=project,
+        name=folder.name,
+        dir=str(folder),
+        id=run_id,
+        resume="allow",
+        config=config,
+        allow_val_change=True,  # a resumed run may have another mesh
+    )
     closing.callback(run.finish)
     # Its own step can only grow, which would drop updates that are logged again after resuming.
     run.define_metric("*", step_metric="update")
@@ -273,13 +287,19 @@ def _wandb(closing: contextlib.ExitStack, folder: Path, project: str) -> Sink:
 def _bar(closing: contextlib.ExitStack, total: int, start: int) -> Sink:
     bar = closing.enter_context(Bar("training", total, "steps", start=start))
     done, seen = start, {}
+    seconds = collections.deque[float](maxlen=_RECENT)
 
     def show(step: int, values: Values) -> None:
         nonlocal done
         seen.update(values)
-        if "loss" in values:
-            bar.advance(step + 1 - done, _facts(seen))
-            done = step + 1
+        if "loss" not in values:
+            return
+        if "tokens_per_second" in values:
+            seconds.append(float(values["tokens"]) / (step + 1) / float(values["tokens_per_second"]))
+        # The last half minute may hold an evaluation or a compilation, after which the time left would jump.
+        left = (total - step - 1) * statistics.median(seconds) if seconds else None
+        bar.advance(step + 1 - done, _facts(seen), left)
+        done = step + 1
 
     return show
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from train.run.metrics import LOG_FILES
+from train.run.metrics import LINES, LOG_FILES
 from train.storage import buckets, lock
 
 # Seconds between two uploads, and how many times longer than an upload the pause is.
@@ -89,6 +89,18 @@ def uploading(run_dir: str) -> Iterator[Upload]:
     finished.set()
     thread.join()
     upload.upload()
+
+
+def newest_log(run_dir: str) -> str:
+    """Returns the metrics.jsonl of a run that may be training.
+
+    That of a run in a bucket may be more recent on this machine's disk, if the run trains here.
+    """
+    there, here = epath.Path(run_dir) / LINES, lock.local_folder(run_dir) / LINES
+    if not buckets.in_bucket(run_dir) or not here.exists():
+        return str(there)
+    uploaded = buckets.objects(run_dir).get(LINES)
+    return str(here) if uploaded is None or here.stat().st_size > uploaded.size else str(there)
 
 
 def _repeat(upload: Upload, finished: threading.Event) -> None:

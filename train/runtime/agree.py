@@ -3,6 +3,8 @@
 import importlib.metadata
 import itertools
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,11 @@ from train.runtime.workarounds import coordinator
 # What may differ: each process has its own number, and machines may keep copies in folders of other names.
 _OWN = ("distributed", "compilation", "data.directory")
 _PACKAGES = ("mora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Variables of the environment that change what is computed, but for those that each process has its own of.
+_VARIABLES = re.compile(
+    r"XLA_FLAGS|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|"
+    r"JAX_(?!PROCESS_ID|COORDINATOR|LOCAL_DEVICE_IDS|COMPILATION_CACHE|TRACEBACK|LOG|DUMP|DEBUG_LOG)\w+"
+)
 # For a copy of the data, which may take long. A process that is gone ends the others by its heartbeat.
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
@@ -39,7 +46,13 @@ def check_config(config: RunConfig, resume: bool) -> None:
     plain = dict(flags.flatten(run_config.to_plain(config)))
     facts = {name: v for name, v in plain.items() if name.split(".")[0] not in _OWN and name not in _OWN}
     versions = {f"version of {name}": _version(name) for name in _PACKAGES}
-    check_equal({**facts, "resume": resume, **versions})
+    check_equal({**facts, "resume": resume, **versions, **variables(os.environ)})
+
+
+def variables(environment: Mapping[str, str]) -> Facts:
+    """Returns the variables of the environment that change what is computed, as messages name them."""
+    found = sorted(name for name in environment if _VARIABLES.fullmatch(name))
+    return {f"environment variable {name}": environment[name] for name in found}
 
 
 def check_data(info: DataInfo) -> None:

@@ -274,3 +274,11 @@ def test_a_deterministic_case_sets_the_flags_of_xla(monkeypatch: pytest.MonkeyPa
         measure.run(make(deterministic))
     assert seen == [True]
     assert record.setting(case) != record.setting(deterministic)
+
+
+@pytest.mark.parametrize("command", ["step", "sweep", "profile"])
+def test_a_mesh_of_several_devices_is_refused(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", command, "tiny", "--mesh.data", "-1", "--mesh.fsdp", "4"])
+    assert stop.value.code == 2
+    assert "benchmarks compute on one device, not with --mesh.fsdp 4" in capsys.readouterr().err

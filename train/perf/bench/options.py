@@ -25,13 +25,21 @@ class OfCase:
       out: JSON file for the figures; empty for none.
     """
 
-    case: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CASE")]
+    case: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CASE", help_behavior_hint="(required)")]
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = ""
 
     def __post_init__(self) -> None:
         spell_out(self, "--", optional=("out",))
+        wide = {
+            f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(self.run.mesh).items() if size > 1
+        }
+        if wide:
+            raise InputError(
+                f"benchmarks compute on one device, not with {', '.join(sorted(wide))}; give 1 there, and "
+                "measure a mesh with mora pretrain"
+            )
 
     def to_case(self) -> Case:
         """Returns the case that the flags describe."""
