@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mora_jax import sharding
 from mora_jax.errors import InputError, some
@@ -71,7 +72,9 @@ def save_hf(
         _write_json(folder / CONFIG, config_json(config, dtype, special_ids or {}))
 
 
-def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, Any], LlamaConfig]:
+def load_hf(
+    path: epath.PathLike, mesh: Mesh | None = None, types: Mapping[str, DTypeLike] | None = None
+) -> tuple[dict[str, Any], LlamaConfig]:
     """Reads the parameters and the config of a Hugging Face LLaMA folder.
 
     Args:
@@ -80,9 +83,10 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
       mesh: the devices to shard the parameters over, by the rules of `sharding`. The host holds one tensor of
         one layer, and of one parameter at a time what this process's devices keep. Without a mesh the
         parameters are numpy arrays.
+      types: types of parameters by path; float32 for all others.
 
     Returns:
-      The parameters, float32, layers stacked, and the config.
+      The parameters, layers stacked, and the config.
 
     Raises:
       InputError: if the folder is incomplete or damaged, the model is not a plain LLaMA, or tensors are
@@ -108,12 +112,12 @@ def load_hf(path: epath.PathLike, mesh: Mesh | None = None) -> tuple[dict[str, A
     shardings = sharding.shardings(abstract_params(config), mesh, LAYOUTS) if mesh else {}
     flat, lies = {}, flatten(shardings)
     for name, shape in parameter_shapes(config).items():
-        fill = functools.partial(_fill, sources[name])
+        fill, dtype = functools.partial(_fill, sources[name]), jnp.dtype((types or {}).get(name, np.float32))
         if mesh is None:
-            fill({tuple((0, n) for n in shape): (array := np.empty(shape, np.float32))})
+            fill({tuple((0, n) for n in shape): (array := np.empty(shape, dtype))})
             flat[name] = array
         else:
-            flat[name] = sharding.assembled(lies[name], shape, fill)
+            flat[name] = sharding.assembled(lies[name], shape, fill, dtype)
     return unflatten(flat), config
 
 

@@ -177,12 +177,17 @@ def _product(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
 def _effective(tile: int, x: Array, factors: _Factors) -> Array:
     """Returns the effective kernels in x's type, rows padded to x's width and columns to full tiles."""
     merged = [
-        method.weight(_replicated(arrays, method, layout), w) if method else w
+        method.weight(_replicated(arrays, method, layout), _widened(w)) if method else w
         for w, arrays, method, layout in factors
     ]
     cast = [w.astype(x.dtype) for w in merged]
     used = [sharding.gathered(w, at) if at else w for w, at in zip(cast, factors.layouts, strict=True)]
     return jnp.concatenate([padded(padded(w, 0, x.shape[-1]), 1, tile) for w in used], axis=-1)
+
+
+def _widened(w: Array) -> Array:
+    """Returns a kernel in float32 or its wider type: a method's update would be rounded in a narrower one."""
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
 def _product_forward(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
@@ -209,12 +214,12 @@ def _factor_gradients(path: Path, tile: int, x: Array, factors: _Factors, dy: Ar
     x, widths = x[..., : factors.ws[0].shape[0]], _widths(factors, tile)
     # XLA removes what is not used of this product; it is one for all kernels, as in the forward pass.
     dws = jnp.split(outer(x, dy), _ends(widths), axis=-1)
-    dws = [dw[:, : w.shape[1]].astype(w.dtype) for dw, w in zip(dws, factors.ws, strict=True)]
+    dws = [dw[:, : w.shape[1]].astype(_widened(w).dtype) for dw, w in zip(dws, factors.ws, strict=True)]
     found: list[Arrays] = [{} for _ in dws]
     together: dict[Any, list[int]] = {}  # kernels of one method and shape
     for i, (w, _, method, _) in enumerate(factors):
         if method and (path == "folded" or not method.additive):
-            _, vjp = jax.vjp(method.weight, arrays[i], w)
+            _, vjp = jax.vjp(method.weight, arrays[i], _widened(w))
             found[i], dws[i] = vjp(dws[i])
         elif method:
             together.setdefault((method, w.shape), []).append(i)
@@ -223,6 +228,7 @@ def _factor_gradients(path: Path, tile: int, x: Array, factors: _Factors, dy: Ar
         dy_BND = _stacked(dy, widths, at)[..., : shape[1]]
         for i, gradient in zip(at, gradients([arrays[i] for i in at], x, dy_BND), strict=True):
             found[i] = gradient
+    dws = [dw.astype(w.dtype) for dw, w in zip(dws, factors.ws, strict=True)]
     return _scattered(factors, dws, found)
 
 

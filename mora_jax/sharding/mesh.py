@@ -67,21 +67,25 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def assembled(
-    place: NamedSharding, shape: Sequence[int], fill: Callable[[Mapping[Box, np.ndarray]], None]
+    place: NamedSharding,
+    shape: Sequence[int],
+    fill: Callable[[Mapping[Box, np.ndarray]], None],
+    dtype: np.dtype = np.dtype(np.float32),  # noqa: B008 (immutable)
 ) -> jax.Array:
-    """Returns a float32 array of which no process makes more than its devices hold.
+    """Returns an array of which no process makes more than its devices hold.
 
     Args:
       place: how the array is divided.
       shape: shape of the global array.
       fill: writes the shards of this process's devices into their buffers.
+      dtype: its type.
     """
     indices = place.addressable_devices_indices_map(tuple(shape))
     boxes = {
         device: tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
         for device, index in indices.items()
     }
-    parts = {box: np.empty([stop - start for start, stop in box], np.float32) for box in boxes.values()}
+    parts = {box: np.empty([stop - start for start, stop in box], dtype) for box in boxes.values()}
     fill(parts)
     held = [jax.device_put(parts[box], device) for device, box in boxes.items()]
     return jax.make_array_from_single_device_arrays(tuple(shape), place, held)

@@ -96,6 +96,18 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         (lambda: s.Checkpoint(every=0, keep_every=15), "keep_every 15 must be a multiple"),
         (lambda: s.Mesh(data=0), r"mesh\.data must be at least 1, not 0"),
         (lambda: s.BadSteps(window=2**31 - 1), r"bad_steps\.window must be at most 100,000"),
+        (
+            lambda: RunConfig(base_dtype="bfloat16", restart=s.Restart(50, 10)),
+            "restart.every merges updates into the base, .* leave base_dtype at float32",
+        ),
+        (
+            lambda: RunConfig(base_dtype="bfloat16", method="full"),
+            "base_dtype bfloat16 is for what is not trained, and everything is",
+        ),
+        (
+            lambda: RunConfig(base_dtype="bfloat16", compute=Compute(adapter_path="merged")),
+            "compute.adapter_path merged merges into the kernels, which needs base_dtype float32",
+        ),
         (lambda: RunConfig(seed=-1), "seed must lie in"),
         (lambda: RunConfig(seed=2**32), "seed must lie in"),
         (lambda: RunConfig(steps=0), "steps must be at least 1"),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -17,7 +18,7 @@ from mora_jax.methods import MoRA, Share
 from mora_jax.models.llama import LAYOUTS
 from mora_jax.transform import Methods
 from train.config.run import DEFAULT_METHOD
-from train.config.sections import Checkpoint, Data
+from train.config.sections import Checkpoint, Data, Restart, Schedule
 from train.data.rows.info import load_info
 from train.jobs.export import export
 from train.run import manifest
@@ -334,6 +335,20 @@ def test_a_warm_start_takes_the_merged_weights(tiny_run, tmp_path, kind):
         np.testing.assert_array_equal(ours, theirs)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))  # M starts at zero
     assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+def test_a_warm_start_rounds_a_bfloat16_base_and_nothing_else(tiny_run, hf_folder, kind):
+    path = tiny_run.folder if kind == "run" else hf_folder
+    changes = {"base_dtype": "bfloat16", "restart": Restart(), "schedule": Schedule(warmup=2)}
+    config = dataclasses.replace(tiny_run.config, init_from=str(path), **changes)
+    mesh, methods = sharding.make_mesh(1), assign_methods(config)
+    state = fresh_state(config, methods, mesh, load_initial(config, load_info(config.data.directory), mesh))
+    merged, ours = trees.flatten(load_model(str(path))[0]), trees.flatten(state.params)
+    for name, leaf in ours.items():
+        dtype = jnp.float32 if methods[name] == "train" else jnp.bfloat16
+        assert leaf.dtype == dtype
+        np.testing.assert_array_equal(leaf, np.asarray(merged[name]).astype(dtype))
 
 
 def test_a_warm_start_from_another_model_is_refused(tiny_run):

@@ -120,6 +120,39 @@ def test_frozen_parameters_have_no_byte_of_optimizer_state(name):
     assert held == moments + counts
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "mora" else pytest.mark.slow) for n in METHODS if n != "full"]
+)
+def test_a_bfloat16_base_trains_as_the_same_values_in_float32(name):
+    """Adapters, trained parameters and moments are float32 in both; the base keeps its bits."""
+    config = dataclasses.replace(with_method(name), restart=Restart(), schedule=Schedule("cosine", 0))
+    narrow = dataclasses.replace(config, base_dtype="bfloat16")
+    wide = dataclasses.replace(config, compute=dataclasses.replace(config.compute, adapter_path="activation"))
+    methods, state = started(narrow)
+    types = {path: str(leaf.dtype) for path, leaf in trees.flatten(state.params).items()}
+    assert types == {p: "float32" if methods[p] == "train" else "bfloat16" for p in types}
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    noise = jax.tree.map(lambda a: a + 0.02 * jax.random.normal(next(keys), a.shape), state.adapters)
+    state = dataclasses.replace(state, adapters=noise)
+    before = jax.tree.map(np.asarray, state.params)
+    same = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else jnp.copy(a), state)
+    for step in range(2):
+        state, metrics = train_step(spec_of(narrow), methods, state, tokens(step))
+        same, metrics_ = train_step(spec_of(wide), methods, same, tokens(step))
+        np.testing.assert_allclose(metrics["loss"], metrics_["loss"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], metrics_["grad_norm"], rtol=1e-5)
+    moved = {
+        path
+        for path in types
+        if not np.array_equal(*(trees.flatten(t)[path] for t in (before, state.params)))
+    }
+    assert moved == methods.trained()
+    ours, theirs = ((s.adapters, s.opt_state) for s in (state, same))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype in (jnp.float32, jnp.int32)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
 def test_frozen_kernels_get_no_gradient_computed():
     """The compiled step of a frozen base must not hold a product that makes a kernel's gradient."""
     frozen, full = (flops(with_method(name)) for name in ("frozen", "full"))

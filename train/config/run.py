@@ -5,7 +5,7 @@ A config file is YAML with the same nesting. Scalar fields are also flags (`--op
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,6 +54,8 @@ class RunConfig:
       microbatches: parts that a batch is computed in, one after another (gradient accumulation).
       init_from: run, Hugging Face folder or id of a model on the Hub (org/name, org/name@revision) to start
         from instead of random weights; empty for none.
+      base_dtype: type in which parameters that are not trained are held: adapted kernels and frozen ones.
+        bfloat16 takes half the memory; adapters, trained parameters and the optimizer stay float32.
       model: architecture and sizes.
       compute: how the model is computed.
       data: the prepared text.
@@ -83,6 +85,7 @@ class RunConfig:
     batch_size: int = 1024
     microbatches: int = 1
     init_from: str = ""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
     model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
     compute: Compute = dataclasses.field(default_factory=Compute)
     data: Data = dataclasses.field(default_factory=Data)
@@ -138,6 +141,24 @@ class RunConfig:
                 "cannot run deterministically; use xla"
             )
         self._check_restarts()
+        if self.base_dtype != "float32":
+            self._check_base()
+
+    def _check_base(self) -> None:
+        """Raises InputError for what a base of lower precision than float32 would do wrong or ignore."""
+        if self.restart.every:
+            raise InputError(
+                f"restart.every merges updates into the base, and most of them are too small for base_dtype "
+                f"{self.base_dtype}, which would round them away; leave base_dtype at float32"
+            )
+        if all(choice == "train" for _, choice in self.parameter_rules()):
+            raise InputError(f"base_dtype {self.base_dtype} is for what is not trained, and everything is")
+        path = self.compute.adapter_path
+        if path not in ("auto", "activation"):
+            raise InputError(
+                f"compute.adapter_path {path} merges into the kernels, which needs base_dtype float32, not "
+                f"{self.base_dtype}"
+            )
 
     def _check_restarts(self) -> None:
         if self.schedule.kind == "jagged-cosine" and not self.restart.every:

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mora_jax import hf, sharding, transform
 from mora_jax.errors import InputError
@@ -25,7 +27,8 @@ from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import check_data, read_meta
 from train.run.state import assign_methods, restore_state, state_shapes
-from train.step.state import TrainState, layouts
+from train.step.spec import spec_of
+from train.step.state import TrainState, held_types, layouts
 
 # Reads of the newest checkpoint of a run that is training: it may remove the one being read.
 READS = 5
@@ -33,7 +36,12 @@ READS = 5
 T = TypeVar("T")
 
 
-def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None) -> tuple[Any, LlamaConfig]:
+def load_model(
+    path: str,
+    info: DataInfo | None = None,
+    mesh: Mesh | None = None,
+    types: Mapping[str, DTypeLike] | None = None,
+) -> tuple[Any, LlamaConfig]:
     """Returns the merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder.
 
     Each process reads what its devices hold.
@@ -42,6 +50,7 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
       path: the folder.
       info: the data set that the model is used with, whose tokenizer must be the model's.
       mesh: the devices that the parameters are sharded over; one device by default.
+      types: types in which parameters of a Hugging Face folder are read, by path; float32 for all others.
 
     Raises:
       InputError: if the folder holds no model, or one of another tokenizer than that of `info`.
@@ -50,7 +59,7 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
     if not (epath.Path(path) / CONFIG).exists():
         if info:
             _check_tokenizer(path, info)
-        return hf.load_hf(path, mesh)
+        return hf.load_hf(path, mesh, types)
     config = read_config(path)
     with open_checkpoints(config) as saved:
 
@@ -61,11 +70,16 @@ def load_model(path: str, info: DataInfo | None = None, mesh: Mesh | None = None
 
         state, methods = read_newest(saved, path, read)
     merge = jax.jit(
-        lambda params, adapters: transform.merge(params, adapters, methods),
+        lambda params, adapters: transform.merge(_in_float32(params), adapters, methods),
         out_shardings=sharding.shardings(state.params, mesh, LAYOUTS),
     )
     with jax.set_mesh(mesh):
         return merge(state.params, state.adapters), config.model
+
+
+def _in_float32(params: Any) -> Any:
+    """Returns parameters in float32: a base of lower precision would round what is merged into it."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32), params)
 
 
 def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
@@ -77,7 +91,8 @@ def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
     if not config.init_from:
         return None
     try:
-        params, model = load_model(str(hf.local_folder(config.init_from)), info, mesh)
+        types = held_types(spec_of(config), assign_methods(config))
+        params, model = load_model(str(hf.local_folder(config.init_from)), info, mesh, types)
     except InputError as error:
         raise InputError(f"--init-from {config.init_from}: {error}") from error
     for field in dataclasses.fields(LlamaConfig):

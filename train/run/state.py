@@ -16,7 +16,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.folder import check_same_config
 from train.run.meta import check_derived, read_meta
 from train.step.spec import spec_of
-from train.step.state import TrainState, init_params, init_state, layouts
+from train.step.state import TrainState, held, init_params, init_state, layouts, state_over
 from train.storage.format import KEY
 
 
@@ -61,13 +61,13 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh, params: Any = N
       config: the run's config.
       methods: what is done with each parameter.
       mesh: the devices.
-      params: parameters of a warm start; random ones by default.
+      params: parameters of a warm start, which the state takes over; random ones by default.
     """
     spec = spec_of(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, methods, mesh))
     if params is None:
         return jax.jit(lambda: init_state(spec, methods, init_params(spec)), out_shardings=places)()
-    return jax.jit(lambda p: init_state(spec, methods, p), out_shardings=places)(params)
+    return state_over(spec, methods, jax.device_put(held(spec, methods, params), places.params), places)
 
 
 def check_saved(config: RunConfig, saved: Checkpoints, step: int) -> tuple[dict[str, Any], Methods]:

@@ -1,6 +1,7 @@
 """What a step computes, as the static argument that compiled steps are cached by."""
 
 import dataclasses
+from typing import Literal
 
 from mora_jax.models.llama import Compute, LlamaConfig
 from train.config.run import RunConfig
@@ -21,6 +22,7 @@ class StepSpec:
       steps: optimizer steps of the run.
       microbatches: parts that a batch is computed in, one after another.
       seed: seed of the initialisation, of dropout and of pruning.
+      base_dtype: type in which parameters that are not trained are held.
     """
 
     model: LlamaConfig
@@ -32,6 +34,7 @@ class StepSpec:
     steps: int
     microbatches: int
     seed: int
+    base_dtype: Literal["float32", "bfloat16"]
 
 
 def spec_of(config: RunConfig) -> StepSpec:

@@ -248,7 +248,7 @@ def test_a_job_holds_methods_not_words():
     job = step_job(case, "mora-rotate:4/merged", 1, 2)
     assert [choice for _, choice in job.rules] == [MoRA(4, Rotate(), align=8), "train", "frozen"]
     assert (job.spec.model, job.spec.compute.adapter_path) == (case.config.model, "merged")
-    assert (job.batch, job.base_dtype, job.warmup, job.steps) == ((4, 32), "float32", 1, 2)
+    assert (job.batch, job.spec.base_dtype, job.warmup, job.steps) == ((4, 32), "float32", 1, 2)
     check = check_job(
         case, [step_job(case, text, 1, 2) for text in ("full", "mora", "mora/merged", "lora:4")]
     )

@@ -23,14 +23,12 @@ class Case:
     Attributes:
       name: name of the case.
       config: model, batch, sequence length, how it is computed, what is trained besides the adapters.
-      base_dtype: dtype of the frozen parameters.
       methods: rows of the table by default, as `with_method` parses them.
       peers: PyTorch programs beside them, as `jobs.peer_job` parses them.
     """
 
     name: str
     config: RunConfig
-    base_dtype: DType = "float32"
     methods: tuple[str, ...] = (
         "full",
         "frozen",
@@ -73,6 +71,7 @@ def table_5() -> Case:
     model = LlamaConfig(32_000, 4096, 11_008, 32, 32, 32)
     config = RunConfig(
         batch_size=1,
+        base_dtype="bfloat16",
         model=model,
         compute=Compute(attention="cudnn", layers="scan", remat="full"),
         data=Data(sequence_length=1024),
@@ -81,7 +80,7 @@ def table_5() -> Case:
         params=Params(train=""),
     )
     methods = ("lora:8", "mora-rotate:8", "lora:256", "mora:256")
-    return Case("7b", config, "bfloat16", methods, ("lora:8", "lora:256"))
+    return Case("7b", config, methods, ("lora:8", "lora:256"))
 
 
 def tiny() -> Case:

@@ -59,7 +59,6 @@ class StepJob:
       spec: what the step computes.
       rules: regexes of parameters and their methods.
       batch: sequences and tokens of a batch.
-      base_dtype: dtype of the frozen parameters.
       deterministic: whether XLA excludes nondeterministic operations.
       warmup: steps before the timed ones.
       steps: timed steps.
@@ -68,7 +67,6 @@ class StepJob:
     spec: StepSpec
     rules: transform.Rules
     batch: tuple[int, int]
-    base_dtype: DType
     deterministic: bool
     warmup: int
     steps: int
@@ -104,7 +102,7 @@ def check_job(case: Case, jobs: Sequence[StepJob]) -> CheckJob:
     methods = dict.fromkeys(method for method in found if method)
     tokens = min(CHECKED_TOKENS, case.config.tokens_per_step())
     config = case.config
-    return CheckJob(config.model, tuple(methods), tokens, case.base_dtype, config.deterministic)
+    return CheckJob(config.model, tuple(methods), tokens, config.base_dtype, config.deterministic)
 
 
 def step_job(case: Case, text: str, warmup: int, steps: int) -> StepJob:
@@ -116,7 +114,7 @@ def step_job(case: Case, text: str, warmup: int, steps: int) -> StepJob:
     config = with_method(case.config, text)
     batch = (config.batch_size, config.data.sequence_length)
     rules, exact = config.parameter_rules(), config.deterministic
-    return StepJob(spec_of(config), rules, batch, case.base_dtype, exact, warmup, steps)
+    return StepJob(spec_of(config), rules, batch, exact, warmup, steps)
 
 
 def peer_job(case: Case, text: str, warmup: int, steps: int) -> PeerJob:

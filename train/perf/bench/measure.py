@@ -73,7 +73,7 @@ def checked(job: CheckJob) -> dict[str, Any]:
 
 def step(job: StepJob) -> dict[str, Any]:
     """Times one method's step, and returns a row of the table."""
-    program = compile_step(job.spec, job.rules, job.batch, job.base_dtype)
+    program = compile_step(job.spec, job.rules, job.batch)
     program.run(job.warmup)
     milliseconds = 1e3 * np.array(program.run(job.steps))
     if not np.isfinite(program.loss):

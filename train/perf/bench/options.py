@@ -21,13 +21,11 @@ class OfCase:
     Attributes:
       case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
       run: the case's config.
-      base_dtype: dtype of the frozen parameters.
       out: JSON file for the figures; empty for none.
     """
 
     case: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CASE", help_behavior_hint="(required)")]
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = ""
 
     def __post_init__(self) -> None:
@@ -44,7 +42,7 @@ class OfCase:
     def to_case(self) -> Case:
         """Returns the case that the flags describe."""
         known = SIZES[self.case]() if self.case in SIZES else Case(self.case, self.run)
-        return dataclasses.replace(known, config=self.run, base_dtype=self.base_dtype)
+        return dataclasses.replace(known, config=self.run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,4 +187,4 @@ def read(command: type[C], args: Sequence[str], name: str) -> C:
 
 
 def _default(command: type[C], case: Case) -> C:
-    return command(case=case.name, run=case.config, base_dtype=case.base_dtype)
+    return command(case=case.name, run=case.config)

@@ -92,7 +92,7 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_GRAPHS}".strip()
     job = step_job(case, method, 0, steps)
     backend.set_flags(job.deterministic)  # before JAX starts
-    program = compile_step(job.spec, job.rules, job.batch, job.base_dtype)
+    program = compile_step(job.spec, job.rules, job.batch)
     program.run(3)
     step_milliseconds = statistics.median(program.run(10)) * 1e3
     device = jax.devices()[0].device_kind

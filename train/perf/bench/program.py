@@ -15,9 +15,8 @@ from mora_jax import sharding, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
-from train.perf.bench.cases import DType
 from train.step.spec import StepSpec
-from train.step.state import TrainState, init_params, init_state
+from train.step.state import TrainState, held_types, init_params, init_state, state_over
 from train.step.step import train_step
 
 NO_CUDNN = "--compute.attention cudnn needs an NVIDIA GPU, and this machine has none; use xla"
@@ -61,16 +60,13 @@ class Program:
         return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def compile_step(
-    spec: StepSpec, rules: transform.Rules, batch: tuple[int, int], base_dtype: DType = "float32"
-) -> Program:
+def compile_step(spec: StepSpec, rules: transform.Rules, batch: tuple[int, int]) -> Program:
     """Compiles the step for the first device, with random parameters and tokens.
 
     Args:
       spec: what the step computes.
       rules: regexes of parameters and their methods.
       batch: sequences and tokens of a batch.
-      base_dtype: dtype of the frozen parameters.
 
     Raises:
       InputError: for rules that do not fit the model, or an attention that needs another device.
@@ -78,7 +74,7 @@ def compile_step(
     if spec.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
         raise InputError(NO_CUDNN)
     methods = transform.assign(rules, abstract_params(spec.model), STACKED)
-    state = random_state(spec, methods, base_dtype)
+    state = random_state(spec, methods)
     batches = random_batches(spec, batch)
     started = time.perf_counter()
     with jax.set_mesh(sharding.make_mesh(1)):  # as in a run; methods see the kind of the device
@@ -86,31 +82,22 @@ def compile_step(
     return Program(compiled, methods, state, batches, time.perf_counter() - started)
 
 
-def random_state(spec: StepSpec, methods: Methods, base_dtype: DType) -> TrainState:
-    """Returns the state before the first update. A bfloat16 base is never held in float32.
-
-    Raises:
-      InputError: if parameters of a bfloat16 base are trained.
-    """
-    if base_dtype == "float32":
+def random_state(spec: StepSpec, methods: Methods) -> TrainState:
+    """Returns the state before the first update. A bfloat16 base is never held in float32."""
+    if spec.base_dtype == "float32":
         return jax.jit(lambda: init_state(spec, methods, init_params(spec)))()
-    if methods.trained():
-        raise InputError(
-            "parameters of a bfloat16 base cannot be trained; give --params.train '' and an adapter"
-        )
-    params = random_params(spec, jnp.dtype(base_dtype))
-    # Parameters that pass through the jitted function are copied.
-    rest = jax.jit(lambda p: dataclasses.replace(init_state(spec, methods, p), params=None))(params)
-    return dataclasses.replace(rest, params=params)
+    return state_over(spec, methods, random_params(spec, methods))
 
 
-def random_params(spec: StepSpec, dtype: jnp.dtype) -> Any:
-    """Returns random parameters. They are drawn layer by layer in their dtype, which takes little memory."""
+def random_params(spec: StepSpec, methods: Methods) -> Any:
+    """Returns random parameters. They are drawn layer by layer in their types, which takes little memory."""
+    types = held_types(spec, methods)
     shapes = trees.flatten(abstract_params(spec.model))
     keys = jax.random.split(jax.random.key(spec.seed), len(shapes))
     std = spec.model.initializer_range
 
     def draw(key: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
+        dtype = types[path]
         if path.endswith("scale"):
             return jnp.ones(shape, dtype)
         return jax.lax.map(

@@ -87,7 +87,7 @@ def setting(case: Case) -> dict[str, Any]:
     plain = run_config.to_plain(case.config)
     names = ("batch_size", "microbatches", "model", "compute", "optimizer", "deterministic")
     kept = {name: plain[name] for name in names}
-    kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.base_dtype}
+    kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.config.base_dtype}
     kept |= {"method": plain["method"], "rank": plain["method"].get("rank")}
     kept |= {"trained": case.config.params.train}
     return json.loads(json.dumps(kept))

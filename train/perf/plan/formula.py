@@ -82,7 +82,7 @@ def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     in_float32 = {
         f"adapters/{path}/{name}"
         for path, method in methods.adapted()
-        if how != "compressed" and merges_float32(tokens, how, [method])
+        if how != "compressed" and config.base_dtype == "float32" and merges_float32(tokens, how, [method])
         if method.float32_gradients and not method.dropout
         for name in method.leaves()
     }
