@@ -11,7 +11,16 @@ from train.cli import main as cli
 from train.config.run import RunConfig
 from train.config.sections import Compilation, Data
 
-WORDS = ("topology", "topologies", "methods", "method", "peers", "axes", "case")  # strings that are no paths
+WORDS = (
+    "topology",
+    "topologies",
+    "methods",
+    "method",
+    "peers",
+    "axes",
+    "case",
+    "text_key",
+)  # strings that are no paths
 # Read by the config's reader, before the flags are known.
 READ_FIRST = {"Pretrain": ("config",), "Plan": ("config",)}
 

@@ -14,6 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 from mora_jax.errors import InputError
 from train.data.rows import shard
 from train.data.rows.build import prepare
+from train.data.rows.info import content_hash
+from train.data.rows.read import eval_batches, train_batches
 from train.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -39,6 +41,50 @@ def test_rows_are_the_documents_joined_with_eos(text: Path, tmp_path: Path):
     assert rows(tmp_path / "d", "train") == expected_rows(files, tokenizer)
     assert rows(tmp_path / "d", "validation") == expected_rows([text / "validation.json.gz"], tokenizer)
     assert info.rows["train"] == len(expected_rows(files, tokenizer)) > 100
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_what_is_put_around_documents(text: Path, tmp_path: Path, bos: bool, eos: bool):
+    info = prepared(text, tmp_path / "d", bos=bos, eos=eos)
+    processor = Tokenizer.load(text / "t.model").processor
+    stream = [
+        token
+        for document in documents(text / "validation.json.gz")
+        for token in [*[1] * bos, *processor.encode(document), *[2] * eos]
+    ]
+    assert list(itertools.chain(*rows(tmp_path / "d", "validation"))) == stream[: len(stream) // T * T]
+    assert (info.bos_id, info.eos_id) == (1 if bos else None, 2 if eos else None)
+    with pytest.raises(InputError, match=rf"was prepared with another bos_id \({info.bos_id}, now"):
+        prepared(text, tmp_path / "d", bos=not bos, eos=eos)
+
+
+def test_validation_text_alone_can_only_be_evaluated_on(text: Path, tmp_path: Path):
+    whole, info = prepared(text, tmp_path / "whole"), prepared(text, tmp_path / "alone", source="")
+    assert info.rows == {"validation": whole.rows["validation"]}
+    assert rows(tmp_path / "alone", "validation") == rows(tmp_path / "whole", "validation")
+    assert prepared(text, tmp_path / "alone", source="") == info  # has nothing to do
+    assert next(eval_batches(info, "validation", 2, 1))[0].shape == (2, T)
+    assert content_hash(info) != content_hash(whole)
+    with pytest.raises(
+        InputError, match="alone has validation text alone, for mora evaluate; to train, prepare with"
+    ):
+        train_batches(info, 1, seed=0, start_step=0)
+    with pytest.raises(InputError, match=r"another train \(0 shards of text, now 4 shards"):
+        prepared(text, tmp_path / "alone")
+
+
+def test_other_keys_of_the_text_are_read_and_are_other_text(text: Path, tmp_path: Path):
+    lines = [json.dumps({"text": "other", "body": text}) for text in random_texts(30, seed=1)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    write_lines(tmp_path / "b.jsonl", random_texts(30, seed=1))
+    prepared(text, tmp_path / "b", source="", validation=str(tmp_path / "b.jsonl"))
+    change = {"source": "", "validation": str(tmp_path / "a.jsonl")}
+    info = prepared(text, tmp_path / "a", text_key="body", **change)
+    assert info.text_key == "body"
+    assert rows(tmp_path / "a", "validation") == rows(tmp_path / "b", "validation")
+    with pytest.raises(InputError, match=r"another text_key \(body, now text\)"):
+        prepared(text, tmp_path / "a", **change)
 
 
 def test_only_the_last_partial_row_of_a_shard_is_dropped(text: Path, tmp_path: Path):

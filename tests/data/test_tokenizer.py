@@ -130,8 +130,9 @@ def test_a_model_without_eos(tmp_path: Path):
         spm.SentencePieceTrainer.Train(
             sentence_iterator=iter(texts(100)), model_writer=file, vocab_size=60, eos_id=-1, minloglevel=2
         )
-    with pytest.raises(InputError, match="no end-of-sentence piece"):
+    with pytest.raises(InputError, match="has no end-of-text piece to put around documents; add --no-eos"):
         Tokenizer.load(path)
+    assert Tokenizer.load(path, eos=False).eos_id is None
 
 
 def test_a_real_model(tokenizers: Path):

@@ -11,7 +11,7 @@ from made_text import LongShard, contents, write_lines
 from mora_jax.errors import InputError
 from train.data.rows import workers
 from train.data.rows.shard import Advance, Job, TextShard
-from train.data.text.c4 import file_shards
+from train.data.text.files import file_shards
 from train.data.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -11,6 +11,7 @@ from train.data.rows.build import prepare
 from train.data.tokenizer import train_tokenizer
 from train.jobs.evaluate import evaluate
 from train.jobs.export import export
+from train.jobs.pretrain import pretrain
 from train.jobs.score import score_path
 
 
@@ -87,6 +88,21 @@ def test_an_export_is_not_scored_on_text_of_another_tokenizer(tiny_run, exported
     for model in (exported, str(tiny_run.folder)):
         with pytest.raises(InputError, match="data was made with another tokenizer than "):
             score_path(model, str(tmp_path / "data"), tiny_run.config.eval, "float32")
+
+
+def test_validation_text_alone_is_scored_and_not_trained_on(tiny_run, tmp_path, tiny_text):
+    text, data, how = tiny_text / "c4-validation.*", str(tmp_path / "data"), tiny_run.config.eval
+    prepare("", str(text), str(tiny_text / "t.model"), 32, data, workers=1)
+    alone = score_path(str(tiny_run.folder), data, how, "float32")
+    np.testing.assert_allclose(alone.loss, tiny_run.summary["validation_loss"], rtol=1e-5)
+    config = dataclasses.replace(
+        tiny_run.config,
+        data=dataclasses.replace(tiny_run.config.data, directory=data),
+        run_dir=str(tmp_path / "run"),
+    )
+    with pytest.raises(InputError, match="has validation text alone"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_data_set_that_is_away_is_named_anew(tiny_run, tmp_path):

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo
-from train.data.text.c4 import Record
+from train.data.text.entries import Record
 
 T = 48  # tokens of a row in `prepared`
 SHARDS = 4  # of training text in the fixture `text`

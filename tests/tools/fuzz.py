@@ -13,6 +13,7 @@ import collections
 import faulthandler
 import functools
 import gzip
+import io
 import json
 import os
 import random
@@ -27,7 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow as pa
 import yaml
+from backports import zstd
+from pyarrow import parquet
 
 from mora_jax import hf
 from mora_jax.errors import InputError
@@ -36,7 +40,7 @@ from train.config import flags
 from train.console.progress import progress
 from train.data.rows import build, info, layout, read, shard
 from train.data.rows.description import check_description
-from train.data.text import c4
+from train.data.text import files
 from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.run import inventory, manifest
 from train.run.checkpoint import Checkpoints
@@ -101,7 +105,7 @@ def read_config(folder: Path) -> None:
     flags.read_config(str(folder / "c.yaml"))
 
 
-# Text in C4's format
+# Text
 
 
 def write_text(rng: random.Random, folder: Path) -> None:
@@ -112,18 +116,31 @@ def write_text(rng: random.Random, folder: Path) -> None:
     content = b"\n".join(map(as_json, lines)) + b"\n"
     if rng.random() < 0.3:
         content = changes.change_bytes(rng, content)
-    packed = rng.random() < 0.6
-    if packed:
-        content = gzip.compress(content, compresslevel=1)
-        if rng.random() < 0.4:
-            content = changes.change_bytes(rng, content)
-    (folder / f"t.json{'.gz' * packed}").write_bytes(content)
+    suffix, pack = rng.choice(PACKED)
+    content = pack(content)
+    if suffix and rng.random() < 0.4:
+        content = changes.change_bytes(rng, content)
+    (folder / f"t.json{suffix}").write_bytes(content)
+
+
+def write_parquet(rng: random.Random, folder: Path) -> None:
+    file = io.BytesIO()
+    how = {"compression": rng.choice(("snappy", "none", "zstd")), "use_dictionary": rng.random() < 0.5}
+    columns = {"id": list(range(40)), "text": [f"document {i} é" for i in range(40)]}
+    parquet.write_table(pa.table(columns), file, row_group_size=16, **how)
+    content = file.getvalue()
+    if rng.random() < 0.3:
+        content = content[:4] + changes.change_bytes(rng, content[4:-8]) + content[-8:]
+    (folder / "t.parquet").write_bytes(changes.change_bytes(rng, content))
+
+
+PACKED = ((".gz", functools.partial(gzip.compress, compresslevel=1)), (".zst", zstd.compress), ("", bytes))
 
 
 def read_text(folder: Path) -> None:
     (path,) = folder.iterdir()
     for skip_lines in (0, 1000):
-        for text in c4.documents(path, skip_lines):
+        for text in files.documents(path, skip_lines):
             text.encode()
 
 
@@ -300,7 +317,7 @@ def read_data_set(folder: Path) -> None:
 
 
 def _job(folder: Path) -> shard.Job:
-    (text,) = c4.file_shards(_tiny_text(folder, "t.jsonl", 2))
+    (text,) = files.file_shards(_tiny_text(folder, "t.jsonl", 2))
     paths = (folder / name for name in ("rows", PIECES[0]))
     return shard.Job(text, Tokenizer.load(folder / "t.model"), T, 0, *paths)
 
@@ -336,6 +353,7 @@ def read_pieces(folder: Path) -> None:
 TARGETS = {
     "config": Target(8, write_config, read_config),
     "text": Target(40, write_text, read_text),
+    "parquet": Target(4, write_parquet, read_text),
     "weights": Target(14, write_model, read_model),
     "manifest": Target(32, write_manifest, read_manifest),
     "description": Target(5, write_description, lambda folder: check_description(folder)),

@@ -13,7 +13,7 @@ from mora_jax.report import count_trained
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import console
-from train.data.rows.info import load_info
+from train.data.rows.info import check_trainable, load_info
 from train.run.state import assign_methods, state_shapes
 
 
@@ -65,9 +65,10 @@ def _run(config: RunConfig, methods: Methods, state: Any) -> Table:
 
 def _rows(config: RunConfig) -> str:
     try:
-        rows = load_info(config.data.directory, splits=()).rows["train"]
+        check_trainable(info := load_info(config.data.directory, splits=()))
     except (InputError, OSError) as error:
         return f"unknown: {error}"
+    rows = info.rows["train"]
     return f"{rows:,}, read {config.epochs(rows):.2f} times (epochs)"
 
 

@@ -44,6 +44,9 @@ def prepare_data(command: PrepareData) -> None:
         skip_lines=command.skip_lines,
         workers=command.workers,
         tfds_data_dir=command.tfds_data_dir,
+        text_key=command.text_key,
+        bos=command.bos,
+        eos=command.eos,
     )
     counts = (f"{split} {info.rows[split]:,} rows, {info.tokens[split]:,} tokens" for split in info.rows)
     print(f"{command.out}: {'; '.join(counts)}")
@@ -59,6 +62,7 @@ def train_tokenizer(command: TrainTokenizer) -> None:
         command.vocab_size,
         command.max_documents,
         overwrite=command.overwrite,
+        key=command.text_key,
     )
     print(f"{made.path}: {made.vocab_size:,} pieces")
 

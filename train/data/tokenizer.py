@@ -16,7 +16,8 @@ from mora_jax.errors import InputError
 from mora_jax.io import read_bytes
 from train.console.progress import progress
 from train.data.rows.layout import TOKENIZER_BYTES, token_dtype
-from train.data.text.c4 import documents, shards
+from train.data.text.entries import TEXT_KEY
+from train.data.text.files import documents, shards
 from train.storage.buckets import in_bucket
 from train.storage.files import writable, write_whole
 from train.storage.lock import lock_output
@@ -29,33 +30,45 @@ COUNT_EVERY = 1_000  # lines; redrawing the bar for each would take longer than 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A SentencePiece model and the facts that a data set stores about it. `Tokenizer.load` makes one."""
+    """A SentencePiece model and the facts that a data set stores about it. `Tokenizer.load` makes one.
+
+    `bos_id` and `eos_id` are put around each document; None for none.
+    """
 
     path: str
     sha256: str
     vocab_size: int
-    eos_id: int
+    bos_id: int | None
+    eos_id: int | None
     processor: spm.SentencePieceProcessor = field(repr=False, compare=False)
 
     @classmethod
-    def load(cls, path: epath.PathLike) -> "Tokenizer":
+    def load(cls, path: epath.PathLike, bos: bool = False, eos: bool = True) -> "Tokenizer":
         """Reads a `.model` file.
 
+        Args:
+          path: the file.
+          bos: whether each document begins with the begin-of-text piece.
+          eos: whether it ends with the end-of-text piece.
+
         Raises:
-          InputError: the file is missing, is not a SentencePiece model, or has no end-of-sentence piece.
+          InputError: the file is missing, is not a SentencePiece model, or has no such piece.
         """
         model = _read(path)
         processor = _processor(path, model)
-        if processor.eos_id() < 0:
-            raise InputError(
-                f"{path} has no end-of-sentence piece, which separates documents; train a tokenizer with one"
-            )
+        around = (
+            _checked(path, "begin", "bos", processor.bos_id(), bos),
+            _checked(path, "end", "eos", processor.eos_id(), eos),
+        )
         digest = hashlib.sha256(model).hexdigest()
-        return cls(str(path), digest, processor.vocab_size(), processor.eos_id(), processor)
+        return cls(str(path), digest, processor.vocab_size(), *around, processor)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns the tokens of all documents, each document followed by EOS: (N,), uint16 or uint32."""
-        pieces = [self.processor.encode(text, add_eos=True) for text in texts]  # faster than one call
+        """Returns the tokens of all documents, with what is put around each: (N,), uint16 or uint32."""
+        bos, eos = self.bos_id is not None, self.eos_id is not None
+        pieces = [
+            self.processor.encode(text, add_bos=bos, add_eos=eos) for text in texts
+        ]  # faster than one call
         count = sum(map(len, pieces))
         return np.fromiter(chain.from_iterable(pieces), token_dtype(self.vocab_size), count)
 
@@ -67,22 +80,24 @@ def train_tokenizer(
     max_documents: int = 1_000_000,
     max_characters: int = 50_000_000,
     overwrite: bool = False,
+    key: str = TEXT_KEY,
 ) -> Tokenizer:
     """Trains a BPE model with byte fallback on the first documents of every file, and writes it.
 
     Args:
-      source: a glob, a folder or a file of C4-format text.
+      source: a glob, a folder or a file of text.
       out: the `.model` file to write.
       vocab_size: number of pieces, including the 256 bytes and <unk>, <s>, </s>.
       max_documents: documents to train on at most, the same number from every file.
       max_characters: characters to train on at most, likewise.
       overwrite: whether a file in the place of `out` is replaced; otherwise it is refused.
+      key: the key or column that holds the text.
 
     Returns:
       The trained tokenizer.
 
     Raises:
-      InputError: bad text (see `c4.records`), no text, a file in the place of `out`, which another program
+      InputError: bad text (see `files.records`), no text, a file in the place of `out`, which another program
         may be writing, or a vocabulary that cannot be made from it.
     """
     if in_bucket(out):
@@ -94,7 +109,7 @@ def train_tokenizer(
             raise InputError(f"{name} must be at least 1, not {value}")
     with lock_output(out, "--out"):
         _check_free(Path(out), overwrite)
-        lines = _sample(source, max_documents, max_characters)
+        lines = _sample(source, key, max_documents, max_characters)
         if not lines:
             raise InputError(f"{source} holds no text to train a tokenizer on")
         with progress(f"training {vocab_size:,} pieces on", len(lines), "lines") as advance:
@@ -110,6 +125,12 @@ def _read(path: epath.PathLike) -> bytes:
         return read_bytes(path, TOKENIZER_BYTES)
     except InputError as error:
         raise InputError(f"tokenizer: {error}") from error
+
+
+def _checked(path: epath.PathLike, where: str, flag: str, found: int, wanted: bool) -> int | None:
+    if wanted and found < 0:
+        raise InputError(f"{path} has no {where}-of-text piece to put around documents; add --no-{flag}")
+    return found if wanted else None
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -128,14 +149,14 @@ def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor
         raise InputError(f"{path} is not a SentencePiece model; it must be a .model file") from error
 
 
-def _sample(source: str, max_documents: int, max_characters: int) -> list[str]:
+def _sample(source: str, key: str, max_documents: int, max_characters: int) -> list[str]:
     """Returns the lines of the first documents of every file, up to an equal part of both limits."""
     files = shards(source)
     lines = []
     with progress("reading", len(files), "files") as advance:
         for file in files:
             left = -(-max_characters // len(files))
-            for text in islice(documents(file, skip_lines=0), -(-max_documents // len(files))):
+            for text in islice(documents(file, 0, key), -(-max_documents // len(files))):
                 lines += filter(None, text.splitlines())
                 left -= len(text)
                 if left <= 0:

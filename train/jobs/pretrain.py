@@ -23,7 +23,7 @@ from train.config import run as run_config
 from train.config.run import RunConfig
 from train.console.exits import Diverged
 from train.console.terminal import warn
-from train.data.rows.info import DataInfo, load_info, unigram_perplexity
+from train.data.rows.info import DataInfo, check_trainable, load_info, unigram_perplexity
 from train.data.rows.read import train_batches
 from train.jobs.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.jobs.plot import plot_loss
@@ -116,6 +116,7 @@ def train(run: Run) -> dict[str, Any]:
 
 def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
     """Raises InputError if config, data and devices do not fit each other."""
+    check_trainable(info)
     check_vocabulary(info, config.model.vocab_size)
     if info.sequence_length != config.data.sequence_length:
         raise InputError(

@@ -60,7 +60,7 @@ def check_data(info: DataInfo) -> None:
     client, _, _ = coordinator()
     if client is None:
         return
-    names = ("tokenizer_sha256", "sequence_length", "vocab_size", "eos_id")
+    names = ("tokenizer_sha256", "sequence_length", "vocab_size", "bos_id", "eos_id", "text_key")
     facts = {name: getattr(info, name) for name in names}
     facts |= {f"{split} rows": rows for split, rows in info.rows.items()}
     check_equal({**facts, "hash of the token counts": content_hash(info)})

@@ -1,14 +1,15 @@
 """The number that a run or a data set states of its format, so that an older program can refuse it.
 
 1: no number is stated, as in everything written before there was one. 2: the first that is stated. 3: the
-methods of stacked kernels name the axis of their stack.
+methods of stacked kernels name the axis of their stack. 4: a data set states what is put around documents and
+where their text was found, and may lack training rows.
 """
 
 from typing import Any
 
 from mora_jax.errors import InputError
 
-FORMAT = 3
+FORMAT = 4
 KEY = "format"
 
 

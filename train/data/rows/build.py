@@ -25,6 +25,7 @@ from train.data.rows.info import DataInfo, load_info
 from train.data.rows.metadata import write_metadata
 from train.data.rows.settings import HASHED, Settings, check_settings, check_text, settings_of, start
 from train.data.rows.shard import Advance, Job
+from train.data.text.entries import TEXT_KEY
 from train.data.text.sources import TextShard, open_text
 from train.data.tokenizer import Tokenizer
 from train.storage import buckets, lock
@@ -41,11 +42,15 @@ def prepare(
     skip_lines: int = 0,
     workers: int = 0,
     tfds_data_dir: str = "",
+    text_key: str = TEXT_KEY,
+    bos: bool = False,
+    eos: bool = True,
 ) -> DataInfo:
     """Writes the rows of `source` and `validation` into the TFDS data set `out`, or resumes doing so.
 
     Args:
-      source: training text: a glob, a folder, a file (see `c4.shards`) or `tfds:NAME`.
+      source: training text: a glob, a folder, a file (see `files.shards`) or `tfds:NAME`; empty for a data
+        set that can only be evaluated on.
       validation: validation text, likewise; empty for the validation split of a `tfds:` source.
       tokenizer: a SentencePiece `.model` file.
       sequence_length: tokens of a row.
@@ -54,6 +59,9 @@ def prepare(
       skip_lines: bad lines that may be skipped, over all files together.
       workers: processes; 0 for one a core. The result does not depend on it.
       tfds_data_dir: folder in which `tfds:NAME` is looked up; empty for TFDS's default.
+      text_key: the key, column or feature that holds the text.
+      bos: whether each document begins with the tokenizer's begin-of-text token.
+      eos: whether it ends with the end-of-text token.
 
     Returns:
       The facts about the finished data set, as `load_info` does.
@@ -65,10 +73,10 @@ def prepare(
     """
     _check_numbers(sequence_length, skip_lines, workers)
     path_of(out, "--out")
-    model = Tokenizer.load(tokenizer)
+    model = Tokenizer.load(tokenizer, bos, eos)
     _warn_of_export(tokenizer)
-    text = open_text(source, validation, tfds_data_dir)
-    settings = settings_of(sequence_length, model, text)
+    text = open_text(source, validation, tfds_data_dir, text_key)
+    settings = settings_of(sequence_length, model, text, text_key)
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
     jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
     held, splits = folder / layout.UNFINISHED / lock.LOCK, () if in_bucket(out) else layout.SPLITS
@@ -171,7 +179,7 @@ def _complete(
         check_text(folder, text)
         return
     write_whole(folder / layout.TOKENIZER, epath.Path(tokenizer).read_bytes())
-    _run([*jobs["train"], *jobs["validation"]], workers)
+    _run([job for split in jobs for job in jobs[split]], workers)
     aside = folder / layout.UNFINISHED / "description"
     with naming_errors(aside):
         shutil.rmtree(aside, ignore_errors=True)

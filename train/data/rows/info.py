@@ -16,22 +16,29 @@ from train.data.rows import layout
 from train.data.rows.description import check_description
 from train.data.rows.settings import read_settings
 from train.data.rows.staging import staged
+from train.data.text.entries import TEXT_KEY
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Facts about a prepared data set. `rows` and `tokens` (those in rows) are counts by split."""
+    """Facts about a prepared data set.
+
+    `rows` and `tokens` (those in rows) are counts by split; a data set may lack the split "train". `bos_id`
+    and `eos_id` were put around each document; None for none.
+    """
 
     directory: str
     tokenizer: str
     tokenizer_sha256: str
     vocab_size: int
-    eos_id: int
+    eos_id: int | None
     sequence_length: int
     rows: dict[str, int]
     tokens: dict[str, int]
+    bos_id: int | None = None
+    text_key: str = TEXT_KEY
 
 
 def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataInfo:
@@ -39,7 +46,7 @@ def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataIn
 
     Args:
       directory: the data set.
-      splits: those whose rows are needed; others are neither checked nor downloaded.
+      splits: those whose rows are needed, if there are any; others are neither checked nor downloaded.
 
     Raises:
       InputError: the data set is not finished, has a newer format, lacks row files or has some of another
@@ -53,19 +60,27 @@ def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataIn
     try:
         facts = read_json(folder / "metadata.json")
         parts = facts.pop("splits")
-        rows, tokens = (
-            {split: layout.count(parts[split][what]) for split in layout.SPLITS}
-            for what in ("rows", "tokens")
+        there = [split for split in layout.SPLITS if split in parts or split == "validation"]
+        rows, tokens, file_bytes = (
+            {split: layout.count(parts[split][what]) for split in there}
+            for what in ("rows", "tokens", "file_bytes")
         )
-        file_bytes = {split: layout.count(parts[split]["file_bytes"]) for split in layout.SPLITS}
         info = DataInfo(str(folder), str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
         _check_facts(info, file_bytes)
     except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
     check_description(folder)
-    _check_files(folder, {split: file_bytes[split] for split in splits})
+    _check_files(folder, {split: size for split, size in file_bytes.items() if split in splits})
     _check_tokenizer(info)
     return info
+
+
+def check_trainable(info: DataInfo) -> None:
+    """Raises InputError if a data set has validation text alone."""
+    if "train" not in info.rows:
+        raise InputError(
+            f"{info.directory} has validation text alone, for mora evaluate; to train, prepare with --source"
+        )
 
 
 def unigram_perplexity(info: DataInfo) -> float:
@@ -76,7 +91,7 @@ def unigram_perplexity(info: DataInfo) -> float:
     Raises:
       InputError: the counts are damaged.
     """
-    train_V, validation_V = _unigram(info)
+    train_V, validation_V = (_unigram(info)[split] for split in layout.SPLITS)
     log_p_V = np.log(train_V + 1) - np.log(train_V.sum() + len(train_V))
     return float(np.exp(-(validation_V * log_p_V).sum() / validation_V.sum()))
 
@@ -88,18 +103,20 @@ def content_hash(info: DataInfo) -> str:
       InputError: the counts are damaged.
     """
     digest = hashlib.sha256()
-    for counts_V in _unigram(info):
+    for counts_V in _unigram(info).values():
         digest.update(counts_V.tobytes())
     return digest.hexdigest()
 
 
 def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
     """Raises InputError for facts that no preparation writes, or that take more memory than the rows."""
-    for value in (info.vocab_size, info.eos_id, info.sequence_length):
+    around = [value for value in (info.bos_id, info.eos_id) if value is not None]
+    for value in (info.vocab_size, info.sequence_length, *around):
         layout.count(value)
-    right = 2 <= info.sequence_length < 2**31 and info.eos_id < info.vocab_size <= layout.MAX_PIECES
-    right &= isinstance(info.tokenizer_sha256, str)
-    right &= all(info.rows[split] <= file_bytes[split] for split in layout.SPLITS)  # a row takes some bytes
+    right = 2 <= info.sequence_length < 2**31 and info.vocab_size <= layout.MAX_PIECES
+    right &= all(value < info.vocab_size for value in around)
+    right &= isinstance(info.tokenizer_sha256, str) and isinstance(info.text_key, str)
+    right &= all(info.rows[split] <= file_bytes[split] for split in info.rows)  # a row takes some bytes
     if not right:
         raise InputError("no preparation writes such facts")
 
@@ -123,15 +140,18 @@ def _check_tokenizer(info: DataInfo) -> None:
     raise InputError(f"{path} is not the tokenizer that the rows were made with; restore that file")
 
 
-def _unigram(info: DataInfo) -> list[np.ndarray]:
-    """Returns how often each piece occurs in each split: [(V,), (V,)]."""
+def _unigram(info: DataInfo) -> dict[str, np.ndarray]:
+    """Returns how often each piece occurs in each split: (V,) each."""
     path = Path(info.directory) / layout.UNIGRAM
     largest = layout.piece_count_bytes(info.vocab_size)
     try:
         with zipfile.ZipFile(io.BytesIO(read_bytes(path, 2 * largest))) as archive:
-            parts = [archive.getinfo(f"{split}.npy") for split in layout.SPLITS]
-            if any(part.file_size > largest for part in parts):
+            parts = {split: archive.getinfo(f"{split}.npy") for split in info.rows}
+            if any(part.file_size > largest for part in parts.values()):
                 raise ValueError("it holds more counts than there are pieces")
-            return [layout.piece_counts(archive.read(part), info.vocab_size) for part in parts]
+            return {
+                split: layout.piece_counts(archive.read(part), info.vocab_size)
+                for split, part in parts.items()
+            }
     except (OSError, ValueError, LookupError, *_ZIP_ERRORS) as error:
         raise InputError(f"{path} is damaged ({error}); copy or prepare the data set again") from error

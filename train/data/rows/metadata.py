@@ -28,8 +28,8 @@ def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Se
     counts = {split: [job.counts() for job in jobs[split]] for split in jobs}
     sums = {split: _sum(counts[split]) for split in counts}
     _check_sums(sums, jobs)
-    train_V, validation_V = (sum(job.piece_counts() for job in jobs[split]) for split in layout.SPLITS)
-    np.savez_compressed(folder / layout.UNIGRAM, train=train_V, validation=validation_V)
+    pieces = {split: sum(job.piece_counts() for job in jobs[split]) for split in jobs}
+    np.savez_compressed(folder / layout.UNIGRAM, **pieces)  # pyright: ignore[reportArgumentType]
     facts = {name: value for name, value in asdict(settings).items() if name not in layout.SPLITS}
     hashes = {split: [job.text_sha256() for job in jobs[split]] for split in jobs}
     (folder / layout.TEXT).write_text(json.dumps(hashes))
@@ -45,7 +45,7 @@ def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Se
             for split in counts
         ],
         check_data=False,  # would need TensorFlow
-        description=f"Text as rows of {settings.sequence_length} tokens, documents joined with EOS.",
+        description=f"Text as rows of {settings.sequence_length} tokens, documents joined.",
         metadata=tfds.core.MetadataDict(**facts, splits={split: asdict(sums[split]) for split in sums}),
     )
 
@@ -55,7 +55,7 @@ def _sum(counts: Sequence[Counts]) -> Counts:
 
 
 def _check_sums(sums: Mapping[str, Counts], jobs: Mapping[str, Sequence[Job]]) -> None:
-    allowed = jobs["train"][0].skip_lines
+    allowed = jobs["validation"][0].skip_lines
     skipped = sum(total.skipped_lines for total in sums.values())
     if skipped > allowed:
         raise InputError(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from mora_jax.errors import InputError
 from train.data.rows import layout
-from train.data.rows.info import DataInfo, load_info
+from train.data.rows.info import DataInfo, check_trainable, load_info
 
 READ_THREADS = 2
 READ_AHEAD = 8  # batches
@@ -47,9 +47,10 @@ def train_batches(
       (R, T), int32.
 
     Raises:
-      InputError: the batch is larger than the split; or later, rows are damaged or missing.
+      InputError: there is no training split, or it is smaller than the batch; or later, rows are damaged.
     """
     here = np.arange(batch_size) if rows is None else rows
+    check_trainable(info)
     if info.rows["train"] < batch_size:
         raise InputError(
             f"{info.directory} has {info.rows['train']} training rows, fewer than one batch of {batch_size}; "

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mora_jax.errors import InputError
 from mora_jax.io import read_json, read_object
 from train.console.progress import progress
 from train.data.rows import layout
+from train.data.text.entries import TEXT_KEY
 from train.data.text.sources import TextShard
 from train.data.tokenizer import Tokenizer
 from train.storage.files import remove_parts, writable, write_whole
@@ -23,22 +24,37 @@ HASHED = 4  # shards of text that are hashed at a time
 
 @dataclass(frozen=True)
 class Settings:
-    """What the rows depend on. `train` and `validation` list the name and size of every shard of text."""
+    """What the rows depend on. Those with a default are not stated by earlier versions, which mean it.
+
+    `train` and `validation` list the name and size of every shard of text. `bos_id` and `eos_id` are put
+    around each document; None for none.
+    """
 
     sequence_length: int
     tokenizer_sha256: str
     vocab_size: int
-    eos_id: int
+    eos_id: int | None
     train: list[list]
     validation: list[list]
+    bos_id: int | None = None
+    text_key: str = TEXT_KEY
 
 
 def settings_of(
-    sequence_length: int, tokenizer: Tokenizer, text: Mapping[str, Sequence[TextShard]]
+    sequence_length: int, tokenizer: Tokenizer, text: Mapping[str, Sequence[TextShard]], key: str
 ) -> Settings:
-    """Returns the settings of rows that are made of these shards with this tokenizer."""
-    files = {split: [[shard.name, shard.size] for shard in shards] for split, shards in text.items()}
-    return Settings(sequence_length, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id, **files)
+    """Returns the settings of rows that are made of these shards, read by `key`, with this tokenizer."""
+    train, validation = ([[s.name, s.size] for s in text.get(split, ())] for split in layout.SPLITS)
+    return Settings(
+        sequence_length=sequence_length,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        train=train,
+        validation=validation,
+        bos_id=tokenizer.bos_id,
+        text_key=key,
+    )
 
 
 def read_settings(folder: epath.PathLike, name: str) -> dict[str, Any]:
@@ -73,7 +89,8 @@ def check_settings(folder: epath.PathLike, settings: Settings, finished: bool) -
       InputError: if the data set was started with other ones.
     """
     stated = read_settings(folder, str(folder))
-    same = True
+    stated = {f.name: f.default for f in fields(Settings) if f.default is not MISSING} | stated
+    same = stated.get(KEY) == FORMAT
     for name, wanted in asdict(settings).items():
         held = stated.get(name)
         same &= held == wanted

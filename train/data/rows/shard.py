@@ -16,7 +16,7 @@ from mora_jax.errors import InputError
 from mora_jax.io import read_bytes, read_json, read_object
 from train.data.rows import layout
 from train.data.rows.layout import FIELD, row_features, token_dtype
-from train.data.text.c4 import Record
+from train.data.text.entries import Record
 from train.data.text.sources import TextShard
 from train.data.tokenizer import Tokenizer
 from train.storage.files import sync, write_whole
@@ -108,7 +108,7 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
       report: called after every block of documents.
 
     Raises:
-      InputError: the text is bad (see `c4.records`). No file is left behind.
+      InputError: the text is bad (see `files.records`). No file is left behind.
     """
     unfinished = job.record.with_suffix(f".rows-{secrets.token_hex(8)}")
     text = job.shard.sha256()

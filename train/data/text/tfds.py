@@ -13,7 +13,7 @@ from tensorflow_datasets.core.constants import DATA_DIR
 
 from mora_jax.errors import InputError
 from train.data.rows.description import INFO, check_description
-from train.data.text.c4 import Record
+from train.data.text.entries import TEXT_KEY, Record, names
 
 PREFIX = "tfds:"
 READ_AT_ONCE = 256
@@ -27,6 +27,7 @@ class TfdsShard:
     split: str
     start: int
     stop: int
+    key: str = TEXT_KEY
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class TfdsShard:
         for first in range(0, self.size, READ_AT_ONCE):
             block = rows.__getitems__(range(first, min(first + READ_AT_ONCE, self.size)))
             for position, row in enumerate(block, start=first + 1):
-                yield Record(_text(row["text"], f"{self.directory} {self.name}", position), position)
+                yield Record(_text(row[self.key], f"{self.directory} {self.name}", position), position)
 
     def sha256(self) -> str:
         """Returns the hash of the texts."""
@@ -54,27 +55,27 @@ class TfdsShard:
         return digest.hexdigest()
 
 
-def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
+def tfds_shards(source: str, split: str, data_dir: str, key: str = TEXT_KEY) -> list[TfdsShard]:
     """Returns the shards of one split.
 
     Args:
       source: `tfds:NAME`, or `tfds:/a/prepared/directory`.
       split: name of the split.
       data_dir: folder in which `tfds:NAME` is looked up; empty for TFDS's default.
+      key: the feature that holds the text.
 
     Raises:
-      InputError: no such data set, split or `text` feature, or files without random access.
+      InputError: no such data set, split or feature, or files without random access.
     """
     builder = _builder(source, data_dir)
     if split not in builder.info.splits:
         raise InputError(
             f"{source} has no split {split!r}; it has {', '.join(builder.info.splits) or 'none'}"
         )
-    if (
-        not isinstance(features := builder.info.features, tfds.features.FeaturesDict)
-        or "text" not in features
-    ):
-        raise InputError(f"{source} has no feature `text`")
+    features = builder.info.features
+    found = list(features.keys()) if isinstance(features, tfds.features.FeaturesDict) else []
+    if key not in found:
+        raise InputError(f"{source} has no feature `{key}` ({names(found)})")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
             f"{source} is not stored as ArrayRecord, and other formats need TensorFlow; prepare it with "
@@ -83,7 +84,7 @@ def tfds_shards(source: str, split: str, data_dir: str) -> list[TfdsShard]:
     ends = [0]
     for length in builder.info.splits[split].shard_lengths:
         ends.append(ends[-1] + length)
-    return [TfdsShard(str(builder.data_path), split, a, b) for a, b in pairwise(ends) if b > a]
+    return [TfdsShard(str(builder.data_path), split, a, b, key) for a, b in pairwise(ends) if b > a]
 
 
 def _builder(source: str, data_dir: str) -> tfds.core.DatasetBuilder:

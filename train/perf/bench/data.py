@@ -15,7 +15,7 @@ from train.console.terminal import console
 from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo
 from train.data.rows.read import train_batches
-from train.data.text.c4 import documents, shards
+from train.data.text.files import documents, shards
 
 READ_SECONDS = 5.0
 VALIDATION_DOCUMENTS = 500
@@ -43,7 +43,7 @@ def bench(
     The time of preparing includes the start of its processes.
 
     Args:
-      source: C4-format files: a glob, a folder or a file.
+      source: text: a glob, a folder or a file.
       tokenizer: SentencePiece `.model` file.
       sequence_length: tokens of a row.
       batch_size: rows of a batch that is read.

@@ -136,7 +136,7 @@ class BenchData:
     """Tokens a second prepared and read.
 
     Attributes:
-      source: C4-format shards to measure on.
+      source: text to measure on, as of mora prepare-data.
       tokenizer: SentencePiece model file.
       sequence_length: tokens of a row.
       batch_size: rows of a batch that is read.
