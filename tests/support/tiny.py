@@ -49,7 +49,7 @@ def tiny_documents(count: int, seed: int) -> list[str]:
 
 
 def write_tiny_text(folder: Path, train: int, validation: int) -> None:
-    """Writes made-up text in C4's format: two training shards and one for validation, of so many documents."""
+    """Writes made-up text in C4's format: two training shards and one of validation, of so many documents."""
     folder.mkdir(exist_ok=True)
     shards = (("train.0", train), ("train.1", train), ("validation.0", validation))
     for seed, (name, documents) in enumerate(shards):

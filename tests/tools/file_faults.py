@@ -1,12 +1,13 @@
-"""Kills commands at chosen file operations, or makes these fail, and compares the results with undisturbed ones.
+"""Kills commands at chosen file operations, or makes these fail, and compares what they make.
 
     python tests/tools/file_faults.py --kills 100 --failures 60
 
-A small library (file_faults.c, compiled with `cc`) counts the operations that change files, in each command and
-its children. A command first runs undisturbed. Then each trial starts it in a new folder, disturbs one
-operation, and runs the same command again. A kill is SIGKILL, after half of a write. A failure is EIO, or a disk
-that is full from there on (ENOSPC). Afterwards every file, all arrays and every logged line must equal those of
-the undisturbed command. A failure must end with status 74 and one line, or do no harm. Else the exit status is 1.
+A small library (file_faults.c, compiled with `cc`) counts the operations that change files, in each command
+and its children. A command first runs undisturbed. Then each trial starts it in a new folder, disturbs one
+operation, and runs the same command again. A kill is SIGKILL, after half of a write. A failure is EIO, or a
+disk that is full from there on (ENOSPC). Afterwards every file, all arrays and every logged line must equal
+those of the undisturbed command. A failure must end with status 74 and one line, or do no harm. Else the exit
+status is 1.
 """
 
 import contextlib
@@ -215,9 +216,8 @@ def disturb(name: str, command: Command, faults: Faults, counts: Mapping[str, in
             trial = Trial(name, action, number)
             with contextlib.suppress(StopIteration):
                 trial.wrong = next(problems(trial, command, faults, err, wanted))
-            say(
-                f"{name}: {action} at {number} of {len(operations)}, {trial.operation}: {trial.wrong or 'as promised'}"
-            )
+            place = f"{action} at {number} of {len(operations)}, {trial.operation}"
+            say(f"{name}: {place}: {trial.wrong or 'as promised'}")
             trials.append(trial)
     return trials
 
