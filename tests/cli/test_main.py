@@ -455,3 +455,22 @@ def test_what_a_folder_is_called_is_no_markup(capsys):
     assert "[/y]" in out
     assert r"\x1b[31m" in out
     assert r"a\nb" in out
+
+
+INTERRUPTING = """
+import os, signal, sys
+
+class Hook:
+    def find_spec(self, name, *_):
+        if name == "rich":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Hook())
+from train.cli.__main__ import start
+start()
+"""
+
+
+def test_ctrl_c_while_the_program_is_imported_is_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "mora: interrupted\n")
