@@ -1,8 +1,10 @@
-"""Causal grouped-query attention by one of three kernels.
+"""Grouped-query attention by one of three kernels, and the description of what a position attends to.
 
 Legend of shapes in names: B batch, T sequence, N query heads, K key/value heads, H head width.
 """
 
+import dataclasses
+import functools
 from typing import Literal, TypeAlias
 
 import jax
@@ -22,22 +24,43 @@ SPLASH_BLOCKS = (512, 256, 128)
 _BLOCK_FIELDS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["window"])
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """What a position attends to: itself and earlier positions, from which each kernel builds its mask.
+
+    Attributes:
+      window: how many, the position itself included; 0 for all.
+    """
+
+    window: int = 0
+
+    def within(self, length: int) -> "Visible":
+        """Returns the same for sequences of a length: a window as long as these restricts nothing."""
+        return Visible(self.window if self.window < length else 0)
+
+
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
+    visible: Visible = Visible(),
     kernel: Kernel = "xla",
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v, where each position attends to itself and earlier ones.
+    """Returns softmax(q k^T / sqrt(H)) v over the positions that are visible to each.
 
     Raises:
       InputError: if the splash kernel cannot divide the sequence into blocks.
     """
+    visible = visible.within(q_BTNH.shape[1])
     if kernel != "splash":
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation=kernel)
+        window = (visible.window - 1, 0) if visible.window else None
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=window, implementation=kernel
+        )
     check_splash(q_BTNH.shape[1])
     # GSPMD cannot divide a Pallas call, so each device computes its own sequences and heads.
-    return sharding.by_device(_splash, HEADS)(q_BTNH, k_BTKH, v_BTKH)
+    return sharding.by_device(functools.partial(_splash, visible), HEADS)(q_BTNH, k_BTKH, v_BTKH)
 
 
 def check_splash(length: int) -> None:
@@ -49,14 +72,20 @@ def check_splash(length: int) -> None:
         )
 
 
-def _splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
+def _splash(visible: Visible, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
     """Returns attention by JAX's kernel for TPUs, which never holds the scores of a full sequence."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and only for TPUs
 
     length, heads, width = q_BTNH.shape[1:]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    shape, window = (length, length), visible.window
+    mask = (
+        splash_attention.LocalMask(shape, (window - 1, 0), 0)
+        if window
+        else splash_attention.CausalMask(shape)
+    )
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads),
+        splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(**dict.fromkeys(_BLOCK_FIELDS, block)),
         head_shards=1,
         q_seq_shards=1,

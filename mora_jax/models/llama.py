@@ -1,4 +1,4 @@
-"""LLaMA in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""LLaMA and its like in Flax Linen: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Parameters are float32 and stacked over layers; products run in `Compute.dtype`. `mora_jax.bind` joins kernels
 to their adapters.
@@ -19,12 +19,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
-from mora_jax.errors import InputError, check_float32
-from mora_jax.methods.base import Bound
+from mora_jax.errors import InputError
+from mora_jax.methods.base import Bound, padded
 from mora_jax.methods.linear import TILE, Path, dense
-from mora_jax.models.attention import HEADS, attention
+from mora_jax.models.attention import HEADS, Visible, attention
 from mora_jax.models.attention import Kernel as AttentionKernel
+from mora_jax.models.config import LlamaConfig
 from mora_jax.models.loss import HEAD, cross_entropy
+from mora_jax.models.rope import angles
 from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout, Rules
 
 # Name of the residual stream between attention and MLP. The loop over layers keeps what enters each layer.
@@ -40,79 +42,11 @@ LAYOUTS: Rules = (
     ("layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", COLUMNS),
     ("layers/(self_attn/o|mlp/down)_proj/kernel", ROWS),
     ("(.*_|.*/|)norm/scale|.*layernorm/scale", REPLICATED),
+    ("layers/(self_attn/[qkv]|mlp/(gate|up))_proj/bias", Layout((P("tensor"), P()))),
+    ("layers/(self_attn/o|mlp/down)_proj/bias", REPLICATED),
 )
 _HIDDEN = Layout((P(BATCH, None, None),))
 _WIDE = Layout((P(BATCH, None, "tensor"), P(BATCH, None, None)))
-
-# The largest values that are accepted, so that a bad config is refused before it costs memory or hours.
-_MOST = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**22,
-    "num_hidden_layers": 2**12,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "max_position_embeddings": 2**31 - 1,
-    "rope_theta": 1e30,
-    "rms_norm_eps": 1.0,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and options of the model, named as in Hugging Face's config.json.
-
-    Attributes:
-      vocab_size: tokens in the vocabulary.
-      hidden_size: width of the residual stream.
-      intermediate_size: width of the MLP.
-      num_hidden_layers: transformer layers.
-      num_attention_heads: query heads; they divide hidden_size into equal, even widths.
-      num_key_value_heads: key/value heads; must divide num_attention_heads.
-      max_position_embeddings: longest sequence, in tokens.
-      rope_theta: base of the rotary frequencies.
-      rms_norm_eps: added to the mean square in RMSNorm.
-      initializer_range: standard deviation of the normal initialisation.
-      tie_word_embeddings: whether the head is the transposed embedding.
-    """
-
-    vocab_size: int = 32_100
-    hidden_size: int = 768
-    intermediate_size: int = 2560
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 16
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if not value > 0:
-                raise InputError(f"model.{name} must be positive, not {value}")
-            if value > most:
-                raise InputError(f"model.{name} must be at most {most:,}, not {value}")
-            check_float32(f"model.{name}", value)
-        if not 0 <= self.initializer_range <= 1:
-            raise InputError(f"model.initializer_range must lie in [0, 1], not {self.initializer_range}")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise InputError(
-                f"model.hidden_size {self.hidden_size} does not divide into "
-                f"{self.num_attention_heads} heads of even width"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"model.num_key_value_heads {self.num_key_value_heads} does not divide "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,23 +81,26 @@ class Compute:
 
 
 class Kernel(nn.Module):
-    """Returns one kernel with its adapter, so that one product can span several kernels."""
+    """Returns one kernel with its adapter and its bias, so that one product can span several kernels."""
 
     shape: tuple[int, int]
     std: float
+    bias: bool = False
 
     @nn.compact
     def __call__(self) -> "Parts":
         w = self.param("kernel", nn.initializers.normal(self.std), self.shape)
         layout = sharding.find("/".join((*self.path, "kernel")), LAYOUTS)
-        return Parts(w, layout)
+        bias_D = self.param("bias", nn.initializers.zeros, self.shape[1:]) if self.bias else None
+        return Parts(w, layout, bias_D)
 
 
 class Parts(NamedTuple):
-    """A kernel, bound to its adapter if it has one, and how it may be divided over a mesh."""
+    """A kernel, bound to its adapter if it has one, how it may be divided over a mesh, and its bias."""
 
     w: Array | Bound
     layout: Layout
+    bias_D: Array | None
 
 
 class RMSNorm(nn.Module):
@@ -180,25 +117,34 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions."""
 
     config: LlamaConfig
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: Array, rope: tuple[Array, Array]) -> Array:
-        c = self.config
-        q_width, kv_width = c.hidden_size, c.num_key_value_heads * c.head_dim
-        widths = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
-        kernels = [Kernel((c.hidden_size, w), c.initializer_range, name=name)() for name, w in widths.items()]
-        q, k, v = (
-            sharding.constrain(y.reshape(*y.shape[:-1], -1, c.head_dim), HEADS)
-            for y in _dense(self, x_BTD, kernels)
-        )
+    def __call__(self, x_BTD: Array, rope: tuple[Array, Array], visible: Visible) -> Array:
+        c, kind = self.config, self.config.architecture
+        widths = {"q_proj": c.q_width, "k_proj": c.kv_width, "v_proj": c.kv_width}
+        biased = c.attention_bias or kind.qkv_bias
+        kernels = [
+            Kernel((c.hidden_size, width), c.initializer_range, biased, name=name)()
+            for name, width in widths.items()
+        ]
+        q, k, v = _dense(self, x_BTD, kernels)
+        if kind.qk_norm == "width":
+            q, k = self._norms(q, k)
+        q, k, v = (sharding.constrain(y.reshape(*y.shape[:-1], -1, c.head_width), HEADS) for y in (q, k, v))
+        if kind.qk_norm == "head":
+            q, k = self._norms(q, k)
         q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
-        y_BTNH = attention(q_BTNH, k_BTKH, v, self.compute.attention)
-        out = Kernel((q_width, c.hidden_size), c.initializer_range, name="o_proj")()
-        return _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], q_width), [out])[0]
+        y_BTNH = attention(q_BTNH, k_BTKH, v, visible, self.compute.attention)
+        out = Kernel((c.q_width, c.hidden_size), c.initializer_range, c.attention_bias, name="o_proj")()
+        return _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], c.q_width), [out])[0]
+
+    def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
+        eps = self.config.rms_norm_eps
+        return RMSNorm(eps, name="q_norm")(q), RMSNorm(eps, name="k_norm")(k)
 
 
 class MLP(nn.Module):
@@ -211,11 +157,13 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: Array) -> Array:
         c = self.config
         wide = (c.hidden_size, c.intermediate_size)
-        kernels = [Kernel(wide, c.initializer_range, name=name)() for name in ("gate_proj", "up_proj")]
+        kernels = [
+            Kernel(wide, c.initializer_range, c.mlp_bias, name=name)() for name in ("gate_proj", "up_proj")
+        ]
         # Products have full tiles for any width: the padding beyond F is zero, and so is silu(0) * 0.
         ys_BTF = _dense(self, x_BTD, kernels, sharding.tile(c.intermediate_size, TILE))
         gate_BTF, up_BTF = (sharding.constrain(y_BTF, _WIDE) for y_BTF in ys_BTF)
-        down = Kernel((c.intermediate_size, c.hidden_size), c.initializer_range, name="down_proj")()
+        down = Kernel((wide[1], wide[0]), c.initializer_range, c.mlp_bias, name="down_proj")()
         return _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
 
 
@@ -226,14 +174,18 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: Array, rope: tuple[Array, Array]) -> tuple[Array, None]:
-        eps = self.config.rms_norm_eps
-        normed_BTD = RMSNorm(eps, name="input_layernorm")(x_BTD)
-        y_BTD = Attention(self.config, self.compute, name="self_attn")(normed_BTD, rope)
+    def __call__(self, x_BTD: Array, rope: tuple[Array, Array], visible: Visible) -> tuple[Array, None]:
+        kind = self.config.architecture
+        attend_norm, mlp_norm = (RMSNorm(self.config.rms_norm_eps, name=name) for name in kind.norms)
+        attend = Attention(self.config, self.compute, name="self_attn")
+        mlp = MLP(self.config, self.compute, name="mlp")
+        if kind.norms_after:
+            y_BTD = attend_norm(attend(x_BTD, rope, visible))
+        else:
+            y_BTD = attend(attend_norm(x_BTD), rope, visible)
         x_BTD = sharding.constrain(x_BTD + y_BTD, _HIDDEN)
         x_BTD = checkpoint_name(x_BTD, RESIDUAL)
-        normed_BTD = RMSNorm(eps, name="post_attention_layernorm")(x_BTD)
-        y_BTD = MLP(self.config, self.compute, name="mlp")(normed_BTD)
+        y_BTD = mlp_norm(mlp(x_BTD)) if kind.norms_after else mlp(mlp_norm(x_BTD))
         return sharding.constrain(x_BTD + y_BTD, _HIDDEN), None
 
 
@@ -284,7 +236,9 @@ class Llama(nn.Module):
         table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS)
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
         x_BTD = sharding.constrain(x_BTD, _HIDDEN)
-        x_BTD, _ = self.layers(x_BTD, _rope(tokens_BT.shape[1], self.config.head_dim, self.config.rope_theta))
+        c = self.config
+        rope = angles(c.rope, tokens_BT.shape[1], c.head_width, c.rope_theta, c.max_position_embeddings)
+        x_BTD, _ = self.layers(x_BTD, rope, Visible(c.sliding_window))
         return self.norm(x_BTD)
 
     def head(self) -> Float[Array, "D V"]:
@@ -328,16 +282,16 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 1) -> list[Array]:
-    ws, layouts = zip(*kernels, strict=True)
+    ws, layouts, biases = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    return dense(x, ws, None, module.compute.adapter_path, key, tile, layouts)
+    ys = dense(x, ws, None, module.compute.adapter_path, key, tile, layouts)
+    return [y if b_D is None else y + _like(b_D, y) for y, b_D in zip(ys, biases, strict=True)]
 
 
-def _rope(length: int, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Returns cos and sin of position * theta^(-2j/H), each (T, H/2), float32."""
-    exponents_J = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2 / head_dim)
-    angles_TJ = jnp.arange(length, dtype=jnp.float32)[:, None] / (theta**exponents_J)[None, :]
-    return jnp.cos(angles_TJ), jnp.sin(angles_TJ)
+def _like(bias_D: Array, y: Array) -> Array:
+    """Returns a bias in the type and the number of axes of the outputs, padded to their tiles."""
+    bias_D = padded(bias_D.astype(y.dtype), 0, y.shape[-1])
+    return bias_D.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:

@@ -12,6 +12,7 @@ from mora_jax.errors import InputError
 from mora_jax.methods.registry import METHODS, OPERATORS, flat_fields, from_json
 from mora_jax.models.llama import STACKED
 from mora_jax.on import On, choice_to_json
+from train.config.sections import REST
 
 KEYS = {"method.adapt": "params.adapt", "method.train": "params.train"}
 LAYERS = {
@@ -20,6 +21,8 @@ LAYERS = {
     "remat": {"layers": "scan", "remat": "full"},
 }
 METHOD_FIELDS = {"lora": {"train": "train_factors"}}
+# Defaults that match more today, with what they were.
+WIDER = {"params.train": ("embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel", REST)}
 STATE_FIELDS = {"spikes": "guard"}  # of TrainState: today's name -> that of format 1
 
 
@@ -53,6 +56,12 @@ def upgrade_config(plain: Mapping[str, Any]) -> dict[str, Any]:
             for rule in config["rules"]
         ]
     return config
+
+
+def renewed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config by dotted keys, with today's defaults in the place of those that match more now."""
+    today = {key: new for key, (before, new) in WIDER.items() if flat.get(key) == before}
+    return {**flat, **today}
 
 
 def upgrade_methods(plain: Mapping[str, Any]) -> dict[str, Any]:

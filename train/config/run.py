@@ -119,7 +119,8 @@ class RunConfig:
             raise InputError(
                 f"schedule.warmup {self.schedule.warmup} is longer than the run of {self.steps} steps"
             )
-        if self.data.sequence_length > self.model.max_position_embeddings:
+        extends = self.model.rope.type == "dynamic"
+        if self.data.sequence_length > self.model.max_position_embeddings and not extends:
             raise InputError(
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"

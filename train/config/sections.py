@@ -13,7 +13,7 @@ from mora_jax.errors import InputError, check_float32
 from train.config.paths import spell_out
 
 LINEARS = "layers/.*_proj/kernel"
-REST = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
+REST = "embed_tokens/embedding|.*norm/scale|lm_head/kernel"
 # Fields of a config that have no flag.
 YAML_ONLY = ("rules", "groups")
 
@@ -85,6 +85,7 @@ class Params:
     Attributes:
       adapt: regex of the paths of kernels that get an adapter; not used by full and frozen.
       train: regex of the paths of parameters that are trained themselves; empty for none; full trains all.
+        The default leaves biases frozen.
     """
 
     adapt: str = LINEARS
@@ -118,7 +119,7 @@ class Optimizer:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
-      weight_decay: decoupled weight decay per unit of learning rate; scales of norms and the like have none.
+      weight_decay: decoupled weight decay per unit of learning rate; norms, biases and the like have none.
       clip_norm: largest global norm of the gradient; 0 for no clipping.
       groups: (regex of paths, GroupRule), first match wins; YAML and Python only.
     """

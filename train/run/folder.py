@@ -15,6 +15,7 @@ from mora_jax.errors import InputError
 from mora_jax.io import read_json
 from train.config import flags
 from train.config import run as run_config
+from train.config.old import renewed
 from train.config.run import RunConfig
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import EVENTS
@@ -147,7 +148,7 @@ def check_same_config(saved: dict[str, Any], config: RunConfig, whose: str, *ign
       ignored: keys that may differ besides `OPERATIONAL`.
     """
     both = (absolute(flags.config_from_plain(saved)), absolute(config))
-    old, new = (dict(flags.flatten(run_config.to_plain(c))) for c in both)
+    old, new = (renewed(dict(flags.flatten(run_config.to_plain(c)))) for c in both)
     for name in new | old:
         may_change = name in ignored or name.split(".")[0] in OPERATIONAL
         if not may_change and old.get(name) != new.get(name):

@@ -15,7 +15,7 @@ from mora_jax.transform import Methods
 from train.config.sections import GroupRule, Optimizer, Restart
 from train.step.spec import StepSpec
 
-UNDECAYED = "scale"  # name of the norms' parameters
+UNDECAYED = ("scale", "bias")  # names of the parameters of norms and of biases
 
 
 def learning_rate(spec: StepSpec, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -67,8 +67,8 @@ class ArrayOptions:
 def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions]:
     """Returns the options of every trainable array, by its path under `params/` or `adapters/`.
 
-    A method states a multiple of the rate and whether its arrays are decayed; the norms' scales are not
-    decayed. The first of `config.groups` whose regex matches the rest of the path changes these.
+    A method states a multiple of the rate and whether its arrays are decayed; scales of norms and biases are
+    not decayed. The first of `config.groups` whose regex matches the rest of the path changes these.
 
     Raises:
       InputError: if a group's rule decides nothing.
@@ -82,7 +82,7 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
     options = {}
     for path, group in groups.items():
         rule = chosen[path.partition("/")[2]]
-        decayed = group.weight_decay and path.rpartition("/")[2] != UNDECAYED
+        decayed = group.weight_decay and path.rpartition("/")[2] not in UNDECAYED
         decay = config.weight_decay if decayed else 0.0
         options[path] = ArrayOptions(
             group.adapter,

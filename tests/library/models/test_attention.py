@@ -31,7 +31,7 @@ def results(kernel, q, k, v, w):
     """What comes out, and the gradients for q, k and v of its product with w."""
 
     def loss(q, k, v):
-        y = attention(q, k, v, kernel)
+        y = attention(q, k, v, kernel=kernel)
         return (y.astype(jnp.float32) * w).sum(), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -57,7 +57,7 @@ def test_several_blocks():
 def test_no_place_sees_those_after_it():
     q, k, v = (heads(2, 16, seed=i) for i in range(3))
     changed = v.at[:, 100:].add(1.0)
-    before, after = (attention(q, k, each, "splash") for each in (v, changed))
+    before, after = (attention(q, k, each, kernel="splash") for each in (v, changed))
     np.testing.assert_array_equal(before[:, :100], after[:, :100])
     assert jnp.abs(after[:, 100:] - before[:, 100:]).min() > 0
 
@@ -86,7 +86,7 @@ def test_each_device_computes_its_own_rows_and_heads():
 
 def test_lengths_that_no_block_divides_are_refused():
     with pytest.raises(InputError, match="a multiple of 128 tokens, not 100; use xla"):
-        attention(*(heads(2, 16, length=100) for _ in range(3)), "splash")
+        attention(*(heads(2, 16, length=100) for _ in range(3)), kernel="splash")
 
 
 def test_the_model_takes_it():

@@ -69,7 +69,7 @@ def test_sizes_are_scaled(axis: str, factor: Fraction, changed: dict[str, int]):
         for f in dataclasses.fields(section)
     }
     assert {name: values[name] for name in changed} == changed
-    assert config.model.head_dim == CASE.config.model.head_dim
+    assert config.model.head_width == CASE.config.model.head_width
 
 
 def test_a_size_that_does_not_divide_is_refused():

@@ -86,10 +86,9 @@ def check(
 def layers(model: LlamaConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Returns the input width and the output widths of every product of a layer, by its kernels."""
     hidden, wide = model.hidden_size, model.intermediate_size
-    narrow = model.num_key_value_heads * model.head_dim
     return {
-        "q/k/v": (hidden, (hidden, narrow, narrow)),
-        "o": (hidden, (hidden,)),
+        "q/k/v": (hidden, (model.q_width, model.kv_width, model.kv_width)),
+        "o": (model.q_width, (hidden,)),
         "gate/up": (hidden, (wide, wide)),
         "down": (wide, (hidden,)),
     }
