@@ -1,7 +1,10 @@
 """The one exception for input that the user can correct, and the phrases its messages share."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def spelled_out(text: str) -> str:
@@ -35,7 +38,10 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def reason(error: BaseException) -> str:
     """Returns what an exception says, as one line: the system's words for an OSError, else its message."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and " " not in words:  # packages for buckets say the file's name
+        return os.strerror(errno.ENOENT)
+    return words
 
 
 # The largest float32, and the smallest that devices do not round to zero.
@@ -59,3 +65,28 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(spelled_out(message))
+
+
+@contextlib.contextmanager
+def located(place: str, option: str = "") -> Iterator[None]:
+    """Says in the message of an InputError where it belongs. A place that it names already is not repeated.
+
+    >>> with located("a.yaml"):
+    ...     raise InputError("steps must be positive")
+    Traceback (most recent call last):
+    mora_jax.errors.InputError: a.yaml: steps must be positive
+    >>> with located("model", "--init-from"):
+    ...     raise InputError("model/config.json is missing")
+    Traceback (most recent call last):
+    mora_jax.errors.InputError: --init-from: model/config.json is missing
+
+    Args:
+      place: a file or folder.
+      option: the option that gives it.
+    """
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        before = " ".join(filter(None, (option, "" if place in message else place)))
+        raise InputError(f"{before}: {message}" if before else message) from error

@@ -6,10 +6,9 @@ from typing import Literal
 
 import pytest
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, located
 from mora_jax.methods import LoRA
 from train.config import flags
-from train.config.files import located
 from train.config.run import RunConfig, to_plain
 
 # Nine times nine times nine ... values, as a few aliases or merged mappings.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -389,7 +388,7 @@ def test_a_warm_start_from_another_tokenizer_is_refused(tiny_run, tmp_path, kind
     config = dataclasses.replace(tiny_run.config, init_from=str(path))
     assert load_initial(config, info, sharding.make_mesh(1))
     other = dataclasses.replace(info, tokenizer_sha256="0" * 64)
-    message = rf"^--init-from {re.escape(str(path))}: .* was made with another tokenizer than "
+    message = r"^--init-from.*: .* was made with another tokenizer than "
     with pytest.raises(InputError, match=message):
         load_initial(config, other, sharding.make_mesh(1))
 

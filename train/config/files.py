@@ -4,7 +4,6 @@ YAML 1.1 reads some values as nobody means them (`010` is 8, `1:30` is 90, `off`
 of two equal keys win. Text is taken as it is written, and the rest is refused with its line.
 """
 
-import contextlib
 import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, located
 from mora_jax.io import read_text
 
 # A config has about a hundred values, in some kilobytes.
@@ -39,24 +38,16 @@ def read_yaml(path: str, texts: Collection[str] = ()) -> dict[str, Any]:
     """
     text = read_text(path, YAML_LIMIT)
     try:
-        data = _construct(text, texts)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        with located(path):
+            data = _construct(text, texts)
+    except InputError:  # a ValueError
+        raise
     # Apart from the first, these are PyYAML's errors for a tag, such as !!int, that fits no value.
     except (yaml.YAMLError, ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values")
     return data
-
-
-@contextlib.contextmanager
-def located(path: str) -> Iterator[None]:
-    """Puts the file's name before the message of an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _construct(text: str, texts: Collection[str]) -> Any:

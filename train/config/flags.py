@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 from etils import epath
 
-from mora_jax.errors import InputError, nearest
+from mora_jax.errors import InputError, located, nearest
 from train.config import method as method_flags
 from train.config import old
-from train.config.files import flatten, located, read_yaml
+from train.config.files import flatten, read_yaml
 from train.config.method import MethodChoice
 from train.config.run import RunConfig, groups_from_plain, rules_from_plain
 from train.config.sections import YAML_ONLY, Optimizer

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mora_jax import hf, sharding, transform
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, located
 from mora_jax.hf.config import CONFIG as HF_CONFIG
 from mora_jax.io import read_bytes
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
@@ -90,11 +90,9 @@ def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
     """
     if not config.init_from:
         return None
-    try:
-        types = held_types(spec_of(config), assign_methods(config))
+    types = held_types(spec_of(config), assign_methods(config))
+    with located(config.init_from, "--init-from"):
         params, model = load_model(str(hf.local_folder(config.init_from)), info, mesh, types)
-    except InputError as error:
-        raise InputError(f"--init-from {config.init_from}: {error}") from error
     for field in dataclasses.fields(LlamaConfig):
         there, here = getattr(model, field.name), getattr(config.model, field.name)
         if field.name not in ("max_position_embeddings", "initializer_range") and there != here:

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 from train.storage.buckets import in_bucket, store_errors
 
 # What some mounted file systems answer if they cannot sync.
@@ -132,7 +132,7 @@ def naming_errors(path: Any) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise OSError(error.errno, reason(error), str(path)) from error
 
 
 def is_bad_place(error: OSError) -> bool:

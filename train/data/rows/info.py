@@ -144,8 +144,9 @@ def _unigram(info: DataInfo) -> dict[str, np.ndarray]:
     """Returns how often each piece occurs in each split: (V,) each."""
     path = Path(info.directory) / layout.UNIGRAM
     largest = layout.piece_count_bytes(info.vocab_size)
+    content = read_bytes(path, 2 * largest)
     try:
-        with zipfile.ZipFile(io.BytesIO(read_bytes(path, 2 * largest))) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = {split: archive.getinfo(f"{split}.npy") for split in info.rows}
             if any(part.file_size > largest for part in parts.values()):
                 raise ValueError("it holds more counts than there are pieces")
