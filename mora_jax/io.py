@@ -27,7 +27,8 @@ def path_of(path: epath.PathLike, name: str = "") -> epath.Path:
       name: the flag or key that gives it, for the message.
 
     Raises:
-      InputError: if it is empty, a URL of anything else, or below the home folder of an unknown user.
+      InputError: if it is empty, a URL of anything else, or a path that libraries take for another one: with
+        a backslash, characters that cannot be printed, or a name that begins with `~` and is no user's.
     """
     text, named = os.fspath(path), f"{name} " if name else ""
     scheme, is_url, _ = text.partition("://")
@@ -35,10 +36,12 @@ def path_of(path: epath.PathLike, name: str = "") -> epath.Path:
         raise InputError(f"{named}is empty; give a path, or . for the current folder")
     if is_url and scheme not in _STORES:
         raise InputError(f"{named}{text} is no path: give one on a disk, or in a bucket of gs:// or s3://")
-    spelled = text if is_url else os.path.expanduser(text)  # noqa: PTH111 (pathlib raises RuntimeError)
-    if spelled.startswith("~"):
-        raise InputError(f"{named}{text} names the home folder of an unknown user; ./{text} is in this one")
-    return epath.Path(spelled)
+    if not text.isprintable() or "\\" in text:
+        raise InputError(f"{named}{text!r} has a backslash or a character that cannot be printed")
+    spelled = epath.Path(text if is_url else os.path.expanduser(text))  # noqa: PTH111 (pathlib raises RuntimeError)
+    if str(spelled).startswith("~"):
+        raise InputError(f"{named}{text} is read as the home folder of a user, who is not known here")
+    return spelled
 
 
 def read_bytes(path: epath.PathLike, limit: int) -> bytes:

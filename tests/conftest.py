@@ -8,8 +8,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # on to the processes that tests start, so that they compute the same bits.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
-import gzip
-import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ import fake_store
 import jax
 import pytest
 from small_disk import SmallDisk
-from tiny import TINY, TinyRun, tiny_documents
+from tiny import TINY, TinyRun, write_tiny_text
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -77,9 +75,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from train.data.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny_text")
-    for name, seed in (("train.0", 0), ("train.1", 1), ("validation.0", 2)):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in tiny_documents(80, seed))
-        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
+    write_tiny_text(folder, train=80, validation=80)
     train_tokenizer(str(folder / "c4-train.*"), str(folder / "t.model"), 384)
     return folder
 

@@ -53,7 +53,8 @@ def save_hf(
       max_shard_bytes: weights above this size are split into several files with an index.
 
     Raises:
-      InputError: if `path` exists and is not an empty folder, or `params` do not fit `config`.
+      InputError: if `path` exists and is not an empty folder, or `params` do not fit `config` or hold NaN or
+        infinity. Nothing is left behind.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp
@@ -151,7 +152,7 @@ def _write_weights(
     for i, names in enumerate(shards, start=1):
         file = safetensors.WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         specs = {name: jax.ShapeDtypeStruct(tensors[name].shape, dtype) for name in names}
-        values = (_tensor(flat, tensors[name]) for name in names)
+        values = (_finite(name, _tensor(flat, tensors[name]), dtype) for name in names)
         safetensors.write_tensors(folder / file, specs, values)
         files.update(dict.fromkeys(names, file))
     if len(shards) > 1:
@@ -175,6 +176,14 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def _tensor(flat: Mapping[str, Any], place: Place) -> np.ndarray:
     array = np.asarray(flat[place.path][place.index])
     return array.T if place.transpose else array
+
+
+def _finite(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor as it is stored. Raises InputError if it holds NaN or infinity, which no model has."""
+    stored = np.ascontiguousarray(array, dtype)
+    if not np.isfinite(stored).all():
+        raise InputError(f"{name} holds NaN or infinity, so no model is written; the weights are of no use")
+    return stored
 
 
 def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The command line as users meet it: help, results, and one line for every error."""
 
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import typing
@@ -26,6 +28,8 @@ from train.run.folder import CONFIG
 from train.run.metrics import read_metrics
 from train.run.model import load_model
 from train.storage.format import FORMAT
+
+SMALL = str(Path(__file__).parents[2] / "configs/demo.yaml")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -111,6 +115,24 @@ def test_a_misspelt_key(refused, tiny_yaml, tmp_path):
 def test_flags_before_the_config_are_not_taken_for_defaults(refused, tiny_yaml):
     assert "needs a config file first" in refused("pretrain", "--dry-run", str(tiny_yaml))
     assert "needs a config file first" in refused("pretrain")
+
+
+@pytest.mark.parametrize(
+    ("args", "flag"),
+    [
+        (["plan", SMALL, "--devices", "1"], "--out"),
+        (["bench", "data", "--source", "x", "--tokenizer", "x"], "--out"),
+        (["bench", "profile", "tiny"], "--out"),
+        (["bench", "sweep", "tiny"], "--picture"),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_results_replace_no_file_unasked(refused, tmp_path, args, flag):
+    mine = tmp_path / "mine"
+    mine.write_text("years of work")
+    line = f"{flag} {mine} exists already; choose another name, or add --overwrite to replace it"
+    assert line in refused(*args, flag, str(mine))
+    assert mine.read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
@@ -342,6 +364,36 @@ def test_the_program_refuses_with_status_2_and_one_line(tiny_yaml, prepare, good
         assert expected in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--version"], ["nonsense"]], ids=["result", "refusal"])
+def test_ctrl_c_is_ignored_once_the_command_is_done(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["mora", *words])
+    before = signal.getsignal(signal.SIGINT)
+    assert before != signal.SIG_IGN
+    with contextlib.suppress(SystemExit):
+        cli.main(words)  # as a part of another program
+    assert signal.getsignal(signal.SIGINT) == before
+    try:
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_finished_preparation_exits(prepare, good, tmp_path):
+    """Python takes a while to exit, and a signal then killed it without a line."""
+    words = [sys.executable, "-m", "train.cli", *prepare(gzip.compress(good), "--workers", "2")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, text=True, **pipes) as process:
+        assert process.stdout
+        first = process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate()
+    assert (process.returncode, "mora:" in err) == (0, False), first + err
+
+
 @pytest.mark.slow  # tests/jobs/test_resume.py resumes in one process
 def test_a_run_goes_on_bit_for_bit_in_another_process(tiny_run, tiny_yaml, tmp_path):
     """The first half is the uninterrupted run's own; the program says nothing but its progress and table."""
@@ -403,3 +455,22 @@ def test_what_a_folder_is_called_is_no_markup(capsys):
     assert "[/y]" in out
     assert r"\x1b[31m" in out
     assert r"a\nb" in out
+
+
+INTERRUPTING = """
+import os, signal, sys
+
+class Hook:
+    def find_spec(self, name, *_):
+        if name == "rich":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Hook())
+from train.cli.__main__ import start
+start()
+"""
+
+
+def test_ctrl_c_while_the_program_is_imported_is_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "mora: interrupted\n")

@@ -119,7 +119,7 @@ def test_mora_plot_draws_runs_that_train(tmp_path: Path, capsys: pytest.CaptureF
 def test_mora_plot_replaces_no_file_unasked(tmp_path: Path):
     write_run(tmp_path / "metrics.jsonl")
     (tmp_path / "mine.png").write_text("mine")
-    with pytest.raises(InputError, match=r"mine\.png exists; choose another --out, or give --overwrite"):
+    with pytest.raises(InputError, match=r"mine\.png exists already; .*, or add --overwrite"):
         draw_runs([str(tmp_path)], str(tmp_path / "mine.png"))
     assert (tmp_path / "mine.png").read_text() == "mine"
     draw_runs([str(tmp_path)], str(tmp_path / "mine.png"), overwrite=True)

@@ -35,7 +35,7 @@ def test_restores_exact_bits_into_other_shardings(directory: Path):
         assert bits(restored) == bits(state)
 
 
-@pytest.mark.parametrize("name", ["br[1]", "a*b?", "[!x]"])
+@pytest.mark.parametrize("name", ["br[1]", "a*b?", "[!x]", "a/../b", "100% #1 {x} $HOME"])
 def test_the_name_of_a_folder_is_no_pattern(tmp_path: Path, name: str):
     state = a_state(1)
     with Checkpoints(str(tmp_path / name / "run" / "checkpoints")) as saved:

@@ -1,5 +1,6 @@
 """Memory that ran out is one line with what was asked for, what there is and what helps."""
 
+import errno
 import re
 import types
 
@@ -40,8 +41,10 @@ def of_numpy() -> Exception:
         (nested(), "Out of memory while trying to allocate 68.7 GB"),
         (of_numpy(), "Unable to allocate 8.00 PiB"),
         (MemoryError(), "no size is known"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "/x"), "Cannot allocate memory: '/x'"),
+        (ValueError(f"opening [os_error_code='{errno.ENOMEM}']"), "opening"),
     ],
-    ids=["xla", "nested", "numpy", "bare"],
+    ids=["xla", "nested", "numpy", "bare", "system", "tensorstore"],
 )
 def test_one_line_and_a_status_of_its_own(error, asked, capsys):
     assert cli.explain(error) == exits.MEMORY
@@ -74,3 +77,18 @@ def test_a_checkpoint_that_memory_cannot_hold_is_not_damaged(tmp_path, monkeypat
         monkeypatch.setattr("train.run.checkpoint.ocp.load", fail)
         with pytest.raises(jax.errors.JaxRuntimeError):
             saved.restore(1, {"a": jax.ShapeDtypeStruct((3,), "float32")})
+
+
+@pytest.mark.parametrize("error", [of_xla(), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_a_save_that_memory_does_not_suffice_for_is_no_full_disk(error, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("train.run.manifest.seal", fail)
+    saved = Checkpoints(str(tmp_path))
+    saved.save(1, {"a": jax.numpy.ones(3)}, {})
+    with pytest.raises(MemoryError) as caught:
+        saved.close()
+    assert cli.explain(caught.value) == exits.MEMORY
+    line = capsys.readouterr().err
+    assert line.startswith(f"mora: memory ran out: {tmp_path}/1 could not be saved: ")

@@ -1,5 +1,6 @@
 """What is not this program's own is neither overwritten nor removed, and no link leads a write outside."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -121,3 +122,26 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path, mode: str):
     os.mkfifo(tmp_path / "lock")
     with pytest.raises(InputError, match="lock is not a regular file; remove it"):
         files.open_own(tmp_path / "lock", mode)
+
+
+def test_an_output_is_free_of_what_killed_programs_left_of_it(tmp_path: Path):
+    left = tmp_path / "t.model.0123456789abcdef.part"
+    others = {tmp_path / "u.model.0123456789abcdef.part", tmp_path / "t.model.part", tmp_path / "t.model"}
+    for path in (left, *others):
+        path.touch()
+    with lock.lock_output(str(tmp_path / "t.model"), "--out"):
+        pass
+    assert set(tmp_path.iterdir()) == others
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_result_replaces_a_file_only_if_asked_to(tmp_path: Path, outside: Path, overwrite: bool):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    files.check_free("", "--out", overwrite)
+    files.check_free(tmp_path / "new", "--out", overwrite)
+    for place in (outside, link):
+        with contextlib.nullcontext() if overwrite else pytest.raises(InputError, match="exists already"):
+            files.check_free(place, "--out", overwrite)
+    with pytest.raises(InputError, match="is a folder"):
+        files.check_free(tmp_path, "--out", overwrite)

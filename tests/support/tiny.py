@@ -1,5 +1,7 @@
 """A tiny run: its config, its text, and what a finished one leaves to the tests."""
 
+import gzip
+import json
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,3 +46,12 @@ def tiny_documents(count: int, seed: int) -> list[str]:
     words = ["".join(random.Random(n).choices("abcdefghij", k=2 + n % 6)) for n in range(200)]
     rng = random.Random(seed)
     return [" ".join(rng.choices(words, k=rng.randint(10, 60))) for _ in range(count)]
+
+
+def write_tiny_text(folder: Path, train: int, validation: int) -> None:
+    """Writes made-up text in C4's format: two training shards and one of validation, of so many documents."""
+    folder.mkdir(exist_ok=True)
+    shards = (("train.0", train), ("train.1", train), ("validation.0", validation))
+    for seed, (name, documents) in enumerate(shards):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in tiny_documents(documents, seed))
+        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))

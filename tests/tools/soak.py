@@ -11,7 +11,6 @@ undisturbed run. Else the exit status is 1.
 
 import contextlib
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
@@ -44,7 +43,7 @@ from run_folders import (
     missing_or_repeated,
     updates,
 )
-from tiny import TINY, tiny_documents
+from tiny import TINY, write_tiny_text
 
 ROOT = Path(__file__).parents[2]
 EVERY = {"restart": 20, "evaluation": 15}  # updates
@@ -293,9 +292,7 @@ def compare(run_dir: Path, resumed: int, expected: dict[str, dict], figures: Fig
 def prepare(folder: Path, figures: Figures, kills: int, chance: random.Random) -> None:
     """Writes made-up text and prepares it, once undisturbed and once with kills. Training uses the latter."""
     say("preparing")
-    for seed, (name, documents) in enumerate((("train.0", 1500), ("train.1", 1500), ("validation.0", 100))):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in tiny_documents(documents, seed))
-        (folder / f"c4-{name}.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    write_tiny_text(folder, train=1500, validation=100)
     train_tokenizer(str(folder / "c4-train.*"), str(folder / "t.model"), 384)
     started = time.monotonic()
     finish(preparation(folder, "undisturbed_data"))

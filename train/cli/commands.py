@@ -106,6 +106,7 @@ class Plan:
       memory: memory of one such GPU, in GiB.
       every_program: also compile the restart and the evaluation.
       out: JSON file for all figures, in bytes; empty for none.
+      overwrite: replace the file of --out if there is one; otherwise it is an error.
     """
 
     config: Config
@@ -115,6 +116,7 @@ class Plan:
     memory: float = 80.0
     every_program: tyro.conf.FlagCreatePairsOff[bool] = False
     out: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __post_init__(self) -> None:
         spell_out(self, "--", optional=("out",))

@@ -1,8 +1,11 @@
 """The command line `mora`. Each command is a frozen dataclass of flags and a function of it."""
 
+import contextlib
+import errno
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -28,7 +31,7 @@ from train.console.terminal import console
 from train.perf.bench import options
 from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
 from train.storage import buckets
-from train.storage.files import is_bad_place
+from train.storage.files import check_free, is_bad_place
 
 
 def prepare_data(command: PrepareData) -> None:
@@ -96,6 +99,7 @@ def plan(command: Plan) -> None:
     from train.perf.plan.report import plan as make
     from train.perf.plan.report import show
 
+    check_free(command.out, "--out", command.overwrite)
     programs = ["train", *(["restart"] if command.run.restart.every else []), "eval"]
     programs = programs if command.every_program else programs[:1]
     made = make(command.run, command.topology, command.devices, command.memory, programs)
@@ -158,6 +162,7 @@ def bench_data(command: BenchData) -> None:
     """Runs `mora bench data`."""
     from train.perf.bench.data import bench
 
+    check_free(command.out, "--out", command.overwrite)
     bench(command.source, command.tokenizer, command.sequence_length, command.batch_size, command.out)
 
 
@@ -165,6 +170,7 @@ def bench_profile(command: BenchProfile) -> None:
     """Runs `mora bench profile`."""
     from train.perf.bench.profile import bench
 
+    check_free(command.out, "--out", command.overwrite)
     case = command.to_case()
     bench(case, command.method, command.profiled_steps, command.top, command.out)
 
@@ -180,6 +186,7 @@ def bench_sweep(command: BenchSweep) -> None:
     """Runs `mora bench sweep`."""
     from train.perf.bench.sweep import bench
 
+    check_free(command.picture, "--picture", command.overwrite)
     bench(command.to_case(), command)
 
 
@@ -227,10 +234,24 @@ def main(args: Sequence[str] | None = None) -> None:
     buckets.configure()
     with streams.lossy_output(result=not set(words[:1]) & set(_WORK)):
         try:
-            run(words)
-            sys.stdout.flush()
+            with interruptible(ends=args is None):
+                run(words)
+                sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             raise SystemExit(explain(error)) from None
+
+
+@contextlib.contextmanager
+def interruptible(ends: bool) -> Iterator[None]:
+    """Ignores Ctrl-C after the block if the program `ends` there: it could not stop anything any more.
+
+    Python would die of the signal, without a line and with another status than that of the command.
+    """
+    try:
+        yield
+    finally:
+        if ends:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def explain(error: BaseException) -> int:
@@ -242,7 +263,7 @@ def explain(error: BaseException) -> int:
             line, status = str(error), exits.BAD_INPUT
         case exits.Stopped():
             line, status = str(error), error.status
-        case OSError():
+        case OSError() if error.errno != errno.ENOMEM:
             line = f"{error.filename or 'input or output'}: {error.strerror or error}"
             status = exits.BAD_INPUT if is_bad_place(error) else exits.DISK
         case KeyboardInterrupt():

@@ -2,11 +2,9 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
@@ -19,7 +17,7 @@ from train.data.rows.layout import TOKENIZER_BYTES, token_dtype
 from train.data.text.entries import TEXT_KEY
 from train.data.text.files import documents, shards
 from train.storage.buckets import in_bucket
-from train.storage.files import writable, write_whole
+from train.storage.files import check_free, writable, write_whole
 from train.storage.lock import lock_output
 
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
@@ -108,13 +106,13 @@ def train_tokenizer(
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     with lock_output(out, "--out"):
-        _check_free(Path(out), overwrite)
+        check_free(out, "--out", overwrite)
         lines = _sample(source, key, max_documents, max_characters)
         if not lines:
             raise InputError(f"{source} holds no text to train a tokenizer on")
         with progress(f"training {vocab_size:,} pieces on", len(lines), "lines") as advance:
             model = _train(_counted(lines, advance), vocab_size)
-        _check_free(Path(out), overwrite)  # other programs do not know the lock
+        check_free(out, "--out", overwrite)  # other programs do not know the lock
         with writable(out, f"tokenizer {out} cannot be written"):
             write_whole(out, model)
         return Tokenizer.load(out)
@@ -131,13 +129,6 @@ def _checked(path: epath.PathLike, where: str, flag: str, found: int, wanted: bo
     if wanted and found < 0:
         raise InputError(f"{path} has no {where}-of-text piece to put around documents; add --no-{flag}")
     return found if wanted else None
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name the model file to write")
-    if not overwrite and os.path.lexists(out):
-        raise InputError(f"--out {out} exists already; choose another name, or add --overwrite to replace it")
 
 
 def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor:

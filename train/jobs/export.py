@@ -34,7 +34,8 @@ def export(
       The merged parameters and the model's config.
 
     Raises:
-      InputError: if another program writes `out`, or the run has no complete checkpoint.
+      InputError: if another program writes `out`, or the run has no complete checkpoint, or weights that are
+        not finite.
     """
     tokenizer = run_tokenizer(run_dir)
     with lock_output(out, "OUT"):

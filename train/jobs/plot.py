@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from mora_jax.errors import InputError
 from train.run.metrics import read_metrics
 from train.run.upload import newest_log
-from train.storage.files import make_folder, write_whole
+from train.storage.files import check_free, write_result
 
 # Distinguishable by the colour-blind; the first is for what matters most.
 COLORS = ("#0b5fa5", "#d1495b", "#2e8b57", "#8e5ea2", "#e08e0b", "#5c6670")
@@ -51,8 +50,7 @@ def draw_runs(runs: Sequence[str], out: str = "", overwrite: bool = False) -> st
       InputError: if a run has no log that can be drawn, or the file exists.
     """
     logs = {run: newest_log(run) for run in runs}
-    if out and not overwrite and epath.Path(out).exists():
-        raise InputError(f"{out} exists; choose another --out, or give --overwrite to replace it")
+    check_free(out, "--out", overwrite)
     if len(runs) > 1:
         plot_runs(logs, out)
         return out
@@ -179,5 +177,4 @@ def _save(figure: Figure, upper: Axes, png_path: str) -> None:
     figure.legend(loc="outside upper left", ncols=4, fontsize=11, frameon=False)
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
-    make_folder(epath.Path(png_path).parent)
-    write_whole(png_path, png.getvalue())
+    write_result(png_path, png.getvalue())

@@ -33,7 +33,8 @@ def check_restorable(folder: epath.Path, arrays: Iterable[str]) -> None:
 
 def _indexed(place: epath.Path) -> set[str]:
     """Returns the names of the arrays in the merged index of a folder; none if it is missing."""
-    base = f"{place}/" if in_bucket(place) else {"driver": "file", "path": f"{os.fspath(place)}/"}
+    # TensorStore takes no path with `..` in it.
+    base = f"{place}/" if in_bucket(place) else {"driver": "file", "path": f"{os.path.realpath(place)}/"}
     try:
         store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
         keys = [key.decode(errors="replace") for key in store.list().result()]

@@ -340,12 +340,14 @@ def _damage(folder: epath.Path, step: int) -> list[str]:
 
 @contextlib.contextmanager
 def _save_errors(folder: epath.Path, what: str) -> Iterator[None]:
-    """Turns any error of orbax or the disk into one SaveError."""
+    """Turns any error of orbax or the disk into one SaveError, or a MemoryError if memory ran out."""
     with without_logged_tracebacks():
         try:
             yield
         except Exception as error:
             number, words = _system_reason(error)
+            if exhausted(error):
+                raise MemoryError(f"{folder} {what}: {words}") from error
             raise SaveError(number, f"{what}: {words}", str(folder)) from error
 
 

@@ -1,5 +1,6 @@
 """Memory that ran out, of a device or of the machine: how it is recognised, and what is said of it."""
 
+import errno
 import os
 import re
 
@@ -10,6 +11,8 @@ _HELP = (
     "mora evaluate), or more devices in --mesh.fsdp"
 )
 _BYTES = re.compile(r"(\d{7,}) bytes")
+# How TensorStore states the system's number of an error.
+_SYSTEM = f"os_error_code='{errno.ENOMEM}'"
 # The words of XLA, which has one code for memory and for other things that run out.
 _WORDS = re.compile(r"out of memory|allocat", re.IGNORECASE)
 
@@ -30,7 +33,8 @@ def describe(error: BaseException) -> str:
 
 def _says_so(error: BaseException) -> bool:
     xla = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    return isinstance(error, MemoryError) or (xla and bool(_WORDS.search(str(error))))
+    system = (isinstance(error, OSError) and error.errno == errno.ENOMEM) or _SYSTEM in str(error)
+    return isinstance(error, MemoryError) or system or (xla and bool(_WORDS.search(str(error))))
 
 
 def _available() -> str:

@@ -50,18 +50,48 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
         sync(path.parent)
 
 
+def write_result(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a file as `write_whole` does, and makes its folder."""
+    make_folder(epath.Path(path).parent)
+    write_whole(path, content)
+
+
 def is_part(name: str) -> bool:
     """Returns whether a file of this name is one that `write_whole` has not finished."""
     return bool(_PART.fullmatch(name))
 
 
-def remove_parts(folder: epath.PathLike) -> None:
-    """Removes what killed calls of `write_whole` left in a folder. No other program may be writing there."""
+def remove_parts(folder: epath.PathLike, name: str = "") -> None:
+    """Removes what killed calls of `write_whole` left in a folder. No other program may be writing there.
+
+    Args:
+      folder: the folder.
+      name: the file that these calls wrote; empty for any.
+    """
     if in_bucket(folder):
         return
     for path in epath.Path(folder).iterdir():
-        if is_part(path.name):
+        if is_part(path.name) and path.name.startswith(name and f"{name}."):
             path.unlink(missing_ok=True)
+
+
+def check_free(path: epath.PathLike, flag: str, overwrite: bool) -> None:
+    """Raises InputError if a result would replace something: a folder, or a file without `overwrite`.
+
+    Args:
+      path: the file to write; empty for none.
+      flag: the flag that names it, such as "--out".
+      overwrite: whether a file in its place is replaced.
+    """
+    if not os.fspath(path):
+        return
+    place = epath.Path(path)
+    if place.is_dir():
+        raise InputError(f"{flag} {path} is a folder; name the file to write")
+    if not overwrite and (place.exists() if in_bucket(path) else os.path.lexists(path)):
+        raise InputError(
+            f"{flag} {path} exists already; choose another name, or add --overwrite to replace it"
+        )
 
 
 def open_own(path: Path, mode: str) -> Any:

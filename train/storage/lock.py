@@ -15,7 +15,7 @@ from etils import epath
 from mora_jax.errors import InputError
 from train.console.terminal import log, warn
 from train.storage import buckets
-from train.storage.files import open_own, writable
+from train.storage.files import open_own, remove_parts, writable
 
 LOCK = "lock"
 # What this program writes into a lock. A file with anything else is somebody's own.
@@ -77,7 +77,7 @@ def lock_output(path: str, flag: str) -> Iterator[None]:
     """Keeps other programs on this machine from writing the same file or folder, which need not exist yet.
 
     The lock is a hidden file beside it, or on this machine's disk for one in a bucket. It is removed at the
-    end.
+    end. What killed programs left of the file is removed at the start.
 
     Args:
       path: what is written.
@@ -91,6 +91,7 @@ def lock_output(path: str, flag: str) -> Iterator[None]:
     file = place.with_name(f".{place.name}.mora-lock")
     with lock_file(file, flag, path):
         try:
+            remove_parts(place.parent, place.name)
             yield
         finally:
             file.unlink(missing_ok=True)  # still locked: who has opened it finds it gone

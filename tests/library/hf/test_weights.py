@@ -257,3 +257,16 @@ def test_save_refuses_params_of_another_config(tmp_path):
     with pytest.raises(InputError, match="norm/scale"):
         save_hf(tmp_path / "hf", unflatten(narrow), CONFIG)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "float32"), (-np.inf, "bfloat16"), (3.4e38, "bfloat16")], ids=str
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    """The last is finite in float32 alone."""
+    params = random_params(CONFIG)
+    params["norm"]["scale"] = np.array(params["norm"]["scale"])
+    params["norm"]["scale"][3] = value
+    with pytest.raises(InputError, match=r"^model\.norm\.weight holds NaN or infinity"):
+        save_hf(tmp_path / "hf", params, CONFIG, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []

@@ -99,3 +99,12 @@ def test_an_unknown_slice_is_refused(compiled, tmp_path):
     with pytest.raises(InputError, match="unknown --topology v5e:2x2x2"):
         table.make_table([CONFIG], ["v5e:2x2x2"], 4, str(tmp_path / "plans.json"))
     assert not compiled
+
+
+@pytest.mark.parametrize("text", ["years of work", "[1]", '{"a": 1}', '{"a": {"compiler": "x"}}'])
+def test_a_file_of_something_else_is_refused_and_unchanged(compiled, tmp_path, text):
+    out = tmp_path / "plans.json"
+    out.write_text(text)
+    with pytest.raises(InputError, match=r"plans\.json"):
+        table.make_table([CONFIG], ["v5e:2x4"], 4, str(out))
+    assert out.read_text() == text

@@ -16,6 +16,7 @@ from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo
 from train.data.rows.read import train_batches
 from train.data.text.files import documents, shards
+from train.storage.files import write_result
 
 READ_SECONDS = 5.0
 VALIDATION_DOCUMENTS = 500
@@ -70,7 +71,7 @@ def bench(
         )
     _show(speed)
     if out:
-        Path(out).write_text(json_text(asdict(speed), indent=2) + "\n")
+        write_result(out, json_text(asdict(speed), indent=2) + "\n")
     return speed
 
 

@@ -102,6 +102,7 @@ class BenchSweep(TimedSteps):
     Attributes:
       axes: sizes of the case to vary, one at a time.
       picture: PNG file; empty for none.
+      overwrite: replace the file of --picture if there is one; otherwise it is an error.
     """
 
     methods: tuple[str, ...] = ("mora", "frozen", "lora/activation", "lora/merged")
@@ -109,6 +110,7 @@ class BenchSweep(TimedSteps):
     timed_steps: int = 10
     axes: tuple[Literal["batch", "sequence", "rank", "width"], ...] = ("batch", "sequence", "rank", "width")
     picture: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,11 +126,13 @@ class BenchProfile(OfCase):
         full, frozen; config for the config file's own.
       profiled_steps: steps to profile.
       top: number of kernels to print.
+      overwrite: replace the file of --out if there is one; otherwise it is an error.
     """
 
     method: str = "mora"
     profiled_steps: int = 3
     top: int = 10
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +145,7 @@ class BenchData:
       sequence_length: tokens of a row.
       batch_size: rows of a batch that is read.
       out: JSON file for the figures; empty for none.
+      overwrite: replace the file of --out if there is one; otherwise it is an error.
     """
 
     source: str
@@ -148,6 +153,7 @@ class BenchData:
     sequence_length: int = 512
     batch_size: int = 128
     out: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def __post_init__(self) -> None:
         spell_out(self, "--", "source", "tokenizer", optional=("out",))

@@ -23,6 +23,7 @@ from train.perf.bench.hlo import Op, kind_by_name, operations
 from train.perf.bench.jobs import step_job
 from train.perf.bench.program import Program, compile_step
 from train.runtime import backend
+from train.storage.files import write_result
 
 # A graph launches many kernels at once and hides which operation each belongs to.
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
@@ -99,7 +100,7 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
     profile = Profile(device, step_milliseconds, steps, kernels(program, steps))
     show(profile, method, top)
     if out:
-        Path(out).write_text(json_text(to_plain(profile), indent=1) + "\n")
+        write_result(out, json_text(to_plain(profile), indent=1) + "\n")
     return profile
 
 

@@ -12,7 +12,7 @@ from train.config import method as method_section
 from train.config import run as run_config
 from train.perf.bench.cases import Case, with_method
 from train.perf.bench.jobs import PEERS, PeerJob
-from train.storage.files import make_folder, write_whole
+from train.storage.files import write_result
 
 Row = dict[str, Any]
 
@@ -52,8 +52,7 @@ class Record:
     def save(self, path: str) -> None:
         """Writes the file atomically. An empty path writes none."""
         if path:
-            make_folder(Path(path).parent)
-            write_whole(path, json_text(dataclasses.asdict(self), indent=1) + "\n")
+            write_result(path, json_text(dataclasses.asdict(self), indent=1) + "\n")
 
 
 def load(path: str) -> Record:

@@ -11,6 +11,7 @@ from mora_jax.errors import InputError, reason
 from train.console.terminal import console
 from train.perf.bench.ratios import Ratio, matmul_share, ratios
 from train.perf.bench.record import Record, Row, label, load
+from train.storage.files import write_whole
 
 COLUMNS = (
     "method",
@@ -60,7 +61,7 @@ def refresh(page: str) -> int:
     new, count = MARKED.subn(lambda m: f"{m[1]}{markdown(load(str(path.parent / m[2])))}{m[3]}", old)
     if not count:
         raise InputError(f"{page} holds no <!-- figures: FILE --> ... <!-- end -->")
-    path.write_text(new)
+    write_whole(path, new)
     return count
 
 

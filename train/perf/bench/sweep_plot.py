@@ -1,6 +1,6 @@
 """Draws a sweep: step time above, peak memory below, one column for each axis."""
 
-from pathlib import Path
+import io
 from typing import Any
 
 from matplotlib import ticker
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from mora_jax.errors import InputError
 from train.jobs.plot import COLORS, style
 from train.perf.bench.record import Record, Row, label
+from train.storage.files import write_result
 
 AXES = {
     "batch": "batch (sequences)",
@@ -45,8 +46,9 @@ def plot(record: Record, png_path: str) -> None:
     figure.legend(
         handles=list(handles.values()), loc="outside upper left", ncols=4, fontsize=11, frameon=False
     )
-    Path(png_path).parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(png_path)
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    write_result(png_path, png.getvalue())
 
 
 def lines(record: Record, axis: str) -> dict[str, tuple[list[int], list[Row]]]:

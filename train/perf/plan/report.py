@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from train.console.terminal import console
 from train.perf.plan.plan import Plan, make_plan
 from train.perf.plan.programs import Program
 from train.perf.plan.targets import simulated, topology, use_no_accelerator
+from train.storage.files import write_result
 
 MIB, GIB = 2**20, 2**30
 
@@ -54,7 +54,7 @@ def _with_attention_for(config: RunConfig, topology_name: str) -> RunConfig:
 def show(plan: Plan, title: str, out: str = "") -> None:
     """Prints a plan. Writes its figures to the JSON file `out`, unless that is empty."""
     if out:
-        epath.Path(out).write_text(json_text(plan.to_plain(), indent=2) + "\n")
+        write_result(out, json_text(plan.to_plain(), indent=2) + "\n")
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     parts: list[Any] = [
         f"{title} on {plan.target}: {mesh}.",

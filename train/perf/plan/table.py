@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,12 +10,13 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.io import json_text
+from mora_jax.io import json_text, read_object
 from train.config import flags
 from train.config.run import RunConfig
 from train.perf.plan.plan import Plan
 from train.perf.plan.report import plan
 from train.perf.plan.targets import chips
+from train.storage.files import write_result
 
 MIB, GIB = 2**20, 2**30
 
@@ -41,10 +41,10 @@ def make_table(
       Markdown.
 
     Raises:
-      InputError: for a config or slice that cannot be planned.
+      InputError: for a config or slice that cannot be planned, or a file that holds anything but plans.
     """
     path = epath.Path(out)
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    kept = _read(path)
     rows = []
     for config, topology in itertools.product(configs, topologies):
         name = f"{epath.Path(config).stem} {topology}"
@@ -55,9 +55,19 @@ def make_table(
                 rows.append((name, made))
                 continue
             kept[name] = made
-            path.write_text(json_text(kept, indent=1) + "\n")
+            write_result(path, json_text(kept, indent=1) + "\n")
         rows.append((name, kept[name]))
     return "\n".join(_markdown(rows))
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """Returns the plans in a file, none if it is missing. Raises InputError if it holds anything else."""
+    if not path.exists():
+        return {}
+    found = read_object(path)
+    if not all(isinstance(row, dict) and {"compiler", "chips"} <= row.keys() for row in found.values()):
+        raise InputError(f"{path} holds no plans of mora plan-table; choose another --out")
+    return found
 
 
 def spread(config: RunConfig, devices: int, sequences: int) -> RunConfig:
