@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
 from mora_jax.errors import InputError, check_float32
+from mora_jax.methods.peft import PeftAdapter
 from mora_jax.sharding import REPLICATED, Layout
 
 Arrays: TypeAlias = Mapping[str, Array]
@@ -126,6 +127,28 @@ class Method:
     def restart_warning(self) -> str:
         """Returns a sentence for the user if restarts are allowed but of little use; empty otherwise."""
         return ""
+
+    # What adapter files hold.
+
+    def to_peft(self, arrays: Arrays, k: int, d: int) -> PeftAdapter | None:
+        """Returns the adapter of a (k, d) kernel as LoRA's files hold it, None if they cannot."""
+        return None
+
+    def to_authors(self, arrays: Arrays, k: int, d: int) -> PeftAdapter | None:
+        """Returns the adapter of a (k, d) kernel as files of MoRA's authors hold it, None if they cannot."""
+        return None
+
+    @classmethod
+    def from_peft(cls, found: PeftAdapter) -> Mapping[str, Any] | None:
+        """Returns the fields that a file states of a method of this class, None if it is of another class.
+
+        They are in the flat form of `registry`. The tensors are not looked at.
+        """
+        return None
+
+    def peft_arrays(self, tensors: Arrays, k: int, d: int) -> dict[str, Array]:
+        """Returns the arrays of a (k, d) kernel's adapter from tensors as `PeftAdapter` holds them."""
+        raise NotImplementedError
 
     # What people read.
 

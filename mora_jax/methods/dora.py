@@ -1,7 +1,8 @@
 """DoRA: a kernel as magnitude times direction, where LoRA updates the direction (arXiv:2402.09353)."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax.methods.base import Arrays, Leaf, Method, check_alpha, check_rank
 from mora_jax.methods.lora import LoRA, low_rank_product
+from mora_jax.methods.peft import MAGNITUDE, PeftAdapter
 
 _TINY = 1e-30  # keeps the length of a column of zeros above zero
 
@@ -57,6 +59,23 @@ class DoRA(Method):
         v_KD = w.astype(jnp.float32) + low_rank_product(arrays, self._direction().scale)
         ratio_D = arrays["magnitude_D"] / jax.lax.stop_gradient(_lengths(v_KD))
         return (v_KD * ratio_D[None, :]).astype(w.dtype)
+
+    def to_peft(self, arrays: Arrays, k: int, d: int) -> PeftAdapter:
+        """Returns LoRA's factors and the magnitudes."""
+        found = self._direction().to_peft(arrays, k, d)
+        tensors = {**found.tensors, MAGNITUDE: arrays["magnitude_D"]}
+        return dataclasses.replace(found, tensors=tensors, dora=True)
+
+    @classmethod
+    def from_peft(cls, found: PeftAdapter) -> Mapping[str, Any] | None:
+        """Returns rank and alpha of a file of DoRA."""
+        if not found.dora or found.mora_type:
+            return None
+        return {"rank": found.rank, "alpha": float(found.scale * found.rank)}
+
+    def peft_arrays(self, tensors: Arrays, k: int, d: int) -> dict[str, Array]:
+        """Returns LoRA's factors and the magnitudes."""
+        return self._direction().peft_arrays(tensors, k, d) | {"magnitude_D": tensors[MAGNITUDE]}
 
     def _direction(self) -> LoRA:
         return LoRA(self.rank, self.alpha)

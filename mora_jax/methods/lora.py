@@ -5,7 +5,8 @@ Legend of shapes in names: K inputs, D outputs, R the rank.
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from mora_jax.methods.base import (
     check_dropout,
     check_rank,
 )
+from mora_jax.methods.peft import A, B, PeftAdapter
 from mora_jax.sharding import STATE, Layout
 
 _A_LAYOUT = Layout((P(STATE, None), P("fsdp", "tensor"), P("tensor", "fsdp")))
@@ -111,6 +113,22 @@ class LoRA(Method):
         """Returns scale (x @ a) @ b: (..., k) -> (..., d)."""
         z = x @ arrays["a_KR"].astype(x.dtype)
         return (z * self.scale) @ arrays["b_RD"].astype(x.dtype)
+
+    def to_peft(self, arrays: Arrays, k: int, d: int) -> PeftAdapter:
+        """Returns both factors."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return PeftAdapter({A: arrays["a_KR"].T, B: arrays["b_RD"].T}, self.rank, alpha, self.rslora)
+
+    @classmethod
+    def from_peft(cls, found: PeftAdapter) -> Mapping[str, Any] | None:
+        """Returns rank, alpha and rslora of a file of plain LoRA."""
+        if found.dora or found.mora_type:
+            return None
+        return {"rank": found.rank, "alpha": float(found.alpha), "rslora": found.rslora}
+
+    def peft_arrays(self, tensors: Arrays, k: int, d: int) -> dict[str, Array]:
+        """Returns both factors."""
+        return {"a_KR": tensors[A].T, "b_RD": tensors[B].T}
 
 
 def low_rank_product(arrays: Arrays, scale: float) -> Float[Array, "K D"]:

@@ -7,7 +7,7 @@ use it, N kernels of one input, G shards of a batch.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,16 @@ from mora_jax.methods.base import (
     padded,
 )
 from mora_jax.methods.cost import flops_per_byte
-from mora_jax.methods.operators import OPERATORS, GroupSums, Operator, Share, resized
+from mora_jax.methods.operators import OPERATORS, GroupSums, Operator, Rotate, Share, resized
+from mora_jax.methods.peft import A, B, PeftAdapter
 from mora_jax.sharding import STATE, Layout
 
 # Rows of M and of what it multiplies are padded to a multiple of this: 16 bytes of bfloat16 are read at once.
 ROW = 8
+
+# The operators of the authors' code, by their numbers there.
+_GROUPS = [Share(pair, "wrap", cycle=4) for pair in (0, 1, (1, 0), (0, 1))]
+_AUTHORS: dict[int, Operator] = {o.authors_type(1, 1, 1): o for o in (*_GROUPS, Rotate("wrap", "drop"))}
 
 _M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)), hint="method.align 128 makes it divisible")
 
@@ -48,15 +53,15 @@ class MoRA(Method):
       align: m is stored padded with zeros to a multiple of this. The padding has exactly zero gradient, so it
         stays zero; 128 keeps products fast and m divisible over a mesh.
       dropout: share of the adapter's inputs that training sets to zero.
-      r_hat_from: "rank" computes r_hat by `r_hat`; "stored" takes the side of the stored m, as for adapters
-        of other programs that round differently, and needs align 1.
+      r_hat_from: "rank" rounds r_hat down, to at most min(k, d); "rounded" rounds it to the nearest, without
+        a limit, as the authors' code does.
     """
 
     rank: int = 128
     operator: Operator = Share()  # noqa: RUF009 (frozen and hashable, so safe to share)
     align: int = 1
     dropout: float = 0.0
-    r_hat_from: Literal["rank", "stored"] = "rank"
+    r_hat_from: Literal["rank", "rounded"] = "rank"
     name: ClassVar[str] = "mora"
     merged_min_tokens: ClassVar[int] = 1024  # no product is needed to make its update of a kernel
     float32_gradients: ClassVar[bool] = True
@@ -69,14 +74,15 @@ class MoRA(Method):
         if not isinstance(self.operator, Operator):
             names = ", ".join(f"{cls.__name__}()" for cls in OPERATORS.values())
             raise InputError(f"MoRA's operator is one of {names}, not {self.operator!r}")
-        if self.r_hat_from not in ("rank", "stored"):
-            raise InputError(f"MoRA's r_hat_from is 'rank' or 'stored', not {self.r_hat_from!r}")
-        if self.r_hat_from == "stored" and self.align != 1:
-            raise InputError(f"MoRA's r_hat_from 'stored' needs align 1, not {self.align}")
+        if self.r_hat_from not in ("rank", "rounded"):
+            raise InputError(f"MoRA's r_hat_from is 'rank' or 'rounded', not {self.r_hat_from!r}")
 
     def r_hat(self, k: int, d: int) -> int:
-        """Returns the side of M for a (k, d) kernel: floor(sqrt((k + d) rank)), at most min(k, d)."""
-        side = min(math.isqrt((k + d) * self.rank), k, d)
+        """Returns the side of M for a (k, d) kernel: sqrt((k + d) rank), rounded as `r_hat_from` says."""
+        if self.r_hat_from == "rounded":
+            side = _rounded(self.rank, k, d)
+        else:
+            side = min(math.isqrt((k + d) * self.rank), k, d)
         side -= side % self.operator.multiple
         if not side:
             raise InputError(f"a kernel of {k}x{d} is too thin for operator {self.operator.name}")
@@ -91,19 +97,14 @@ class MoRA(Method):
         """Returns m_RR as trained."""
         return {"m_RR": Leaf(layout=_M_LAYOUT)}
 
-    def shapes(self, k: int, d: int) -> Mapping[str, tuple[int, ...]]:
-        """Returns m_RR's shape, which may be any if the stored m decides it."""
-        return {} if self.r_hat_from == "stored" else super().shapes(k, d)
-
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """Returns w + the operator's matrix of m, (k, d) in w's type."""
-        r_hat = self._used(arrays, *w.shape)
-        m_RR = sharding.undivided(arrays["m_RR"])[:r_hat, :r_hat]
+        m_RR = self._used({"m_RR": sharding.undivided(arrays["m_RR"])}, *w.shape)
         return w + sharding.undivided(self.operator.matrix(m_RR.astype(w.dtype), *w.shape))
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
         """Returns f_decomp(f_comp(x) @ m), Eq. 3: (..., k) -> (..., d)."""
-        r_hat, side = self._used(arrays, x.shape[-1], d), _rows(arrays)
+        r_hat, side = self.r_hat(x.shape[-1], d), _rows(arrays)
         # Groups and blocks do not end where a mesh divides a width.
         z = sharding.whole(self.operator.compress(sharding.whole(x), r_hat, d))
         m_SS = _square(arrays["m_RR"].astype(x.dtype), side)
@@ -120,7 +121,7 @@ class MoRA(Method):
         several blocks cuts either the activations into blocks, or the full product.
         """
         k, (n, d) = x.shape[-1], dy.shape[-2:]
-        r_hat, side = self._used(arrays[0], k, d), _rows(arrays[0])
+        r_hat, side = self.r_hat(k, d), _rows(arrays[0])
         x, dy = sharding.whole(x), sharding.whole(dy)
         if sums := self.operator.sums(r_hat, side):
             gs = _gradients_of_sums(sums, x, dy)
@@ -151,9 +152,6 @@ class MoRA(Method):
         g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
         return [folded(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
 
-    def _used(self, arrays: Arrays, k: int, d: int) -> int:
-        return arrays["m_RR"].shape[0] if self.r_hat_from == "stored" else self.r_hat(k, d)
-
     def after_restart(self) -> "MoRA":
         """Returns MoRA with the operator's next pattern, so that the next update spans other directions."""
         return dataclasses.replace(self, operator=self.operator.switched())
@@ -174,8 +172,54 @@ class MoRA(Method):
             return ""
         return f"operator {self.operator.name} has one pattern: restarts add no rank to the sum of updates"
 
+    def to_peft(self, arrays: Arrays, k: int, d: int) -> PeftAdapter | None:
+        """Returns the update as LoRA of rank r_hat, without loss: compress and m as one factor, decompress.
+
+        Decoupling and rotation apply m to several blocks, so their updates exceed that rank.
+        """
+        if not self.operator.low_rank:
+            return None
+        m_RR = self._used(arrays, k, d)
+        r_hat = len(m_RR)
+        a_KR = self.operator.matrix(m_RR, k, r_hat)
+        b_RD = self.operator.matrix(jnp.eye(r_hat), r_hat, d)
+        return PeftAdapter({A: a_KR.T, B: b_RD.T}, r_hat, r_hat)
+
+    def to_authors(self, arrays: Arrays, k: int, d: int) -> PeftAdapter | None:
+        """Returns m with the LoRA rank that the authors' rounding takes to r_hat, not always an integer."""
+        m_RR = self._used(arrays, k, d)
+        r_hat = len(m_RR)
+        number = self.operator.authors_type(r_hat, k, d)
+        if not number:
+            return None
+        theirs = dataclasses.replace(self, r_hat_from="rounded").r_hat(k, d)
+        rank = self.rank if theirs == r_hat else r_hat**2 / (k + d)
+        return PeftAdapter({A: m_RR.T, B: m_RR.T}, rank, rank, mora_type=number)
+
+    @classmethod
+    def from_peft(cls, found: PeftAdapter) -> Mapping[str, Any] | None:
+        """Returns rank, rounding and operator of a file of MoRA's authors.
+
+        A rank that is no integer is what `to_authors` writes for our rounding.
+        """
+        if found.mora_type not in _AUTHORS or found.dora:
+            return None
+        operator = _AUTHORS[found.mora_type]
+        r_hat_from = "rounded" if found.rank == int(found.rank) else "rank"
+        fields = {"rank": math.ceil(found.rank), "r_hat_from": r_hat_from, "operator": operator.name}
+        return fields | dataclasses.asdict(operator)
+
+    def peft_arrays(self, tensors: Arrays, k: int, d: int) -> dict[str, Array]:
+        """Returns m, padded as `align` says."""
+        return {"m_RR": _square(tensors[A].T, *self.shapes(k, d)["m_RR"][:1])}
+
+    def _used(self, arrays: Arrays, k: int, d: int) -> Float[Array, "R R"]:
+        """Returns m without its padding."""
+        r_hat = self.r_hat(k, d)
+        return arrays["m_RR"][:r_hat, :r_hat]
+
     def count(self, k: int, d: int) -> int:
-        """Returns r_hat^2, never more than LoRA's rank (k + d)."""
+        """Returns r_hat^2; with r_hat from the rank never more than LoRA's rank (k + d)."""
         return self.r_hat(k, d) ** 2
 
     def rank_bound(self, k: int, d: int) -> int:
@@ -198,8 +242,13 @@ class MoRA(Method):
     def example(self, key: PRNGKeyArray, w: Float[Array, "K D"], std: float) -> dict[str, Array]:
         """Returns a random m_RR whose padding is zero."""
         m_RR = super().example(key, w, std)["m_RR"]
-        inside = jnp.arange(m_RR.shape[0]) < self._used({"m_RR": m_RR}, *w.shape)
+        inside = jnp.arange(m_RR.shape[0]) < self.r_hat(*w.shape)
         return {"m_RR": jnp.where(inside[:, None] & inside[None, :], m_RR, 0.0)}
+
+
+def _rounded(rank: int, k: int, d: int) -> int:
+    """Returns r_hat as the authors' code rounds it."""
+    return int(math.sqrt((k + d) * rank) + 0.5)
 
 
 def _rows(arrays: Arrays) -> int:

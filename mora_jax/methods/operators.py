@@ -29,10 +29,12 @@ class Operator:
     Attributes:
       name: the operator's name in configs and on the command line.
       multiple: r_hat is a multiple of this.
+      low_rank: whether M is applied to one vector of r_hat, so that an update is a product of that rank.
     """
 
     name: ClassVar[str]
     multiple: ClassVar[int] = 1
+    low_rank: ClassVar[bool] = False
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*BN R"]:
         """Returns f_comp(x), which M is applied to: one vector of r_hat, or several blocks of it."""
@@ -64,6 +66,10 @@ class Operator:
     def switched(self) -> "Operator":
         """Returns the operator after a restart: itself if it has one pattern only."""
         return self
+
+    def authors_type(self, r_hat: int, k: int, d: int) -> int:
+        """Returns the number of what the authors' code computes alike for a (k, d) kernel; 0 if nothing."""
+        return 0
 
     @property
     def pattern(self) -> str:
@@ -101,6 +107,7 @@ class Truncate(Operator):
     """Truncation (Eq. 4): the first r_hat inputs update the first r_hat outputs; the rest is unchanged."""
 
     name: ClassVar[str] = "truncate"
+    low_rank: ClassVar[bool] = True
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
         """Returns the first r_hat inputs."""
@@ -132,6 +139,7 @@ class Share(Operator):
     pad: Pad = "zero"
     cycle: Literal[2, 4] = 2
     name: ClassVar[str] = "share"
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         group = tuple(self.group) if isinstance(self.group, list | tuple) else self.group
@@ -158,6 +166,11 @@ class Share(Operator):
     def pattern(self) -> str:
         """The group type, such as "0" or "(0, 1)"."""
         return str(self.group)
+
+    def authors_type(self, r_hat: int, k: int, d: int) -> int:
+        """Returns the number of the groups, 1 to 4, unless strided inputs are padded in another way."""
+        same = self.pad == "wrap" or self.groups[0] == 1 or k % r_hat == 0
+        return _TYPES_OF_PAIRS[self.groups] if same else 0
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
         """Returns the sum of the inputs of each group."""
@@ -254,6 +267,11 @@ class Rotate(Decouple):
     name: ClassVar[str] = "rotate"
     multiple: ClassVar[int] = 2
 
+    def authors_type(self, r_hat: int, k: int, d: int) -> int:
+        """Returns 6, unless padding or surplus blocks are treated in another way."""
+        padded_alike = self.pad == "wrap" or k % r_hat == 0
+        return 6 if padded_alike and (self.surplus == "drop" or -(-k // r_hat) <= -(-d // r_hat)) else 0
+
     def _rotated(self, x_BNR: Array) -> Array:
         cos_NJ, sin_NJ = (a.reshape((1,) * (x_BNR.ndim - 2) + a.shape) for a in _angles(*x_BNR.shape[-2:]))
         x1, x2 = jnp.split(x_BNR.astype(jnp.float32), 2, axis=-1)
@@ -275,6 +293,8 @@ _CYCLE_OF_PAIRS: dict[tuple[Group, Group], tuple[Group, Group]] = {
     (1, 0): (0, 1),
     (0, 1): (0, 0),
 }
+
+_TYPES_OF_PAIRS: dict[tuple[Group, Group], int] = {(0, 0): 1, (1, 1): 2, (1, 0): 3, (0, 1): 4}
 
 
 def _check_choice(operator: str, field: str, value: object, choices: tuple[object, ...]) -> None:

@@ -17,6 +17,7 @@ from mora_jax.methods.dora import DoRA
 from mora_jax.methods.lora import LoRA
 from mora_jax.methods.mora import MoRA
 from mora_jax.methods.operators import OPERATORS, Operator
+from mora_jax.methods.peft import PeftAdapter
 
 METHODS: dict[str, type[Method]] = {c.name: c for c in (MoRA, LoRA, DoRA)}
 
@@ -67,6 +68,20 @@ def from_json(data: Mapping[str, Any]) -> Method:
     if isinstance(fields.get("operator"), Mapping):
         fields["operator"] = _operator(fields["operator"])
     return _build("method", method, fields)
+
+
+def stated(found: PeftAdapter) -> dict[str, Any]:
+    """Returns what an adapter file states of a method: its `name` and fields of its flat form.
+
+    Raises:
+      InputError: if no method reads such a file.
+    """
+    for method in METHODS.values():
+        fields = method.from_peft(found)
+        if fields is not None:
+            return {"name": method.name, **fields}
+    kind = f"mora_type {found.mora_type}" if found.mora_type else "its fields"
+    raise InputError(f"no method computes an adapter of {kind}{' with use_dora' if found.dora else ''}")
 
 
 def flat_fields(method: type[Method], operator: str | None = None) -> dict[str, Field]:
