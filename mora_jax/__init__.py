@@ -6,7 +6,7 @@ from typing import Any
 from mora_jax.adapter_file import load, save
 from mora_jax.errors import InputError
 from mora_jax.frontends import adapted, value_and_grad
-from mora_jax.hf import load_hf, save_hf
+from mora_jax.hf import load_adapter, load_hf, save_adapter, save_hf
 from mora_jax.methods import (
     METHODS,
     OPERATORS,
@@ -76,11 +76,13 @@ __all__ = [
     "describe",
     "labels",
     "load",
+    "load_adapter",
     "load_hf",
     "merge",
     "partition",
     "restart",
     "save",
+    "save_adapter",
     "save_hf",
     "singular_values",
     "value_and_grad",

@@ -1,5 +1,7 @@
 """Hugging Face folders: weights, config.json and tokenizer, read and written without torch."""
 
+from mora_jax.hf.adapter_load import load_adapter
+from mora_jax.hf.adapter_save import save_adapter
 from mora_jax.hf.config import read_config
 from mora_jax.hf.folder import remove_leftovers, whole_folder
 from mora_jax.hf.hub import is_hub_id, local_folder
@@ -9,10 +11,12 @@ from mora_jax.hf.weights import load_hf, save_hf
 __all__ = [
     "check_tokenizer",
     "is_hub_id",
+    "load_adapter",
     "load_hf",
     "local_folder",
     "read_config",
     "remove_leftovers",
+    "save_adapter",
     "save_hf",
     "save_tokenizer",
     "special_ids",

@@ -1,18 +1,25 @@
-"""adapter_config.json of a folder with adapters, as PEFT and the authors' fork of it write it."""
+"""Folders with adapters, as PEFT and the authors' fork of it write them: config, names and shapes."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
 from mora_jax.errors import InputError, nearest
 from mora_jax.io import read_object
-from mora_jax.methods.peft import PeftAdapter
+from mora_jax.methods import Method
+from mora_jax.methods.base import Arrays
+from mora_jax.methods.peft import MAGNITUDE, PeftAdapter
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_HASH = "base_sha256"  # in the metadata of our files
+PREFIX = "base_model.model."  # of the names of tensors
 
 # Fields with an effect that we do not compute, and their values without one.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -91,10 +98,10 @@ class AdapterConfig:
           modules: all its modules.
           file: for the message.
         """
-        whole = isinstance(self.target_modules, str)
-        for name in (self.target_modules,) if whole else self.target_modules:
-            if not any(_adapts(name if whole else (name,), module) for module in linear):
-                raise _unknown(file, "target_modules", name, linear)
+        targets = self.target_modules
+        for one in (targets,) if isinstance(targets, str) else [(end,) for end in targets]:
+            if not any(_adapts(one, module) for module in linear):
+                raise _unknown(file, "target_modules", one if isinstance(one, str) else one[0], linear)
         for name in self.modules_to_save:
             if not any(module.endswith(name) for module in modules):
                 raise _unknown(file, "modules_to_save", name, modules)
@@ -128,7 +135,7 @@ def read_adapter_config(file: epath.Path) -> AdapterConfig:
     """Returns the config in a file.
 
     Raises:
-      InputError: if it is missing or damaged, or a field has a wrong type or an effect that we do not compute.
+      InputError: if it is missing or damaged, a field has a wrong type, or an effect that we do not compute.
     """
     content = read_object(file)
     if content.get("use_mora") and content.get("mora_type") in (None, 0):
@@ -144,6 +151,43 @@ def read_adapter_config(file: epath.Path) -> AdapterConfig:
         if name not in given:
             raise InputError(f"{file}: {name} is missing")
     return AdapterConfig(**{name: _typed(file, name, value) for name, value in given.items()})
+
+
+def module_of(tensor: str) -> str:
+    """Returns the module that holds a tensor."""
+    return tensor.rpartition(".")[0]
+
+
+def name_in_file(module: str, name: str) -> str:
+    """Returns the name of a module's tensor, such as `lora_A`, in a file, without `PREFIX`."""
+    return f"{module}.{name}" if name == MAGNITUDE else f"{module}.{name}.weight"
+
+
+def in_file(method: Method, authors: bool, arrays: Arrays, k: int, d: int) -> PeftAdapter:
+    """Returns what a file holds of a (k, d) kernel's adapter.
+
+    Args:
+      method: the adapter's method.
+      authors: whether the file is one of MoRA's authors, or of PEFT itself.
+      arrays: the adapter's arrays.
+      k: inputs of the kernel.
+      d: its outputs.
+
+    Raises:
+      InputError: if such a file cannot hold it.
+    """
+    found = (method.to_authors if authors else method.to_peft)(arrays, k, d)
+    if found is None:
+        how = "the files of MoRA's authors" if authors else "a file of LoRA's form"
+        raise InputError(f"{method} has no place in {how}: merge it and export the whole model")
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def file_form(method: Method, authors: bool, k: int, d: int) -> PeftAdapter:
+    """Returns what `in_file` returns, with shapes in the place of tensors."""
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in method.shapes(k, d).items()}
+    return jax.eval_shape(lambda a: in_file(method, authors, a, k, d), arrays)
 
 
 class _Kind(NamedTuple):

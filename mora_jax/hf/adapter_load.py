@@ -1,6 +1,6 @@
 """Adapters of a Hugging Face folder, PEFT's or those of MoRA's authors, read without torch."""
 
-import functools
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,20 +10,25 @@ import numpy as np
 from etils import epath
 
 from mora_jax import trees
-from mora_jax.errors import InputError, some
-from mora_jax.hf.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
+from mora_jax.errors import InputError
+from mora_jax.hf.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_HASH,
+    PREFIX,
+    AdapterConfig,
+    file_form,
+    module_of,
+    name_in_file,
+    read_adapter_config,
+)
 from mora_jax.hf.hub import local_folder
-from mora_jax.hf.names import EMBEDDING, HEAD, Shapes, compare, parameter_shapes, places
+from mora_jax.hf.names import EMBEDDING, HEAD, Shapes, compare_shapes, places, tensors
 from mora_jax.hf.safetensors import Stored, read_file
 from mora_jax.methods import Method, from_json
-from mora_jax.methods.peft import MAGNITUDE
-from mora_jax.methods.registry import stated
+from mora_jax.methods.registry import METHODS, flat_fields, stated
 from mora_jax.models.llama import STACKED, LlamaConfig
 from mora_jax.transform import Methods, Params, Rules, Tree, assign
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_HASH = "base_sha256"  # in the metadata of our files
-PREFIX = "base_model.model."
 
 
 class KernelAdapter(NamedTuple):
@@ -41,21 +46,21 @@ class KernelAdapter(NamedTuple):
     k: int
     d: int
 
-    def arrays(self) -> dict[str, jax.Array]:
-        """Reads the arrays of the method, float32."""
+    def arrays(self, method: Method) -> dict[str, jax.Array]:
+        """Reads the arrays, float32, of a method that is `self.method` or stores them in another way."""
         read = {name: jnp.asarray(stored.array(), jnp.float32) for name, stored in self.tensors.items()}
-        return self.method.peft_arrays(read, self.k, self.d)
+        return method.peft_arrays(read, self.k, self.d)
 
 
 class AdapterFile(NamedTuple):
-    """An adapter's file, whose header was read and fits the base.
+    """Adapters in a folder, whose header was read and fits the base.
 
     Attributes:
-      folder: where it lies.
-      config: its adapter_config.json.
-      kernels: the adapters by the base's tensors.
+      folder: where they lie.
+      config: adapter_config.json.
+      kernels: the adapters, by the base's tensors.
       saved: tensors that replace those of the base.
-      base_hash: hash of the base beside which it was trained, empty if the file does not say it.
+      base_hash: hash of the base beside which they were trained, empty if the file does not say it.
     """
 
     folder: epath.Path
@@ -65,8 +70,41 @@ class AdapterFile(NamedTuple):
     base_hash: str
 
 
+def load_adapter(path: epath.PathLike, params: Params, config: LlamaConfig) -> tuple[Params, Tree, Methods]:
+    """Reads a folder of PEFT, or of MoRA's authors, as adapters of a model.
+
+    Args:
+      path: a folder with adapter_config.json and adapter_model.safetensors, or the id of one on the Hub.
+      params: the parameters of the base, as `load_hf` returns them.
+      config: its config.
+
+    Returns:
+      The parameters with those that the file holds as a whole (`modules_to_save`), the adapters as numpy
+      arrays, and the methods, with "train" for the former.
+
+    Raises:
+      InputError: if the folder is incomplete or damaged, its config has an effect that we do not compute, it
+        does not fit the base, or layers differ in what the file adapts.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp
+      >>> from mora_jax import Llama, LlamaConfig, LoRA, State, load_adapter, save_adapter
+      >>> config = LlamaConfig(32, 8, 16, 1, 2, 2)
+      >>> params = Llama(config).init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+      >>> rules = [("lm_head/kernel", LoRA(2)), (".*", "frozen")]
+      >>> state = State.init(jax.random.key(0), params, rules)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = save_adapter(f"{folder}/a", params, state.adapters, state.methods, config, base="org/base")
+      ...     load_adapter(f"{folder}/a", params, config)[2]["lm_head/kernel"].rank
+      2
+    """
+    found = read_adapter(path, {name: place.shape for name, place in places(config).items()})
+    methods = assign(adapter_rules(found, config), params, STACKED)
+    return with_saved(found, params, config), read_arrays(found, methods, config), methods
+
+
 def read_adapter(path: epath.PathLike, shapes: Shapes) -> AdapterFile:
-    """Returns the adapters of a folder. Reads its config and the header of its tensors.
+    """Returns the adapters of a folder. Reads their config and the header of their tensors.
 
     Args:
       path: a folder, or the id of one on the Hub.
@@ -77,31 +115,133 @@ def read_adapter(path: epath.PathLike, shapes: Shapes) -> AdapterFile:
         names or shapes do not fit the base.
     """
     folder = local_folder(path)
-    file = folder / ADAPTER_CONFIG
-    config = read_adapter_config(file)
-    if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER_WEIGHTS).exists():
-        raise InputError(
-            f"{folder} holds a pickle, adapter_model.bin, which can run code and is never opened; load the "
-            f"adapter with PEFT and save it with safe_serialization=True"
-        )
-    tensors, metadata = read_file(folder / ADAPTER_WEIGHTS)
-    modules = {name: name.rpartition(".")[0] for name in shapes}
-    linear = {m: n for n, m in modules.items() if n.endswith(".weight") and len(shapes[n]) == 2}
-    linear.pop(modules[EMBEDDING], None)
-    tied = HEAD not in shapes
-    config.check_modules(linear, {*modules.values(), "lm_head"}, file)
-    kernels, wanted = {}, {}
+    config = read_adapter_config(folder / ADAPTER_CONFIG)
+    stored, base_hash = _read_header(folder)
+    modules = {name: module_of(name) for name in shapes}
+    linear = {module: name for name, module in modules.items() if _is_linear(name, shapes[name])}
+    config.check_modules(linear, {*modules.values(), "lm_head"}, folder / ADAPTER_CONFIG)
+    saved = {name: name for name, module in modules.items() if config.saves(module)}
+    if HEAD not in shapes and (EMBEDDING in saved or config.saves("lm_head")):
+        _check_tied_head(stored, folder)
+        stored.pop(HEAD)
+    kernels, wanted = {}, {name: shapes[name] for name in saved}
     for module, name in linear.items():
-        if not config.saves(module) and config.adapts(module):
-            kernels[name] = _kernel(config, module, shapes[name], tensors, file)
-            wanted |= {_stored_name(module, n): s for n, s in _tensor_shapes(*kernels[name][:3]).items()}
-    saved = {name: f"{PREFIX}{name}" for name, module in modules.items() if config.saves(module)}
-    if tied and (EMBEDDING in saved or config.saves("lm_head")):
-        _check_tied_head(tensors, folder)
-        tensors = {name: tensor for name, tensor in tensors.items() if name != f"{PREFIX}{HEAD}"}
-    wanted |= {stored: shapes[name] for name, stored in saved.items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    compare(found, wanted, f"the adapters in {folder} do not fit the base")
-    kernels = {name: _with_tensors(kernel, name, tensors) for name, kernel in kernels.items()}
-    saved = {name: tensors[stored] for name, stored in saved.items()}
-    return AdapterFile(folder, config, kernels, saved, str(metadata.get(BASE_HASH, "")))
+        if name not in saved and config.adapts(module):
+            kernels[name] = kernel = _kernel(folder, config, module, shapes[name], stored)
+            form = file_form(kernel.method, bool(config.mora_type), kernel.k, kernel.d)
+            wanted |= {name_in_file(module, n): tensor.shape for n, tensor in form.tensors.items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    compare_shapes(found, wanted, f"the adapters in {folder} do not fit the base or their config")
+    return AdapterFile(folder, config, kernels, {name: stored[name] for name in saved}, base_hash)
+
+
+def adapter_rules(found: AdapterFile, config: LlamaConfig, given: Mapping[str, Any] | None = None) -> Rules:
+    """Returns rules that adapt and train what a file holds, and freeze the rest.
+
+    Args:
+      found: the file.
+      config: the base's config.
+      given: fields of the methods, in their flat form, beside those that the file states.
+
+    Raises:
+      InputError: if layers differ in what the file holds of a parameter, or the file states another value of
+        a given field.
+    """
+    rules = []
+    for path in dict.fromkeys(place.path for place in places(config).values()):
+        names = tensors(path, config.num_hidden_layers)
+        kernels = {n: _method(found.config, module_of(n), given or {}) for n in names if n in found.kernels}
+        choices = {kernels.get(n, "train" if n in found.saved else "frozen") for n in names}
+        if len(choices) > 1:
+            raise InputError(
+                f"{found.folder}: layers differ in how {path} is adapted, one array for all of them; "
+                f"mora merge merges such adapters"
+            )
+        choice = choices.pop()
+        if choice != "frozen":
+            rules.append((re.escape(path), choice))
+    return [*rules, (".*", "frozen")]
+
+
+def read_arrays(found: AdapterFile, methods: Methods, config: LlamaConfig) -> Tree:
+    """Reads the adapters of all kernels as numpy arrays, float32, layers stacked."""
+    flat = {}
+    for path, on in methods.kernels():
+        names = tensors(path, config.num_hidden_layers)
+        layers = [found.kernels[name].arrays(on.method) for name in names]
+        for name in layers[0]:
+            arrays = [np.asarray(layer[name]) for layer in layers]
+            flat[f"{path}/{name}"] = np.stack(arrays) if on.stack else arrays[0]
+    return trees.unflatten(flat)
+
+
+def with_saved(found: AdapterFile, params: Params, config: LlamaConfig) -> Params:
+    """Returns the parameters with those that a file holds as a whole, in their types and on their devices."""
+    old = trees.flatten(params)
+    new: dict[str, list[np.ndarray]] = {}
+    for name, place in places(config).items():
+        if name in found.saved:
+            array = found.saved[name].array().astype(old[place.path].dtype)
+            new.setdefault(place.path, []).append(array.T if place.transpose else array)
+    whole = {path: np.stack(a) if old[path].ndim > a[0].ndim else a[0] for path, a in new.items()}
+    lying = {p: jax.device_put(a, old[p].sharding) for p, a in whole.items() if isinstance(old[p], jax.Array)}
+    return trees.replaced(params, whole | lying)
+
+
+def _read_header(folder: epath.Path) -> tuple[dict[str, Stored], str]:
+    """Returns the tensors by their names in the base, and the base's hash."""
+    file = folder / ADAPTER_WEIGHTS
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise InputError(
+            f"{folder} holds a pickle, adapter_model.bin, which can run code and is never opened; load it "
+            f"with PEFT and save it with safe_serialization=True"
+        )
+    stored, metadata = read_file(file)
+    if other := [name for name in stored if not name.startswith(PREFIX)]:
+        raise InputError(f"{file}: {other[0]!r} does not begin with {PREFIX!r}, as names of PEFT do")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}, str(
+        metadata.get(BASE_HASH, "")
+    )
+
+
+def _kernel(
+    folder: epath.Path,
+    config: AdapterConfig,
+    module: str,
+    shape: tuple[int, ...],
+    stored: Mapping[str, Stored],
+) -> KernelAdapter:
+    """Returns the adapter of a linear layer with a weight of this shape, and the tensors that it has."""
+    (d, k), file = shape, folder / ADAPTER_CONFIG
+    try:
+        method = _method(config, module, {})
+        form = file_form(method, bool(config.mora_type), k, d)
+    except InputError as error:
+        raise InputError(f"{file}: {module}: {error}") from error
+    names = {name: name_in_file(module, name) for name in form.tensors}
+    return KernelAdapter(method, {n: stored[tensor] for n, tensor in names.items() if tensor in stored}, k, d)
+
+
+def _method(config: AdapterConfig, module: str, given: Mapping[str, Any]) -> Method:
+    """Returns the method of a module's adapter: what the file states, and given fields beside it."""
+    fields = stated(config.of(module))
+    for key, value in given.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if key in fields and fields[key] != value:
+            raise InputError(f"method.{key} is {value}, and the adapter in the file has {fields[key]}")
+    dropout = {"dropout": config.lora_dropout} if "dropout" in flat_fields(METHODS[fields["name"]]) else {}
+    return from_json({**fields, **dropout, **given})
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != EMBEDDING
+
+
+def _check_tied_head(stored: Mapping[str, Stored], folder: epath.Path) -> None:
+    """Raises InputError unless a file that trains a tied embedding holds the head as well, and the same."""
+    both = stored.get(EMBEDDING), stored.get(HEAD)
+    if both[0] is None or both[1] is None or not both[0].equals(both[1]):
+        raise InputError(
+            f"{folder}: the base ties its head to embed_tokens, and the file trains only one, or both apart, "
+            f"which unties them; PEFT keeps them tied with ensure_weight_tying"
+        )

@@ -12,8 +12,12 @@ from pathlib import Path
 from etils import epath
 
 from mora_jax.errors import InputError
+from mora_jax.hf.adapter_config import ADAPTER_CONFIG
 from mora_jax.hf.config import CONFIG
 from mora_jax.io import path_of
+
+# Without these a folder is neither a model nor an adapter.
+_LAST = (CONFIG, ADAPTER_CONFIG)
 
 
 @contextlib.contextmanager
@@ -37,7 +41,7 @@ def whole_folder(path: epath.PathLike) -> Iterator[epath.Path]:
             folder = epath.Path(local) / target.name  # so that a nested `whole_folder` stays in `local` too
             folder.mkdir()
             yield folder
-            for file in sorted(folder.iterdir(), key=lambda file: file.name == CONFIG):
+            for file in sorted(folder.iterdir(), key=lambda file: file.name in _LAST):
                 with file.open("rb") as source, (target / file.name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 24)
         return
@@ -71,7 +75,7 @@ def _move_up(partial: epath.Path, target: epath.Path) -> None:
     """Moves the files of a folder into the one that it lies in, and in which nothing else may lie."""
     if [found.name for found in target.iterdir()] != [partial.name]:
         raise InputError(f"{target} was filled by another program meanwhile; choose another name or empty it")
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG):
+    for file in sorted(partial.iterdir(), key=lambda file: file.name in _LAST):
         Path(file).rename(target / file.name)
     partial.rmdir()
 

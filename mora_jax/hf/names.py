@@ -7,7 +7,7 @@ import functools
 import re
 from typing import NamedTuple, TypeAlias
 
-from mora_jax.errors import InputError, nearest
+from mora_jax.errors import InputError, nearest, some
 from mora_jax.models.llama import LlamaConfig, abstract_params
 from mora_jax.trees import flatten
 
@@ -99,6 +99,23 @@ def places(config: LlamaConfig) -> dict[str, Place]:
             index = () if layer is None else (layer,)
             found[tensor.format(layer)] = Place(path, index, transpose, shape)
     return found
+
+
+def compare_shapes(found: Shapes, expected: Shapes, what: str) -> None:
+    """Raises InputError, which begins with `what`, unless the names and the shapes are the expected ones."""
+    wrong = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": wrong,
+    }
+    message = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
+    if message:
+        raise InputError(f"{what}: {message}")
 
 
 def tensors(path: str, layers: int) -> list[str]:

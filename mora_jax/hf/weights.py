@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mora_jax import sharding
-from mora_jax.errors import InputError, some
+from mora_jax.errors import InputError
 from mora_jax.hf import safetensors
 from mora_jax.hf.config import CONFIG, config_json, read_config
 from mora_jax.hf.folder import whole_folder
 from mora_jax.hf.hub import local_folder
-from mora_jax.hf.names import EMBEDDING, HEAD, Place, Shapes, parameter_shapes, places
+from mora_jax.hf.names import EMBEDDING, HEAD, Place, compare_shapes, parameter_shapes, places
 from mora_jax.hf.safetensors import Stored
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.sharding import Box
@@ -67,7 +67,11 @@ def save_hf(
       True
     """
     flat = flatten(params)
-    _compare({name: leaf.shape for name, leaf in flat.items()}, parameter_shapes(config), "the parameters")
+    compare_shapes(
+        {name: leaf.shape for name, leaf in flat.items()},
+        parameter_shapes(config),
+        "the parameters do not fit the config",
+    )
     with whole_folder(path) as folder:
         _write_weights(folder, flat, config, jnp.dtype(dtype), max_shard_bytes)
         _write_json(folder / CONFIG, config_json(config, dtype, special_ids or {}))
@@ -120,23 +124,6 @@ def load_hf(
         else:
             flat[name] = sharding.assembled(lies[name], shape, fill, dtype)
     return unflatten(flat), config
-
-
-def _compare(found: Shapes, expected: Shapes, what: str) -> None:
-    """Raises InputError unless the names and the shapes are the expected ones."""
-    wrong = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    faults = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": wrong,
-    }
-    message = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
-    if message:
-        raise InputError(f"{what} do not fit the config: {message}")
 
 
 # Writing
@@ -205,18 +192,12 @@ def _check_stored(
     head_stored = config.tie_word_embeddings and HEAD in found
     if head_stored:
         expected[HEAD] = expected[EMBEDDING]
-    _compare(found, expected, f"the weights in {folder}")
-    if head_stored and not _equal(stored[HEAD], stored[EMBEDDING]):
+    compare_shapes(found, expected, f"the weights in {folder} do not fit the config")
+    if head_stored and not stored[HEAD].equals(stored[EMBEDDING]):
         raise InputError(
             f"{folder}: {HEAD} differs from {EMBEDDING}, though tie_word_embeddings is true; "
             f"remove the tensor or set tie_word_embeddings to false in {CONFIG}"
         )
-
-
-def _equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    """Returns whether two tensors of one shape hold the same numbers, comparing some rows at a time."""
-    ends = [(start, min(start + rows, a.shape[0])) for start in range(0, a.shape[0], rows)]
-    return all(np.array_equal(a.rows(*end), b.rows(*end)) for end in ends)
 
 
 def _fill(sources: Sequence[tuple[Place, Stored]], parts: Mapping[Box, np.ndarray]) -> None:

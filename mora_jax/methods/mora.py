@@ -35,8 +35,8 @@ from mora_jax.sharding import STATE, Layout
 ROW = 8
 
 # The operators of the authors' code, by their numbers there.
-_GROUPS = [Share(pair, "wrap", cycle=4) for pair in (0, 1, (1, 0), (0, 1))]
-_AUTHORS: dict[int, Operator] = {o.authors_type(1, 1, 1): o for o in (*_GROUPS, Rotate("wrap", "drop"))}
+_SHARES = (Share(0, "wrap", 4), Share(1, "wrap", 4), Share((1, 0), "wrap", 4), Share((0, 1), "wrap", 4))
+_AUTHORS = {o.authors_type(1, 1, 1): o for o in (*_SHARES, Rotate("wrap", "drop"))}
 
 _M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)), hint="method.align 128 makes it divisible")
 
@@ -210,7 +210,9 @@ class MoRA(Method):
         return fields | dataclasses.asdict(operator)
 
     def peft_arrays(self, tensors: Arrays, k: int, d: int) -> dict[str, Array]:
-        """Returns m, padded as `align` says."""
+        """Returns m, padded as `align` says. Raises InputError if a file's two copies of it differ."""
+        if not jnp.array_equal(tensors[A], tensors[B]):
+            raise InputError("lora_A and lora_B differ, and MoRA has one matrix")
         return {"m_RR": _square(tensors[A].T, *self.shapes(k, d)["m_RR"][:1])}
 
     def _used(self, arrays: Arrays, k: int, d: int) -> Float[Array, "R R"]:
