@@ -5,6 +5,7 @@ from mora_jax.hf.adapter_save import save_adapter
 from mora_jax.hf.config import read_config
 from mora_jax.hf.folder import remove_leftovers, whole_folder
 from mora_jax.hf.hub import is_hub_id, local_folder
+from mora_jax.hf.merge import merge_adapters
 from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
 from mora_jax.hf.weights import load_hf, save_hf
 
@@ -14,6 +15,7 @@ __all__ = [
     "load_adapter",
     "load_hf",
     "local_folder",
+    "merge_adapters",
     "read_config",
     "remove_leftovers",
     "save_adapter",

@@ -16,6 +16,7 @@ from mora_jax.io import read_object
 from mora_jax.methods import Method
 from mora_jax.methods.base import Arrays
 from mora_jax.methods.peft import MAGNITUDE, PeftAdapter
+from mora_jax.methods.registry import changed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_HASH = "base_sha256"  # in the metadata of our files
@@ -163,6 +164,7 @@ def name_in_file(module: str, name: str) -> str:
     return f"{module}.{name}" if name == MAGNITUDE else f"{module}.{name}.weight"
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4))
 def in_file(method: Method, authors: bool, arrays: Arrays, k: int, d: int) -> PeftAdapter:
     """Returns what a file holds of a (k, d) kernel's adapter.
 
@@ -179,7 +181,11 @@ def in_file(method: Method, authors: bool, arrays: Arrays, k: int, d: int) -> Pe
     found = (method.to_authors if authors else method.to_peft)(arrays, k, d)
     if found is None:
         how = "the files of MoRA's authors" if authors else "a file of LoRA's form"
-        raise InputError(f"{method} has no place in {how}: merge it and export the whole model")
+        fields = changed(method)
+        words = ", ".join(f"{name} {value}" for name, value in fields.items() if name != "name")
+        raise InputError(
+            f"{method.name} ({words}) has no place in {how}: merge it and export the whole model"
+        )
     return found
 
 

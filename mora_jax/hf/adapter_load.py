@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -25,7 +24,9 @@ from mora_jax.hf.adapter_config import (
 from mora_jax.hf.hub import local_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Shapes, compare_shapes, places, tensors
 from mora_jax.hf.safetensors import Stored, read_file
+from mora_jax.hf.weights import fingerprint, read_weights
 from mora_jax.methods import Method, from_json
+from mora_jax.methods.base import Arrays
 from mora_jax.methods.registry import METHODS, flat_fields, stated
 from mora_jax.models.llama import STACKED, LlamaConfig
 from mora_jax.transform import Methods, Params, Rules, Tree, assign
@@ -46,9 +47,9 @@ class KernelAdapter(NamedTuple):
     k: int
     d: int
 
-    def arrays(self, method: Method) -> dict[str, jax.Array]:
+    def arrays(self, method: Method) -> Arrays:
         """Reads the arrays, float32, of a method that is `self.method` or stores them in another way."""
-        read = {name: jnp.asarray(stored.array(), jnp.float32) for name, stored in self.tensors.items()}
+        read: Any = {name: stored.array().astype(np.float32) for name, stored in self.tensors.items()}
         return method.peft_arrays(read, self.k, self.d)
 
 
@@ -59,7 +60,7 @@ class AdapterFile(NamedTuple):
       folder: where they lie.
       config: adapter_config.json.
       kernels: the adapters, by the base's tensors.
-      saved: tensors that replace those of the base.
+      saved: tensors that replace those of the base, which may be adapted too.
       base_hash: hash of the base beside which they were trained, empty if the file does not say it.
     """
 
@@ -70,13 +71,17 @@ class AdapterFile(NamedTuple):
     base_hash: str
 
 
-def load_adapter(path: epath.PathLike, params: Params, config: LlamaConfig) -> tuple[Params, Tree, Methods]:
+def load_adapter(
+    path: epath.PathLike, params: Params, config: LlamaConfig, base: epath.PathLike = ""
+) -> tuple[Params, Tree, Methods]:
     """Reads a folder of PEFT, or of MoRA's authors, as adapters of a model.
 
     Args:
       path: a folder with adapter_config.json and adapter_model.safetensors, or the id of one on the Hub.
       params: the parameters of the base, as `load_hf` returns them.
       config: its config.
+      base: the folder that the base was read from, to compare it with the one that the adapters were trained
+        beside; empty to compare nothing. Only files that `save_adapter` wrote with a hash say which it was.
 
     Returns:
       The parameters with those that the file holds as a whole (`modules_to_save`), the adapters as numpy
@@ -84,7 +89,7 @@ def load_adapter(path: epath.PathLike, params: Params, config: LlamaConfig) -> t
 
     Raises:
       InputError: if the folder is incomplete or damaged, its config has an effect that we do not compute, it
-        does not fit the base, or layers differ in what the file adapts.
+        does not fit the base, it was trained beside another one, or layers differ in what the file adapts.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp
@@ -99,6 +104,8 @@ def load_adapter(path: epath.PathLike, params: Params, config: LlamaConfig) -> t
       2
     """
     found = read_adapter(path, {name: place.shape for name, place in places(config).items()})
+    if base:
+        check_base(found, base, config)
     methods = assign(adapter_rules(found, config), params, STACKED)
     return with_saved(found, params, config), read_arrays(found, methods, config), methods
 
@@ -124,15 +131,27 @@ def read_adapter(path: epath.PathLike, shapes: Shapes) -> AdapterFile:
     if HEAD not in shapes and (EMBEDDING in saved or config.saves("lm_head")):
         _check_tied_head(stored, folder)
         stored.pop(HEAD)
-    kernels, wanted = {}, {name: shapes[name] for name in saved}
+    kernels, adapted = {}, {}
     for module, name in linear.items():
         if name not in saved and config.adapts(module):
             kernels[name] = kernel = _kernel(folder, config, module, shapes[name], stored)
             form = file_form(kernel.method, bool(config.mora_type), kernel.k, kernel.d)
-            wanted |= {name_in_file(module, n): tensor.shape for n, tensor in form.tensors.items()}
+            adapted |= {name_in_file(module, n): tensor.shape for n, tensor in form.tensors.items()}
+            if f"{module}.base_layer.weight" in stored:  # PEFT adds the weights of an adapted head
+                saved[name] = f"{module}.base_layer.weight"
     found = {name: tensor.shape for name, tensor in stored.items()}
+    wanted = adapted | {in_file: shapes[name] for name, in_file in saved.items()}
     compare_shapes(found, wanted, f"the adapters in {folder} do not fit the base or their config")
-    return AdapterFile(folder, config, kernels, {name: stored[name] for name in saved}, base_hash)
+    return AdapterFile(folder, config, kernels, {name: stored[n] for name, n in saved.items()}, base_hash)
+
+
+def check_base(found: AdapterFile, base: epath.PathLike, config: LlamaConfig) -> None:
+    """Raises InputError if adapters were trained beside other weights than a folder's, as far as is known."""
+    if found.base_hash and found.base_hash != fingerprint(read_weights(local_folder(base), config)):
+        raise InputError(
+            f"{found.folder} was trained beside another base than {base}: their weights differ, though not "
+            f"in shape"
+        )
 
 
 def adapter_rules(found: AdapterFile, config: LlamaConfig, given: Mapping[str, Any] | None = None) -> Rules:

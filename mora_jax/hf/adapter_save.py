@@ -1,10 +1,9 @@
 """Adapters written as a Hugging Face folder, PEFT's or that of MoRA's authors, without torch."""
 
-import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,11 @@ from mora_jax.hf.adapter_config import (
 from mora_jax.hf.folder import whole_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Place, places
 from mora_jax.hf.safetensors import PYTORCH, write_tensors
-from mora_jax.methods.base import Arrays
+from mora_jax.hf.weights import finite
+from mora_jax.methods.base import Arrays, Method
 from mora_jax.methods.peft import PeftAdapter
 from mora_jax.models.llama import LlamaConfig
-from mora_jax.on import On
+from mora_jax.on import Axes, On
 from mora_jax.transform import Methods, Params, Tree, adapters_of
 
 # The ranks that vLLM serves.
@@ -122,9 +122,10 @@ def save_adapter(
     said = _config(adapted, saved, config)
     specs = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in _shapes(adapted, saved)}
     values = itertools.chain(_adapter_tensors(adapted), _saved_tensors(saved, params))
+    written = (finite(name, next(values), spec.dtype) for name, spec in specs.items())
     metadata = PYTORCH | ({BASE_HASH: base_hash} if base_hash else {})
     with whole_folder(path) as folder:
-        write_tensors(folder / ADAPTER_WEIGHTS, specs, values, metadata)
+        write_tensors(folder / ADAPTER_WEIGHTS, specs, written, metadata)
         text = json.dumps(said.to_json(base, tied=HEAD in saved and config.tie_word_embeddings), indent=2)
         (folder / ADAPTER_CONFIG).write_text(text + "\n")
     return said
@@ -151,9 +152,11 @@ def _adapted(
             form = file_form(on.method, authors, axes.k, axes.d)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        yield Adapted(
-            here, on, arrays, form, functools.partial(in_file, on.method, authors, k=axes.k, d=axes.d)
-        )
+        yield Adapted(here, on, arrays, form, _forms(on.method, authors, axes))
+
+
+def _forms(method: Method, authors: bool, axes: Axes) -> Callable[[Arrays], PeftAdapter]:
+    return lambda arrays: in_file(method, authors, arrays, axes.k, axes.d)
 
 
 def _is_natural(on: On, shape: Sequence[int]) -> bool:
@@ -244,7 +247,7 @@ def _shapes(adapted: Sequence[Adapted], saved: Mapping[str, Place]) -> Iterator[
 def _adapter_tensors(adapted: Sequence[Adapted]) -> Iterator[np.ndarray]:
     for a in adapted:
         for place in a.tensors.values():
-            layer = {name: jnp.asarray(np.asarray(array[place.index])) for name, array in a.arrays.items()}
+            layer: Any = {name: np.asarray(array[place.index]) for name, array in a.arrays.items()}
             tensors = a.forms(layer).tensors
             yield from (np.asarray(tensors[n]) for n in a.form.tensors)
 

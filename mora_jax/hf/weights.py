@@ -1,10 +1,11 @@
 """A model's parameters, read from and written to a Hugging Face folder."""
 
 import functools
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,10 +23,12 @@ from mora_jax.hf.folder import whole_folder
 from mora_jax.hf.hub import local_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Place, compare_shapes, parameter_shapes, places
 from mora_jax.hf.safetensors import Stored
+from mora_jax.io import path_of
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
 
+MAX_SHARD_BYTES = 5 * 10**9
 # Tables of rotary frequencies in old exports, which the config determines.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -36,7 +39,7 @@ def save_hf(
     config: LlamaConfig,
     dtype: Literal["float32", "bfloat16"] = "float32",
     special_ids: Mapping[str, int] | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder that `transformers.LlamaForCausalLM.from_pretrained` reads.
 
@@ -73,8 +76,10 @@ def save_hf(
         "the parameters do not fit the config",
     )
     with whole_folder(path) as folder:
-        _write_weights(folder, flat, config, jnp.dtype(dtype), max_shard_bytes)
-        _write_json(folder / CONFIG, config_json(config, dtype, special_ids or {}))
+        known = places(config)
+        specs = {n: jax.ShapeDtypeStruct(place.shape, jnp.dtype(dtype)) for n, place in known.items()}
+        write_weights(folder, specs, lambda name: _tensor(flat, known[name]), max_shard_bytes)
+        write_json(folder / CONFIG, config_json(config, dtype, special_ids or {}))
 
 
 def load_hf(
@@ -109,10 +114,9 @@ def load_hf(
     """
     folder = local_folder(path)
     config = read_config(folder)
-    tensors, stored = places(config), safetensors.read_headers(folder)
-    _check_stored(stored, tensors, config, folder)  # before memory is taken for the weights
+    stored = read_weights(folder, config)
     sources: dict[str, list[tuple[Place, Stored]]] = {}
-    for name, place in tensors.items():
+    for name, place in places(config).items():
         sources.setdefault(place.path, []).append((place, stored[name]))
     shardings = sharding.shardings(abstract_params(config), mesh, LAYOUTS) if mesh else {}
     flat, lies = {}, flatten(shardings)
@@ -126,25 +130,63 @@ def load_hf(
     return unflatten(flat), config
 
 
+def read_weights(path: epath.PathLike, config: LlamaConfig) -> dict[str, Stored]:
+    """Returns the tensors of a model by name, in the order of `places`. Reads the headers of its files only.
+
+    Raises:
+      InputError: unless the files hold the model's tensors, and beside them only what the config implies.
+    """
+    folder, tensors = path_of(path), places(config)
+    stored = safetensors.read_headers(folder)
+    _check_stored(stored, tensors, config, folder)
+    return {name: stored[name] for name in tensors}
+
+
+def fingerprint(stored: Mapping[str, Stored]) -> str:
+    """Returns a hash of a model: of the names, shapes and first, middle and last rows of its tensors.
+
+    The rows are compared as float32, so a copy in a wider type is the same model.
+
+    Args:
+      stored: the tensors, as `read_weights` returns them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        last = tensor.shape[0] - 1
+        for row in sorted({0, last // 2, last}):
+            digest.update(tensor.rows(row, row + 1).astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
 # Writing
 
 
-def _write_weights(
-    folder: epath.Path, flat: Mapping[str, Any], config: LlamaConfig, dtype: np.dtype, limit: int
+def write_weights(
+    folder: epath.Path,
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    value: Callable[[str], np.ndarray],
+    limit: int = MAX_SHARD_BYTES,
 ) -> None:
-    tensors = places(config)
-    sizes = {name: math.prod(place.shape) * dtype.itemsize for name, place in tensors.items()}
+    """Writes tensors to one file, or to several with an index; the host holds one tensor at a time.
+
+    Args:
+      folder: where the files are written.
+      specs: shape and type of every tensor, by name, in the order of the files.
+      value: returns the value of a tensor.
+      limit: bytes of a file of more than one tensor.
+    """
+    sizes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in specs.items()}
     shards = _shards(sizes, limit)
     files = {}
     for i, names in enumerate(shards, start=1):
         file = safetensors.WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        specs = {name: jax.ShapeDtypeStruct(tensors[name].shape, dtype) for name in names}
-        values = (_finite(name, _tensor(flat, tensors[name]), dtype) for name in names)
-        safetensors.write_tensors(folder / file, specs, values)
+        values = (finite(name, value(name), specs[name].dtype) for name in names)
+        safetensors.write_tensors(folder / file, {name: specs[name] for name in names}, values)
         files.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        _write_json(folder / safetensors.INDEX, index)
+        write_json(folder / safetensors.INDEX, index)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -165,7 +207,7 @@ def _tensor(flat: Mapping[str, Any], place: Place) -> np.ndarray:
     return array.T if place.transpose else array
 
 
-def _finite(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def finite(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns a tensor as it is stored. Raises InputError if it holds NaN or infinity, which no model has."""
     stored = np.ascontiguousarray(array, dtype)
     if not np.isfinite(stored).all():
@@ -173,7 +215,8 @@ def _finite(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return stored
 
 
-def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
+def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with two spaces of indentation."""
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
