@@ -1,6 +1,7 @@
 """The commands of `mora`: frozen dataclasses of flags. Their docstrings are the help."""
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 import tyro
@@ -171,20 +172,65 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Exports a run's merged weights and tokenizer as a Hugging Face folder.
+    """Exports a run's merged weights and tokenizer, or its adapters, as a Hugging Face folder.
 
     Attributes:
       run_dir: folder of the run.
       out: folder to write.
       dtype: type of the stored weights.
+      adapter: write the adapters alone, as PEFT reads them: LoRA and DoRA as they are, MoRA with share or
+        truncate as LoRA of rank r_hat, without loss.
+      format: peft, or mora for the files of MoRA's authors; with --adapter.
+      pad_rank: pad all adapters with zeros to one rank of 1, 8, 16, 32, 64, 128, 256, 320 or 512, which vLLM
+        serves; with --adapter.
+      with_base: folder to write the model without its adapters to, with what the run trained itself, as the
+        base of the adapters; empty for none. Needed if nobody else has the base; with --adapter.
     """
 
     run_dir: Folder
     out: Out
     dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: tyro.conf.FlagCreatePairsOff[bool] = False
+    format: Literal["peft", "mora"] = "peft"
+    pad_rank: tyro.conf.FlagCreatePairsOff[bool] = False
+    with_base: str = ""
 
     def __post_init__(self) -> None:
         spell_out(self, "", "run_dir", "out")
+        spell_out(self, "--", optional=("with_base",))
+        if not self.adapter and (self.format, self.pad_rank, self.with_base) != ("peft", False, ""):
+            raise InputError("--format, --pad-rank and --with-base are of adapters: give --adapter too")
+        if self.format == "mora" and self.pad_rank:
+            raise InputError(
+                "--pad-rank pads LoRA's ranks, and --format mora has none; leave one of them out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merges adapters of PEFT, or of MoRA's authors, into a model, and writes it as a Hugging Face folder.
+
+    The model is read and written tensor by tensor, and computed in float32.
+
+    Attributes:
+      paths: folder of the model, or its id on the Hub (org/name, org/name@revision); folders or ids of
+        adapters, each with :WEIGHT behind it unless that is 1, such as A:0.5 B:0.5; folder to write.
+      dtype: type of the written tensors; base for those of the model.
+    """
+
+    paths: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BASE ADAPTER[:WEIGHT] ... OUT")
+    ]
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "paths")
+        if len(self.paths) < 3:
+            raise InputError("give a model, an adapter and a folder to write: mora merge BASE ADAPTER OUT")
+
+    def adapters(self) -> list[tuple[str, float]]:
+        """Returns the adapters without their weights, and these."""
+        return [_weighted(adapter) for adapter in self.paths[1:-1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +255,17 @@ class Plot:
         spell_out(self, "--", optional=("out",))
         if len(self.runs) != 1 and not self.out:
             raise InputError("give one run, or a PNG file for several: mora plot RUN RUN --out FILE.png")
+
+
+def _weighted(adapter: str) -> tuple[str, float]:
+    path, _, weight = adapter.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        return adapter, 1.0
+    if not path or not math.isfinite(value):
+        raise InputError(f"{adapter}: give an adapter and a finite weight, such as A:0.5")
+    return path, value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from train.cli.commands import (
     Evaluate,
     Export,
     ListCheckpoints,
+    Merge,
     Plan,
     PlanTable,
     Plot,
@@ -127,10 +128,41 @@ def evaluate(command: Evaluate) -> None:
 
 def export(command: Export) -> None:
     """Runs `mora export`."""
+    if command.adapter:
+        export_adapter(command)
+    else:
+        export_merged(command)
+
+
+def export_merged(command: Export) -> None:
+    """Runs `mora export` without --adapter."""
     from train.jobs.export import export as write
 
     write(command.run_dir, command.out, command.dtype)
     print(f"written: {command.out}")
+
+
+def export_adapter(command: Export) -> None:
+    """Runs `mora export --adapter`."""
+    from train.console.terminal import warn
+    from train.jobs.adapter import AdapterOptions, advice, size_of
+    from train.jobs.adapter import export_adapter as write
+
+    how = AdapterOptions(command.dtype, command.format, command.pad_rank, command.with_base)
+    said = write(command.run_dir, command.out, how)
+    warn(advice(said))
+    for folder in filter(None, (command.out, command.with_base)):
+        print(f"written: {folder} ({size_of(folder) / 1e6:,.1f} MB)")
+
+
+def merge(command: Merge) -> None:
+    """Runs `mora merge`."""
+    from train.jobs.adapter import merge_adapters
+
+    dtype = None if command.dtype == "base" else command.dtype
+    base, out = command.paths[0], command.paths[-1]
+    count = merge_adapters(base, command.adapters(), out, dtype)
+    print(f"written: {out} ({count} tensors changed)")
 
 
 def list_checkpoints(command: ListCheckpoints) -> None:
@@ -205,7 +237,7 @@ def demo(command: Demo) -> None:
 
 
 # Commands that print a log and write their results to files. All others print their result.
-_WORK = ("prepare-data", "train-tokenizer", "pretrain", "export", "demo")
+_WORK = ("prepare-data", "train-tokenizer", "pretrain", "export", "merge", "demo")
 
 # The functions import what they run, so that `mora --help` is quick.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -217,6 +249,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (Evaluate, evaluate),
     "checkpoints": (ListCheckpoints, list_checkpoints),
     "export": (Export, export),
+    "merge": (Merge, merge),
     "plot": (Plot, plot),
     "methods": (SurveyMethods, survey_methods),
     "bench data": (BenchData, bench_data),

@@ -37,15 +37,22 @@ def export(
       InputError: if another program writes `out`, or the run has no complete checkpoint, or weights that are
         not finite.
     """
-    tokenizer = run_tokenizer(run_dir)
     with lock_output(out, "OUT"):
         hf.remove_leftovers(out)
         with hf.whole_folder(out) as folder:
             params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
             with naming_errors(out):
-                hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
-                _save_tokenizer(folder, tokenizer, run_dir)
+                save_model(folder, params, model, dtype, run_dir)
     return params, model
+
+
+def save_model(
+    folder: epath.Path, params: Any, model: LlamaConfig, dtype: Literal["float32", "bfloat16"], run_dir: str
+) -> None:
+    """Writes parameters, in the types of `dtype`, and the tokenizer of a run into an empty folder."""
+    tokenizer = run_tokenizer(run_dir)
+    hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
+    _save_tokenizer(folder, tokenizer, run_dir)
 
 
 def _special_ids(tokenizer: bytes | None) -> dict[str, int]:

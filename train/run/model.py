@@ -60,6 +60,24 @@ def load_model(
         if info:
             _check_tokenizer(path, info)
         return hf.load_hf(path, mesh, types)
+    config, state, methods = load_state(path, info, mesh)
+    merge = jax.jit(
+        lambda params, adapters: transform.merge(_in_float32(params), adapters, methods),
+        out_shardings=sharding.shardings(state.params, mesh, LAYOUTS),
+    )
+    with jax.set_mesh(mesh):
+        return merge(state.params, state.adapters), config.model
+
+
+def load_state(
+    path: str, info: DataInfo | None = None, mesh: Mesh | None = None
+) -> tuple[RunConfig, TrainState, Methods]:
+    """Returns the config of a run, and the state and methods of its newest good checkpoint.
+
+    Raises:
+      InputError: if the folder holds no run, or one of another tokenizer than that of `info`.
+    """
+    mesh = mesh or sharding.make_mesh(1)
     config = read_config(path)
     with open_checkpoints(config) as saved:
 
@@ -68,13 +86,7 @@ def load_model(
                 check_data(saved, step, info)
             return restore_state(config, saved, step, mesh)
 
-        state, methods = read_newest(saved, path, read)
-    merge = jax.jit(
-        lambda params, adapters: transform.merge(_in_float32(params), adapters, methods),
-        out_shardings=sharding.shardings(state.params, mesh, LAYOUTS),
-    )
-    with jax.set_mesh(mesh):
-        return merge(state.params, state.adapters), config.model
+        return config, *read_newest(saved, path, read)
 
 
 def _in_float32(params: Any) -> Any:

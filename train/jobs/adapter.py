@@ -1,0 +1,177 @@
+"""Exports a run's adapters as a folder of PEFT or of MoRA's authors, and merges such folders into models."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from etils import epath
+
+from mora_jax import hf
+from mora_jax.errors import InputError
+from mora_jax.hf.adapter_config import AdapterConfig
+from mora_jax.hf.adapter_save import RANKS
+from mora_jax.hf.weights import fingerprint, read_weights
+from mora_jax.transform import Methods
+from train.config.run import RunConfig
+from train.console.terminal import warn
+from train.jobs.export import save_model
+from train.run.folder import CONFIG
+from train.run.model import load_state, widest_mesh
+from train.storage.buckets import in_bucket
+from train.storage.files import naming_errors
+from train.storage.lock import lock_output
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """How a run's adapters are exported.
+
+    Attributes:
+      dtype: type of the stored tensors.
+      form: "peft", or "mora" for the files of MoRA's authors.
+      pad_rank: whether all adapters are padded to one rank.
+      with_base: folder for the model without its adapters; empty for none.
+    """
+
+    dtype: Dtype = "float32"
+    form: Literal["peft", "mora"] = "peft"
+    pad_rank: bool = False
+    with_base: str = ""
+
+
+def export_adapter(run_dir: str, out: str, how: AdapterOptions) -> AdapterConfig:
+    """Writes the adapters of a run's newest good checkpoint, from one process.
+
+    Readers load the base first. It is the model of `init_from`, or, with `with_base`, that folder. The latter
+    holds the parameters that the run trained itself, so that the adapter needs no `modules_to_save`.
+
+    Args:
+      run_dir: the run.
+      out: the folder to write.
+      how: what is written.
+
+    Returns:
+      What adapter_config.json says.
+
+    Raises:
+      InputError: if another program writes a folder, the run has no complete checkpoint, its method has no
+        place in such a file, or nobody else has its base: it was random, a run's, or changed by a restart.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_output(out, "OUT"))
+        base_folder = stack.enter_context(_output(how.with_base, "--with-base")) if how.with_base else None
+        config, state, methods = load_state(run_dir, mesh=widest_mesh(run_dir))
+        if base_folder is None:
+            _check_base(run_dir, config, int(state.step))
+            base, base_hash = config.init_from, _hash_of(config.init_from)
+        else:
+            with naming_errors(how.with_base):
+                save_model(base_folder, state.params, config.model, how.dtype, run_dir)
+            base, base_hash = _absolute(how.with_base), _hash_of(base_folder)
+            methods = _without_trained(methods)
+        with naming_errors(out):
+            return hf.save_adapter(
+                folder,
+                state.params,
+                state.adapters,
+                methods,
+                config.model,
+                base,
+                how.form,
+                how.pad_rank,
+                how.dtype,
+                base_hash,
+            )
+
+
+def advice(said: AdapterConfig) -> list[str]:
+    """Returns a sentence for each part of an adapter that vLLM does not serve."""
+    found = []
+    if said.modules_to_save:
+        names = ", ".join(said.modules_to_save)
+        found.append(
+            f"vLLM takes no adapter with modules_to_save ({names}); --with-base DIR puts them into DIR"
+        )
+    if said.use_dora:
+        found.append("vLLM takes no adapter of DoRA; mora export without --adapter merges it")
+    if said.mora_type:
+        found.append("only the authors' fork of PEFT, and mora, read files of --format mora")
+    elif said.rank_pattern or said.alpha_pattern or said.r not in RANKS:
+        way = "--pad-rank" if said.r <= RANKS[-1] else "mora export without --adapter"
+        ranks = ", ".join(map(str, RANKS))
+        found.append(f"vLLM serves one rank for all modules, of {ranks}, and ignores patterns: use {way}")
+    return found
+
+
+def size_of(folder: str) -> int:
+    """Returns the bytes of the weights in a folder."""
+    return sum(f.stat().length for f in epath.Path(folder).iterdir() if f.name.endswith(".safetensors"))
+
+
+def merge_adapters(base: str, adapters: Sequence[tuple[str, float]], out: str, dtype: Any = None) -> int:
+    """Merges adapters into a model, tensor by tensor, and writes it as a folder.
+
+    Args:
+      base: folder of the model, or its id on the Hub.
+      adapters: folders of adapters, or their ids on the Hub, each with its weight.
+      out: the folder to write.
+      dtype: type of the written tensors; that of the base's by default.
+
+    Returns:
+      The number of tensors that were changed.
+
+    Raises:
+      InputError: as `mora_jax.hf.merge_adapters` does, and if another program writes `out`.
+    """
+    with _output(out, "OUT") as folder, naming_errors(out):
+        return hf.merge_adapters(base, adapters, folder, dtype)
+
+
+@contextlib.contextmanager
+def _output(path: str, flag: str) -> Iterator[epath.Path]:
+    """Yields an empty folder, which appears as `path` if the block ends without an error."""
+    with lock_output(path, flag):
+        hf.remove_leftovers(path)
+        with hf.whole_folder(path) as folder:
+            yield folder
+
+
+def _check_base(run_dir: str, config: RunConfig, step: int) -> None:
+    """Raises InputError if nobody else has the model that a run's adapters belong to."""
+    if not config.init_from:
+        why = "it started from random weights"
+    elif (hf.local_folder(config.init_from) / CONFIG).exists():
+        why = f"it started from the run {config.init_from}"
+    elif config.restarts_before(step):
+        why = "restarts have merged adapters into it"
+    else:
+        return
+    raise InputError(
+        f"nobody else has the base of {run_dir}: {why}; export the merged model, without --adapter, or write "
+        f"the base beside it with --with-base DIR"
+    )
+
+
+def _hash_of(base: epath.PathLike) -> str:
+    """Returns the hash of a base's weights, or warns that it is not known."""
+    try:
+        folder = hf.local_folder(base)
+        return fingerprint(read_weights(folder, hf.read_config(folder)))
+    except (InputError, OSError) as error:
+        warn([f"the adapter does not say which weights it belongs to: {error}"])
+        return ""
+
+
+def _without_trained(methods: Methods) -> Methods:
+    """Returns the methods with trained parameters frozen, for a base that holds their values."""
+    return Methods(
+        tuple((path, "frozen" if choice == "train" else choice) for path, choice in methods.choices)
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if in_bucket(path) else str(Path(path).absolute())
