@@ -105,9 +105,11 @@ def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
     types = held_types(spec_of(config), assign_methods(config))
     with located(config.init_from, "--init-from"):
         params, model = load_model(str(hf.local_folder(config.init_from)), info, mesh, types)
+    dynamic = config.model.rope.type == "dynamic"  # its frequencies depend on max_position_embeddings
+    may_differ = ("initializer_range", *(() if dynamic else ("max_position_embeddings",)))
     for field in dataclasses.fields(LlamaConfig):
         there, here = getattr(model, field.name), getattr(config.model, field.name)
-        if field.name not in ("max_position_embeddings", "initializer_range") and there != here:
+        if field.name not in may_differ and there != here:
             raise InputError(
                 f"--init-from {config.init_from} holds a model of {field.name} {there}, "
                 f"not model.{field.name} {here}"

@@ -1,4 +1,4 @@
-"""The splash kernel, interpreted on the CPU, against XLA's attention."""
+"""The splash kernel, interpreted on the CPU, against XLA's attention, and both against a mask."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.models.attention import attention
+from mora_jax.models.attention import Visible, attention
 from mora_jax.models.llama import Compute
 
 
@@ -27,11 +27,11 @@ def heads(count: int, width: int, rows: int = 2, length: int = 128, seed: int = 
     return jax.random.normal(jax.random.key(seed), (rows, length, count, width), dtype)
 
 
-def results(kernel, q, k, v, w):
+def results(kernel, q, k, v, w, visible=Visible()):  # noqa: B008 (immutable)
     """What comes out, and the gradients for q, k and v of its product with w."""
 
     def loss(q, k, v):
-        y = attention(q, k, v, kernel=kernel)
+        y = attention(q, k, v, visible, kernel)
         return (y.astype(jnp.float32) * w).sum(), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -60,6 +60,34 @@ def test_no_place_sees_those_after_it():
     before, after = (attention(q, k, each, kernel="splash") for each in (v, changed))
     np.testing.assert_array_equal(before[:, :100], after[:, :100])
     assert jnp.abs(after[:, 100:] - before[:, 100:]).min() > 0
+
+
+@pytest.mark.parametrize("window", [1, 100, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_a_window_is_a_mask(kernel, window):
+    """A position attends to itself and to the window - 1 before it; 256 keys in two blocks."""
+    q, k, v = (heads(2, 16, rows=1, length=256, seed=i) for i in range(3))
+    at = jnp.arange(256)
+    mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+    y = attention(q, k, v, Visible(window), kernel)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+def test_gradients_of_a_window():
+    q, k, v, w = (heads(n, 16, rows=1, length=256, seed=i) for i, n in enumerate((4, 2, 2, 4)))
+    both = (results(kernel, q, k, v, w, Visible(100)) for kernel in ("splash", "xla"))
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_window_that_reaches_over_the_sequence_adds_nothing_to_the_program():
+    q = heads(2, 16, rows=1)
+
+    def program(window):
+        return str(jax.make_jaxpr(lambda q: attention(q, q, q, Visible(window)))(q))
+
+    assert program(128) == program(0) != program(127)
 
 
 def test_bfloat16_is_near():

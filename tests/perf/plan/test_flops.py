@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from mora_jax.models.attention import Visible, attention
 from train.perf.plan.flops import product_flops
 
 
@@ -62,3 +64,13 @@ def test_agrees_with_the_compiler_where_there_is_no_loop():
     traced = jax.jit(jax.grad(lambda w, x: loss(w, x).sum())).trace(*shapes)
     compiler = traced.lower().compile().cost_analysis()["flops"]  # also counts other operations
     assert 0.95 * compiler < product_flops(traced.jaxpr) < compiler
+
+
+@pytest.mark.parametrize(("window", "share"), [(0, 1), (128, 2 / 3)])
+def test_the_kernel_of_attention_counts_every_block_of_its_grid(window, share):
+    """Of three blocks of keys a window of one block sees two; the batch is a part of the grid."""
+
+    def attend(x_BTNH):
+        return attention(x_BTNH, x_BTNH, x_BTNH, Visible(window), "splash")
+
+    assert flops(attend, (3, 384, 2, 128)) == share * 3 * 2 * (4 * 384 * 384 * 128)

@@ -34,6 +34,8 @@ def _of_equation(equation: Any) -> int:
         return max(inner)
     if name == "scan":
         return sum(inner) * params["length"]
+    if name == "pallas_call":
+        return sum(inner) * math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
         return sum(inner) * params["mesh"].size
     return sum(inner)
