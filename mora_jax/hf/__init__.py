@@ -1,6 +1,6 @@
 """Hugging Face folders: weights, config.json and tokenizer, read and written without torch."""
 
-from mora_jax.hf.adapter_load import load_adapter
+from mora_jax.hf.adapter_load import adapter_rules, load_adapter, load_arrays, read_adapter
 from mora_jax.hf.adapter_save import save_adapter
 from mora_jax.hf.config import read_config
 from mora_jax.hf.folder import remove_leftovers, whole_folder
@@ -10,12 +10,15 @@ from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
 from mora_jax.hf.weights import load_hf, save_hf
 
 __all__ = [
+    "adapter_rules",
     "check_tokenizer",
     "is_hub_id",
     "load_adapter",
+    "load_arrays",
     "load_hf",
     "local_folder",
     "merge_adapters",
+    "read_adapter",
     "read_config",
     "remove_leftovers",
     "save_adapter",

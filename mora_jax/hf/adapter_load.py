@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from mora_jax import trees
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, some
 from mora_jax.hf.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,7 +27,7 @@ from mora_jax.hf.safetensors import Stored, read_file
 from mora_jax.hf.weights import fingerprint, read_weights
 from mora_jax.methods import Method, from_json
 from mora_jax.methods.base import Arrays
-from mora_jax.methods.registry import METHODS, flat_fields, stated
+from mora_jax.methods.registry import METHODS, flat_fields, stated, to_flat
 from mora_jax.models.llama import STACKED, LlamaConfig
 from mora_jax.transform import Methods, Params, Rules, Tree, assign
 
@@ -107,7 +107,7 @@ def load_adapter(
     if base:
         check_base(found, base, config)
     methods = assign(adapter_rules(found, config), params, STACKED)
-    return with_saved(found, params, config), read_arrays(found, methods, config), methods
+    return *load_arrays(found, params, methods, config), methods
 
 
 def read_adapter(path: epath.PathLike, shapes: Shapes) -> AdapterFile:
@@ -182,7 +182,41 @@ def adapter_rules(found: AdapterFile, config: LlamaConfig, given: Mapping[str, A
     return [*rules, (".*", "frozen")]
 
 
-def read_arrays(found: AdapterFile, methods: Methods, config: LlamaConfig) -> Tree:
+def load_arrays(
+    found: AdapterFile, params: Params, methods: Methods, config: LlamaConfig
+) -> tuple[Params, Tree]:
+    """Reads a file's tensors.
+
+    Args:
+      found: the file.
+      params: the parameters of the base.
+      methods: what is done with each parameter, from `adapter_rules` or from rules that agree with the file.
+      config: the base's config.
+
+    Returns:
+      The parameters with those that the file holds as a whole, and the adapters as numpy arrays.
+
+    Raises:
+      InputError: if the methods do not agree with the file.
+    """
+    adapted = {
+        tensor: on.method
+        for path, on in methods.kernels()
+        for tensor in tensors(path, config.num_hidden_layers)
+    }
+    trained = {tensor for path in methods.trained() for tensor in tensors(path, config.num_hidden_layers)}
+    if other := sorted(
+        (adapted.keys() ^ found.kernels.keys()) | (found.saved.keys() - adapted.keys() - trained)
+    ):
+        raise InputError(
+            f"{found.folder} and the rules differ in whether {some(other)} is adapted or trained"
+        )
+    for tensor, method in adapted.items():
+        _method(found.config, module_of(tensor), to_flat(method))
+    return _with_saved(found, params, config), _read_arrays(found, methods, config)
+
+
+def _read_arrays(found: AdapterFile, methods: Methods, config: LlamaConfig) -> Tree:
     """Reads the adapters of all kernels as numpy arrays, float32, layers stacked."""
     flat = {}
     for path, on in methods.kernels():
@@ -194,7 +228,7 @@ def read_arrays(found: AdapterFile, methods: Methods, config: LlamaConfig) -> Tr
     return trees.unflatten(flat)
 
 
-def with_saved(found: AdapterFile, params: Params, config: LlamaConfig) -> Params:
+def _with_saved(found: AdapterFile, params: Params, config: LlamaConfig) -> Params:
     """Returns the parameters with those that a file holds as a whole, in their types and on their devices."""
     old = trees.flatten(params)
     new: dict[str, list[np.ndarray]] = {}

@@ -15,6 +15,7 @@ from etils import epath
 from mora_jax.errors import InputError, located, nearest
 from train.config import method as method_flags
 from train.config import old
+from train.config.adapter import with_adapter
 from train.config.files import flatten, read_yaml
 from train.config.method import MethodChoice
 from train.config.run import RunConfig, groups_from_plain, rules_from_plain
@@ -70,7 +71,7 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            made = tyro.cli(
                 command,
                 args=words,
                 prog=program,
@@ -82,6 +83,7 @@ def parse(
         if not stop.code:
             raise
         raise _input_error(stop) or InputError(_one_line(complaint.getvalue())) from None
+    return _with_adapter(made, file, args)
 
 
 def read_config(path: str, args: Sequence[str] = ()) -> RunConfig:
@@ -166,6 +168,21 @@ def _texts(cls: type, prefix: str = "") -> frozenset[str]:
         elif dataclasses.is_dataclass(kind):
             found |= _texts(typing.cast(type, kind), f"{prefix}{name}.")
     return frozenset(found)
+
+
+def _with_adapter(made: Any, file: File | None, args: Sequence[str]) -> Any:
+    """Returns a command, or config, with the rules of the adapter that its config names."""
+    config = getattr(made, "run", made)
+    if not isinstance(config, RunConfig):
+        return made
+    flags = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in args}
+    keys = {
+        *(file.method if file else ()),
+        *(key.removeprefix("method.") for key in flags if _of_method(key)),
+    }
+    plain = method_flags.to_plain(config.method)
+    config = with_adapter(config, {key: value for key, value in plain.items() if key in keys})
+    return config if isinstance(made, RunConfig) else dataclasses.replace(made, run=config)
 
 
 def _of_a_run(path: str) -> bool:

@@ -54,6 +54,8 @@ class RunConfig:
       microbatches: parts that a batch is computed in, one after another (gradient accumulation).
       init_from: run, Hugging Face folder or id of a model on the Hub (org/name, org/name@revision) to start
         from instead of random weights; empty for none.
+      adapter: folder of an adapter of PEFT or of MoRA's authors, or its id on the Hub, that is trained
+        further. What is adapted and how comes from it, and init_from is its base; empty for none.
       base_dtype: type in which parameters that are not trained are held: adapted kernels and frozen ones.
         bfloat16 takes half the memory; adapters, trained parameters and the optimizer stay float32.
       model: architecture and sizes.
@@ -85,6 +87,7 @@ class RunConfig:
     batch_size: int = 1024
     microbatches: int = 1
     init_from: str = ""
+    adapter: str = ""
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
     compute: Compute = dataclasses.field(default_factory=Compute)
@@ -105,7 +108,9 @@ class RunConfig:
     rules: Annotated[tuple[Rule, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
-        spell_out(self, "", "run_dir", optional=("init_from",))
+        spell_out(self, "", "run_dir", optional=("init_from", "adapter"))
+        if self.adapter and not self.init_from:
+            raise InputError("adapter needs init_from, the model that the adapter belongs to")
         if not 0 <= self.seed < 2**32:  # JAX's keys distinguish no more
             raise InputError(f"seed must lie in [0, 2**32), not {self.seed}")
         at_least("steps", self.steps, 1)

@@ -20,6 +20,7 @@ from mora_jax.io import json_text, read_json
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config import run as run_config
+from train.config.adapter import with_adapter
 from train.config.run import RunConfig
 from train.console.exits import Diverged
 from train.console.terminal import warn
@@ -59,7 +60,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       InputError: for a config, data set or folder that cannot be trained with.
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
-    config = absolute(config)
+    config = with_adapter(absolute(config))
     backend.set_flags(config.deterministic)  # before anything starts JAX
     buckets.configure()
     agree.check_config(config, resume)

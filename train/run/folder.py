@@ -77,10 +77,11 @@ def claim(config: RunConfig) -> None:
 def absolute(config: RunConfig) -> RunConfig:
     """Returns a config whose data set and first weights are found from any working folder."""
     data = dataclasses.replace(config.data, directory=_absolute(config.data.directory))
-    source = config.init_from
-    if source and not hf.is_hub_id(source):
-        source = _absolute(source)
-    return dataclasses.replace(config, data=data, init_from=source)
+    models = {
+        name: _absolute(path) if path and not hf.is_hub_id(path) else path
+        for name, path in (("init_from", config.init_from), ("adapter", config.adapter))
+    }
+    return dataclasses.replace(config, data=data, **models)
 
 
 def read_config(run_dir: str) -> RunConfig:

@@ -15,7 +15,9 @@ from jax.typing import DTypeLike
 
 from mora_jax import hf, sharding, transform
 from mora_jax.errors import InputError, located
+from mora_jax.hf.adapter_load import check_base
 from mora_jax.hf.config import CONFIG as HF_CONFIG
+from mora_jax.hf.names import places
 from mora_jax.io import read_bytes
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.transform import Methods
@@ -116,6 +118,38 @@ def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
             )
     _warn_of_read_rows(config, info)
     return params
+
+
+def load_initial_adapter(config: RunConfig, methods: Methods, params: Any) -> tuple[Any, Any]:
+    """Returns parameters and adapters that a run which trains an adapter further starts from.
+
+    Args:
+      config: the run's config.
+      methods: what is done with each parameter.
+      params: the parameters of `init_from`.
+
+    Returns:
+      The parameters with those that the adapter's file holds as a whole, and the adapters; the parameters
+      and None if the config names no adapter.
+
+    Raises:
+      InputError: if the file does not fit the model or the rules, or its base has other weights.
+    """
+    if not config.adapter:
+        return params, None
+    with located(config.adapter, "--adapter"):
+        shapes = {name: place.shape for name, place in places(config.model).items()}
+        found = hf.read_adapter(config.adapter, shapes)
+        base = hf.local_folder(config.init_from)
+        if not (base / CONFIG).exists():
+            check_base(found, base, config.model)
+        if replaced := found.saved.keys() & found.kernels.keys():
+            raise InputError(f"it holds {min(replaced)} both as a whole and adapted; merge it: mora merge")
+        params, adapters = hf.load_arrays(found, params, methods, config.model)
+    dropout = found.config.lora_dropout
+    if dropout and not any(method.dropout for _, method in methods.adapted()):
+        warn([f"--adapter {config.adapter} was trained with lora_dropout {dropout}, and goes on without it"])
+    return params, adapters
 
 
 def widest_mesh(path: str, batch_size: int = 0) -> Mesh:

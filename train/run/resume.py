@@ -13,7 +13,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.folder import claim, diverged_at, read_config
 from train.run.meta import check_data, read_meta
 from train.run.metrics import LINES, read_metrics
-from train.run.model import load_initial
+from train.run.model import load_initial, load_initial_adapter
 from train.run.session import Run, diverged, stop_early
 from train.run.state import assign_methods, fresh_state, restore_state
 from train.run.tokenizer import keep_tokenizer
@@ -37,7 +37,8 @@ def start(run: Run) -> tuple[TrainState, Methods, dict[str, Any] | None]:
     warn(f"{what}; using an older checkpoint" for what in damaged)
     if step is None:
         methods, params = assign_methods(config), load_initial(config, run.info, run.mesh)
-        return fresh_state(config, methods, run.mesh, params), methods, None
+        params, adapters = load_initial_adapter(config, methods, params)
+        return fresh_state(config, methods, run.mesh, params, adapters), methods, None
     check_data(saved, step, run.info, resume=True)
     log(f"{config.run_dir} holds a run: resuming after {step} of {config.steps} updates")
     reported = diverged_at(config)  # read by every process before process 0 may write it

@@ -54,7 +54,9 @@ def abstract_state(config: RunConfig, methods: Methods, mesh: Mesh) -> Any:
     )
 
 
-def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh, params: Any = None) -> TrainState:
+def fresh_state(
+    config: RunConfig, methods: Methods, mesh: Mesh, params: Any = None, adapters: Any = None
+) -> TrainState:
     """Returns the state before the first update.
 
     Args:
@@ -62,12 +64,18 @@ def fresh_state(config: RunConfig, methods: Methods, mesh: Mesh, params: Any = N
       methods: what is done with each parameter.
       mesh: the devices.
       params: parameters of a warm start, which the state takes over; random ones by default.
+      adapters: adapters that are trained further, the same on all processes; fresh ones by default. Only with
+        a warm start.
     """
     spec = spec_of(config)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, methods, mesh))
     if params is None:
         return jax.jit(lambda: init_state(spec, methods, init_params(spec)), out_shardings=places)()
-    return state_over(spec, methods, jax.device_put(held(spec, methods, params), places.params), places)
+    state = state_over(spec, methods, jax.device_put(held(spec, methods, params), places.params), places)
+    if adapters is None:
+        return state
+    place = jax.jit(lambda arrays: arrays, out_shardings=places.adapters)
+    return dataclasses.replace(state, adapters=place(adapters))
 
 
 def check_saved(config: RunConfig, saved: Checkpoints, step: int) -> tuple[dict[str, Any], Methods]:
