@@ -11,9 +11,10 @@ import yaml
 from tiny import TINY
 from tiny_runs import Interrupted, arrays, lines, stop_after, without_times
 
-from mora_jax import METHODS, load_hf, sharding
+from mora_jax import METHODS, load_hf, sharding, trees
 from train.cli import main as cli
 from train.config import flags
+from train.run.model import load_model
 from train.run.state import abstract_state, assign_methods
 from train.step.spec import spec_of
 from train.step.state import init_params
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mora_jax import METHODS, Leaf, Method
+from mora_jax.methods.peft import PeftAdapter
 from mora_jax.sharding import Layout
 
 
@@ -60,6 +62,9 @@ class Offsets(Method):
     def delta(self, arrays, x, d):
         y = x @ (self.scale * arrays["u_K"]).astype(x.dtype)
         return jnp.broadcast_to(y[..., None], (*x.shape[:-1], d))
+
+    def to_peft(self, arrays, k, d):
+        return PeftAdapter({"lora_A": arrays["u_K"][None, :], "lora_B": jnp.ones((d, 1))}, 1, self.scale)
 
 
 METHODS["offsets"] = Offsets
@@ -148,6 +153,15 @@ def test_two_devices_train_it_as_one_does(run, config_file, tmp_path, axis):
     )
     u_LK = state.adapters["layers"]["mlp"]["up_proj"]["kernel"]["u_K"]
     assert u_LK.sharding.shard_shape(u_LK.shape) == ((2, 16) if axis == "fsdp" else (2, 32))
+
+
+def test_its_adapter_is_lora_for_others(run, tmp_path):
+    base, adapter, out = (str(tmp_path / name) for name in ("base", "adapter", "out"))
+    cli.main(["export", str(run), adapter, "--adapter", "--with-base", base])
+    cli.main(["merge", base, adapter, out])
+    merged, (ours, _) = load_hf(out)[0], load_model(str(run))
+    for path, leaf in trees.flatten(merged).items():
+        np.testing.assert_allclose(leaf, trees.flatten(ours)[path], atol=1e-6, err_msg=path)
 
 
 def test_it_is_described_listed_and_planned(config_file, capsys, monkeypatch):

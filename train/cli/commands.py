@@ -198,6 +198,9 @@ class Export:
     def __post_init__(self) -> None:
         spell_out(self, "", "run_dir", "out")
         spell_out(self, "--", optional=("with_base",))
+
+    def check(self) -> None:
+        """Raises InputError for flags that do not fit each other."""
         if not self.adapter and (self.format, self.pad_rank, self.with_base) != ("peft", False, ""):
             raise InputError("--format, --pad-rank and --with-base are of adapters: give --adapter too")
         if self.format == "mora" and self.pad_rank:
@@ -225,12 +228,13 @@ class Merge:
 
     def __post_init__(self) -> None:
         spell_out(self, "", "paths")
+
+    def parts(self) -> tuple[str, list[tuple[str, float]], str]:
+        """Returns the model, the adapters with their weights, and the folder to write."""
         if len(self.paths) < 3:
             raise InputError("give a model, an adapter and a folder to write: mora merge BASE ADAPTER OUT")
-
-    def adapters(self) -> list[tuple[str, float]]:
-        """Returns the adapters without their weights, and these."""
-        return [_weighted(adapter) for adapter in self.paths[1:-1]]
+        base, *adapters, out = self.paths
+        return base, [_weighted(adapter) for adapter in adapters], out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,6 +128,7 @@ def evaluate(command: Evaluate) -> None:
 
 def export(command: Export) -> None:
     """Runs `mora export`."""
+    command.check()
     if command.adapter:
         export_adapter(command)
     else:
@@ -160,8 +161,8 @@ def merge(command: Merge) -> None:
     from train.jobs.adapter import merge_adapters
 
     dtype = None if command.dtype == "base" else command.dtype
-    base, out = command.paths[0], command.paths[-1]
-    count = merge_adapters(base, command.adapters(), out, dtype)
+    base, adapters, out = command.parts()
+    count = merge_adapters(base, adapters, out, dtype)
     print(f"written: {out} ({count} tensors changed)")
 
 
