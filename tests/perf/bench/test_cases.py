@@ -15,7 +15,15 @@ from train.perf.bench.record import label, method_row
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("250m", 247.5), ("1.3b", 1339.5), ("7b", 6738.4), ("tiny", 0.119)]
+    ("size", "millions"),
+    [
+        ("250m", 247.5),
+        ("1.3b", 1339.5),
+        ("7b", 6738.4),
+        ("llama-3.2-1b", 1235.8),
+        ("qwen-2.5-0.5b", 494.0),
+        ("tiny", 0.119),
+    ],
 )
 def test_sizes_have_the_parameters_that_their_names_say(size: str, millions: float):
     params = abstract_params(SIZES[size]().config.model)

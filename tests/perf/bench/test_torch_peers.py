@@ -14,8 +14,10 @@ for package in ("torch", "transformers", "peft"):
     pytest.importorskip(package, reason="needs the extra parity: torch, transformers and peft")
 
 import torch
+from architectures import CONFIGS
 
 from mora_jax import transform
+from mora_jax.errors import InputError
 from mora_jax.methods import MoRA, Rotate, Share
 from mora_jax.models.llama import STACKED, abstract_params
 from train.perf.bench import torch_mora, torch_peers
@@ -115,3 +117,19 @@ def test_the_attention_is_that_of_transformers():
     ours = model(input_ids=tokens).logits
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(input_ids=tokens).logits, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama, llama3", "qwen2", "qwen3", "olmo2"])
+def test_a_peer_has_the_parameters_of_every_architecture(name: str):
+    case = SIZES["tiny"]()
+    model = dataclasses.replace(CONFIGS[name], max_position_embeddings=64)
+    case = dataclasses.replace(case, config=dataclasses.replace(case.config, model=model))
+    theirs = sum(p.numel() for p in torch_peers.random_model(job("full", case), CPU).parameters())
+    assert theirs == sum(math.prod(a.shape) for a in jax.tree.leaves(abstract_params(model)))
+
+
+def test_a_peer_refuses_a_window_that_it_would_not_compute():
+    case = SIZES["tiny"]()
+    windowed = dataclasses.replace(case.config, model=CONFIGS["mistral, window"])
+    with pytest.raises(InputError, match="peers compute no window"):
+        torch_peers.random_model(job("full", dataclasses.replace(case, config=windowed)), CPU)

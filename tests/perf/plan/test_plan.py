@@ -16,8 +16,10 @@ from jax.sharding import AbstractMesh, AxisType
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.methods import Decouple, mora
+from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
 from train.config import flags
+from train.config.sections import REST, Params
 from train.perf.plan import targets
 from train.perf.plan.formula import expected
 from train.perf.plan.plan import held, make_plan
@@ -91,6 +93,16 @@ def test_gradients_are_summed_over_data(abstract, config):
     assert (line.base, line.adapters) == (trained * 4, adapters * 4)  # 2 (n - 1) / n is 1
     twice = dataclasses.replace(config, microbatches=2)
     assert expected(twice, methods, state, mesh)[0].base == 2 * line.base
+
+
+def test_biases_and_norms_of_heads_are_counted(config):
+    """By hand: 2 layers train biases of q, k, v and o, and norms of heads 20 wide, beside the rest."""
+    sizes = LlamaConfig(384, 32, 48, 2, 2, 2, 32, model_type="qwen3", head_dim=20, attention_bias=True)
+    config = dataclasses.replace(config, model=sizes, params=Params(train=f"{REST}|.*/bias"))
+    methods, mesh = assign_methods(config), sharding.make_mesh(data=2)
+    (line,) = expected(config, methods, abstract_state(config, methods, mesh), mesh)
+    biases = 2 * (3 * 40 + 32)
+    assert line.base == 4 * (2 * 384 * 32 + 32 + 2 * 2 * 32 + biases + 2 * 2 * 20)
 
 
 def test_gradients_of_adapters_are_sent_in_the_dtype_of_their_sums(abstract, config):

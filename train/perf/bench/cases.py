@@ -8,6 +8,7 @@ from mora_jax.errors import InputError
 from mora_jax.methods import METHODS, OPERATORS, MoRA, Path
 from mora_jax.methods.registry import changed, fitting, flat_fields, from_json, named
 from mora_jax.models.llama import Compute, LlamaConfig
+from mora_jax.models.rope import Rope
 from train.config.method import WITHOUT_ADAPTERS, MethodChoice
 from train.config.run import DEFAULT_METHOD, RunConfig
 from train.config.sections import Data, Params, Restart, Schedule
@@ -83,6 +84,48 @@ def table_5() -> Case:
     return Case("7b", config, methods, ("lora:8", "lora:256"))
 
 
+def adapting(name: str, model: LlamaConfig, batch_size: int) -> Case:
+    """Returns the fine-tuning of a model that people have: a bfloat16 base, only adapters trained."""
+    config = RunConfig(
+        batch_size=batch_size,
+        base_dtype="bfloat16",
+        model=model,
+        compute=Compute(attention="cudnn"),
+        data=Data(sequence_length=1024),
+        method=MoRA(rank=8),
+        params=Params(train=""),
+    )
+    return Case(name, config, ("lora:8", "mora:8", "mora-rotate:8"), ("lora:8", "lora:8/compiled"))
+
+
+# The sizes and options of their config.json.
+LLAMA_3_2_1B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+    rope_theta=500_000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    rope=Rope("llama3", factor=32.0),
+)
+QWEN_2_5_HALF_B = LlamaConfig(
+    vocab_size=151_936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    max_position_embeddings=32_768,
+    rope_theta=1_000_000.0,
+    tie_word_embeddings=True,
+    model_type="qwen2",
+)
+
+
 def tiny() -> Case:
     """Returns a case that runs on a CPU in seconds, to see that everything works."""
     config = RunConfig(
@@ -101,6 +144,8 @@ SIZES = {
     "250m": lambda: pretraining("250m", LlamaConfig(), 64, align=64),
     "1.3b": lambda: pretraining("1.3b", LlamaConfig(32_100, 2048, 5461, 24, 32, 32), 32),
     "7b": table_5,
+    "llama-3.2-1b": lambda: adapting("llama-3.2-1b", LLAMA_3_2_1B, 4),
+    "qwen-2.5-0.5b": lambda: adapting("qwen-2.5-0.5b", QWEN_2_5_HALF_B, 4),
     "tiny": tiny,
 }
 

@@ -19,7 +19,7 @@ class OfCase:
     """What every benchmark of a model takes.
 
     Attributes:
-      case: 250m, 1.3b, 7b (the paper's Table 5), tiny, or a config file.
+      case: 250m, 1.3b, 7b (the paper's Table 5), llama-3.2-1b, qwen-2.5-0.5b, tiny, or a config file.
       run: the case's config.
       out: JSON file for the figures; empty for none.
     """

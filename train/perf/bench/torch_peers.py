@@ -19,6 +19,8 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from mora_jax.errors import InputError
+from mora_jax.hf.config import config_json
 from train.perf.bench import children
 from train.perf.bench.jobs import PeerJob
 from train.perf.bench.spread import GIB, spread
@@ -76,21 +78,16 @@ def build(job: PeerJob, device: torch.device) -> nn.Module:
 
 
 def random_model(job: PeerJob, device: torch.device) -> Any:
-    """Returns a `LlamaForCausalLM` whose weights are bfloat16 from the start."""
+    """Returns a model of transformers whose weights are bfloat16 from the start.
+
+    Raises:
+      InputError: if the sequences are longer than the model's sliding window, which no peer computes.
+    """
     c = job.case.config.model
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps,
-        initializer_range=c.initializer_range,
-        tie_word_embeddings=c.tie_word_embeddings,
-        use_cache=False,
-    )
+    if 0 < c.sliding_window < job.case.config.data.sequence_length:
+        raise InputError(f"peers compute no window; choose --model.sliding-window 0, not {c.sliding_window}")
+    content = config_json(c, "bfloat16", {}) | {"use_cache": False}
+    config = transformers.AutoConfig.for_model(**content)
     transformers.AttentionInterface.register(ATTENTION, causal_attention)
     transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
     torch.set_default_dtype(torch.bfloat16)

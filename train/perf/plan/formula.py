@@ -14,8 +14,8 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   on the sharded side of every adapted kernel: (n - 1) / n of them, counted once, in the backward pass, as on
   the merged path.
 
-Left out are what embedding, head and loss send over tensor, and kernels whose width the axis does not
-divide (they are all-gathered too).
+Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
+(one number a token), and kernels whose width the axis does not divide (they are all-gathered too).
 
 Gradients are sent in float32, but those of adapters in the dtype of the products. On the merged path, which
 large batches take, some methods sum them in float32 part by part of the batch, and send float32.
