@@ -7,9 +7,11 @@ from mora_jax.hf.folder import remove_leftovers, whole_folder
 from mora_jax.hf.hub import is_hub_id, local_folder
 from mora_jax.hf.merge import merge_adapters
 from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
+from mora_jax.hf.tokenizer_files import TokenizerFiles, read_tokenizer
 from mora_jax.hf.weights import load_hf, save_hf
 
 __all__ = [
+    "TokenizerFiles",
     "adapter_rules",
     "check_tokenizer",
     "is_hub_id",
@@ -20,6 +22,7 @@ __all__ = [
     "merge_adapters",
     "read_adapter",
     "read_config",
+    "read_tokenizer",
     "remove_leftovers",
     "save_adapter",
     "save_hf",

@@ -26,7 +26,9 @@ _PIECE_CHARACTERS = 1024  # `_merges` tries to cut a piece at every character
 _CHARSMAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
-def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.PathLike) -> None:
+def save_tokenizer(
+    path: epath.PathLike, sentencepiece_model: bytes | epath.PathLike, chat_template: Any = None
+) -> None:
     """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model.
 
     `AutoTokenizer.from_pretrained(path)` then encodes as SentencePiece does: it adds neither BOS nor EOS, and
@@ -40,6 +42,7 @@ def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.Path
     Args:
       path: the folder; created if it does not exist.
       sentencepiece_model: a .model file or its content; BPE or unigram.
+      chat_template: what tokenizer_config.json says of it; None for nothing.
 
     Raises:
       InputError: if this is not a SentencePiece model, or the format cannot express it exactly.
@@ -57,6 +60,7 @@ def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.Path
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             **names,
+            **({} if chat_template is None else {"chat_template": chat_template}),
         },
         "special_tokens_map.json": names,
     }
@@ -70,6 +74,16 @@ def save_tokenizer(path: epath.PathLike, sentencepiece_model: bytes | epath.Path
 def check_tokenizer(sentencepiece_model: bytes | epath.PathLike) -> None:
     """Raises InputError if `save_tokenizer` cannot write this model."""
     tokenizer_json(_parse(_content(sentencepiece_model)))
+
+
+def converted(sentencepiece_model: bytes) -> Json:
+    """Returns what `save_tokenizer` writes as tokenizer.json. Raises InputError as it does."""
+    return json.loads(json.dumps(tokenizer_json(_parse(sentencepiece_model))))
+
+
+def pieces(sentencepiece_model: bytes) -> list[str]:
+    """Returns the names of all pieces, in the order of their ids."""
+    return [piece.piece for piece in _parse(sentencepiece_model).pieces]
 
 
 def special_ids(sentencepiece_model: bytes | epath.PathLike) -> dict[str, int]:

@@ -227,7 +227,7 @@ def test_another_tokenizer_than_the_data_sets(refused, tiny_data, tiny_text, tin
     line = refused(*words, "--tokenizer", str(tmp_path / "other.model"), "--out", str(data))
     assert "was prepared with another tokenizer_sha256" in line
     assert contents(data) == before
-    shutil.copy(tmp_path / "other.model", data / "tokenizer.model")
+    shutil.copy(tmp_path / "other.model", data / "tokenizer" / "tokenizer.model")
     run = ["--data.directory", str(data), "--run-dir", str(tmp_path / "run")]
     assert "is not the tokenizer that the rows were made with" in refused("pretrain", str(tiny_yaml), *run)
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ def expected_rows(files: list[Path], tokenizer: Tokenizer) -> list[list[int]]:
     result = []
     for file in files:
         stream = [
-            t for d in documents(file) for t in [*tokenizer.processor.encode(d), tokenizer.processor.eos_id()]
+            t for d in documents(file) for t in [*tokenizer.encoder.encode(d), tokenizer.encoder.eos_id()]
         ]
         result += [stream[i : i + T] for i in range(0, len(stream) - T + 1, T)]
     return result
@@ -47,7 +47,7 @@ def test_rows_are_the_documents_joined_with_eos(text: Path, tmp_path: Path):
 @pytest.mark.parametrize("eos", [False, True])
 def test_what_is_put_around_documents(text: Path, tmp_path: Path, bos: bool, eos: bool):
     info = prepared(text, tmp_path / "d", bos=bos, eos=eos)
-    processor = Tokenizer.load(text / "t.model").processor
+    processor = Tokenizer.load(text / "t.model").encoder
     stream = [
         token
         for document in documents(text / "validation.json.gz")
@@ -92,7 +92,7 @@ def test_only_the_last_partial_row_of_a_shard_is_dropped(text: Path, tmp_path: P
     tokenizer = Tokenizer.load(text / "t.model")
     counts = tfds.builder_from_directory(tmp_path / "d").info.metadata["splits"]["train"]
     lengths = [
-        sum(len(tokenizer.processor.encode(d)) + 1 for d in documents(path))
+        sum(len(tokenizer.encoder.encode(d)) + 1 for d in documents(path))
         for path in sorted(text.glob("train.*.gz"))
     ]
     assert counts["tokens"] + counts["dropped_tokens"] == sum(lengths)
@@ -123,7 +123,7 @@ def test_metadata_states_the_tokenizer_and_the_type(text: Path, tmp_path: Path):
     assert described.metadata["eos_id"] == info.eos_id == tokenizer.eos_id
     assert described.splits["train"].num_examples == info.rows["train"]
     assert described.features["tokens"].np_dtype == np.uint16
-    assert (tmp_path / "d" / "tokenizer.model").read_bytes() == (text / "t.model").read_bytes()
+    assert (tmp_path / "d" / "tokenizer" / "tokenizer.model").read_bytes() == (text / "t.model").read_bytes()
     assert not (tmp_path / "d" / "unfinished").exists()
 
 
@@ -250,7 +250,7 @@ def test_real_text_with_a_real_tokenizer(corpus: Path, tokenizers: Path, tmp_pat
         str(tmp_path / "d"),
         workers=1,
     )
-    processor = Tokenizer.load(model).processor
+    processor = Tokenizer.load(model).encoder
     stream = [t for line in lines[:40] for t in [*processor.encode(json.loads(line)["text"]), 2]]
     assert list(itertools.chain(*rows(tmp_path / "d", "train"))) == stream[: len(stream) // 128 * 128]
     assert info.tokens["train"] == len(stream) // 128 * 128

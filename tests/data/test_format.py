@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from made_text import contents
 
 from mora_jax.errors import InputError
 from train.data.rows import build, layout, workers
@@ -41,11 +42,11 @@ def test_a_new_data_set_states_the_present_format(tiny_data: Path):
 def test_a_data_set_without_a_number_is_read(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch):
     info = load_info(str(copied))
     state(copied, None)
-    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    before = contents(copied)
     assert load_info(str(copied)) == info
     monkeypatch.setattr(workers, "write_shard", None)
     assert prepared(tiny_text, copied) == info  # has nothing to do
-    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+    assert contents(copied) == before
 
 
 def test_an_unfinished_data_set_without_a_number_is_resumed(
@@ -64,8 +65,7 @@ def test_an_unfinished_data_set_without_a_number_is_resumed(
     monkeypatch.setattr(workers, "write_shard", None)  # no shard is written again
     prepared(tiny_text, out)
     assert stated(out)["format"] == FORMAT
-    for name in {path.name for path in tiny_data.iterdir()} - {layout.SETTINGS}:
-        assert (out / name).read_bytes() == (tiny_data / name).read_bytes()
+    assert contents(out) == contents(tiny_data)
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -156,7 +156,6 @@ def test_info_states_what_was_prepared(info: DataInfo):
     assert again == info
     assert info.rows == {split: len(stored(info, split)) for split in ("train", "validation")}
     assert info.tokens == {split: T * count for split, count in info.rows.items()}
-    assert Path(info.tokenizer).parent == Path(info.directory)
 
 
 def test_fewer_rows_than_a_batch(info: DataInfo):
@@ -190,7 +189,7 @@ def test_an_unfinished_data_set(tmp_path: Path):
 
 
 def test_another_tokenizer(copied: Path):
-    model = copied / "tokenizer.model"
+    model = copied / "tokenizer" / "tokenizer.model"
     model.write_bytes(model.read_bytes() + b"\0")
     with pytest.raises(InputError, match="is not the tokenizer that the rows were made with"):
         load_info(str(copied))

@@ -84,6 +84,6 @@ def test_missing_counts_of_pieces_are_found_before_training(tiny_run, tmp_path):
     (data / "unigram.npz").unlink()
     there = dataclasses.replace(tiny_run.config.data, directory=str(data))
     config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path / "run"), data=there)
-    with pytest.raises(InputError, match=r"unigram\.npz is damaged \(.* is missing\)"):
+    with pytest.raises(InputError, match=r"unigram\.npz is missing"):
         loop.pretrain(config)
     assert not (tmp_path / "run").exists()

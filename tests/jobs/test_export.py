@@ -39,14 +39,14 @@ def test_an_export_reloads_as_the_merged_model_bit_for_bit(tiny_run, exported):
 
 def test_the_tokenizer_is_exported(tiny_run, exported):
     out, *_ = exported
-    data_tokenizer = f"{tiny_run.config.data.directory}/tokenizer.model"
+    data_tokenizer = f"{tiny_run.config.data.directory}/tokenizer/tokenizer.model"
     assert (out / "tokenizer.model").read_bytes() == Path(data_tokenizer).read_bytes()
     content = json.loads((out / "tokenizer.json").read_text())
     assert len(content["model"]["vocab"]) == 384
     config = json.loads((out / "config.json").read_text())
     tokenizer = Tokenizer.load(data_tokenizer)
     assert config["eos_token_id"] == tokenizer.eos_id
-    assert config["bos_token_id"] == tokenizer.processor.bos_id()
+    assert config["bos_token_id"] == tokenizer.encoder.bos_id()
 
 
 def test_bfloat16_rounds_after_merging(tiny_run, exported, tmp_path):
@@ -128,14 +128,14 @@ def test_a_run_is_exported_without_its_data_set(run, exported, tmp_path, capfd):
 
 def test_the_data_sets_tokenizer_serves_a_run_that_has_none(tiny_run, exported, tmp_path):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    (run / "tokenizer.model").unlink()
+    (run / "tokenizer" / "tokenizer.model").unlink()
     export(str(run), str(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(exported[0])
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"other")])
 def test_weights_are_exported_without_a_tokenizer(run, exported, tmp_path, capfd, damage):
-    damage(run / "tokenizer.model")
+    damage(run / "tokenizer" / "tokenizer.model")
     export(str(run), str(tmp_path / "out"))
     assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors"]
     weights = "model.safetensors"

@@ -261,7 +261,7 @@ def test_a_run_in_a_bucket_is_evaluated_exported_and_warm_started_from(
     assert_undisturbed(config, tiny_run)
     on_a_disk = dataclasses.replace(config, run_dir=str(tiny_run.folder))
     found = {name.partition("/")[0] for name in buckets.objects(config.run_dir)}
-    files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json", "tokenizer.model"}
+    files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json", "tokenizer"}
     assert found == files | {"checkpoints", "tensorboard"}
     another_machine(monkeypatch, tmp_path)
     entries = inventory(config.run_dir)

@@ -66,8 +66,8 @@ def rows(out: Path, split: str) -> list[list[int]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Returns the bytes of every file of a folder by name."""
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    """Returns the bytes of every file below a folder by name."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def npy(shape: str, descr: str = "<i8") -> bytes:

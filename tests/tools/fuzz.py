@@ -35,6 +35,7 @@ from pyarrow import parquet
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.hf.tokenizer_files import FOLDER
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config import flags
 from train.console.progress import progress
@@ -296,7 +297,8 @@ def _data_set() -> dict[str, bytes]:
         folder, out = Path(name), Path(name) / "out"
         train, validation = (_tiny_text(folder, f"{split}.jsonl", 3) for split in layout.SPLITS)
         build.prepare(train, validation, str(folder / "t.model"), T, str(out), workers=1)
-        return {path.name: path.read_bytes() for path in out.iterdir()}
+        files = (path for path in out.rglob("*") if path.is_file())
+        return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def write_data_set(rng: random.Random, folder: Path) -> None:
@@ -305,6 +307,7 @@ def write_data_set(rng: random.Random, folder: Path) -> None:
         files[name] = changes.changed(rng, json.loads(files[name]), as_json)
     if rng.random() < 0.3:
         files[layout.UNIGRAM] = changes.change_bytes(rng, files[layout.UNIGRAM])
+    (folder / FOLDER).mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

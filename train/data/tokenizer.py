@@ -1,6 +1,5 @@
-"""SentencePiece tokenizers: loading one, turning documents into one array of tokens, training one."""
+"""Tokenizers: turning documents into one array of tokens, training a SentencePiece model."""
 
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +7,13 @@ from itertools import chain, islice
 
 import numpy as np
 import sentencepiece as spm
+import tokenizers
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_bytes
+from mora_jax.hf.tokenizer_files import TokenizerFiles, read_tokenizer
 from train.console.progress import progress
-from train.data.rows.layout import TOKENIZER_BYTES, token_dtype
+from train.data.rows.layout import token_dtype
 from train.data.text.entries import TEXT_KEY
 from train.data.text.files import documents, shards
 from train.storage.buckets import in_bucket
@@ -28,7 +28,7 @@ COUNT_EVERY = 1_000  # lines; redrawing the bar for each would take longer than 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A SentencePiece model and the facts that a data set stores about it. `Tokenizer.load` makes one.
+    """What encodes documents, and the facts that a data set stores about it. `Tokenizer.load` makes one.
 
     `bos_id` and `eos_id` are put around each document; None for none.
     """
@@ -38,37 +38,53 @@ class Tokenizer:
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    processor: spm.SentencePieceProcessor = field(repr=False, compare=False)
+    encoder: spm.SentencePieceProcessor | tokenizers.Tokenizer = field(repr=False, compare=False)
 
     @classmethod
-    def load(cls, path: epath.PathLike, bos: bool = False, eos: bool = True) -> "Tokenizer":
-        """Reads a `.model` file.
+    def load(cls, path: epath.PathLike | TokenizerFiles, bos: bool = False, eos: bool = True) -> "Tokenizer":
+        """Reads a tokenizer.
 
         Args:
-          path: the file.
-          bos: whether each document begins with the begin-of-text piece.
-          eos: whether it ends with the end-of-text piece.
+          path: where it is (see `read_tokenizer`), or its files.
+          bos: whether each document begins with the begin-of-text token.
+          eos: whether it ends with the end-of-text token.
 
         Raises:
-          InputError: the file is missing, is not a SentencePiece model, or has no such piece.
+          InputError: the file is missing, is no tokenizer, or has no such token.
         """
-        model = _read(path)
-        processor = _processor(path, model)
-        around = (
-            _checked(path, "begin", "bos", processor.bos_id(), bos),
-            _checked(path, "end", "eos", processor.eos_id(), eos),
-        )
-        digest = hashlib.sha256(model).hexdigest()
-        return cls(str(path), digest, processor.vocab_size(), *around, processor)
+        files = path if isinstance(path, TokenizerFiles) else read_tokenizer(path)
+        encoder, ids = files.load(), files.special_ids()
+        for flag, role, wanted in (("bos", "begin", bos), ("eos", "end", eos)):
+            if wanted and f"{flag}_token_id" not in ids:
+                raise InputError(
+                    f"{files.place} has no {role}-of-text token to put around documents; add --no-{flag}"
+                )
+        around = ids["bos_token_id"] if bos else None, ids["eos_token_id"] if eos else None
+        return cls(files.place, files.sha256, _vocab_size(encoder), *around, encoder)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the tokens of all documents, with what is put around each: (N,), uint16 or uint32."""
-        bos, eos = self.bos_id is not None, self.eos_id is not None
-        pieces = [
-            self.processor.encode(text, add_bos=bos, add_eos=eos) for text in texts
-        ]  # faster than one call
+        before, after = ([] if token is None else [token] for token in (self.bos_id, self.eos_id))
+        pieces = [part for ids in _encode(self.encoder, texts) for part in (before, ids, after)]
         count = sum(map(len, pieces))
         return np.fromiter(chain.from_iterable(pieces), token_dtype(self.vocab_size), count)
+
+
+def _vocab_size(encoder: spm.SentencePieceProcessor | tokenizers.Tokenizer) -> int:
+    if isinstance(encoder, tokenizers.Tokenizer):
+        return max(encoder.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    return encoder.vocab_size()
+
+
+def _encode(
+    encoder: spm.SentencePieceProcessor | tokenizers.Tokenizer, texts: Sequence[str]
+) -> Iterator[list[int]]:
+    if isinstance(encoder, tokenizers.Tokenizer):
+        for found in encoder.encode_batch_fast(list(texts), add_special_tokens=False):
+            yield found.ids
+    else:
+        for text in texts:  # faster than one call
+            yield encoder.encode(text)
 
 
 def train_tokenizer(
@@ -116,28 +132,6 @@ def train_tokenizer(
         with writable(out, f"tokenizer {out} cannot be written"):
             write_whole(out, model)
         return Tokenizer.load(out)
-
-
-def _read(path: epath.PathLike) -> bytes:
-    try:
-        return read_bytes(path, TOKENIZER_BYTES)
-    except InputError as error:
-        raise InputError(f"tokenizer: {error}") from error
-
-
-def _checked(path: epath.PathLike, where: str, flag: str, found: int, wanted: bool) -> int | None:
-    if wanted and found < 0:
-        raise InputError(f"{path} has no {where}-of-text piece to put around documents; add --no-{flag}")
-    return found if wanted else None
-
-
-def _processor(path: epath.PathLike, model: bytes) -> spm.SentencePieceProcessor:
-    if not model:  # SentencePiece reads it as a model without pieces
-        raise InputError(f"tokenizer {path} is empty; it must be a SentencePiece .model file")
-    try:
-        return spm.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a SentencePiece model; it must be a .model file") from error
 
 
 def _sample(source: str, key: str, max_documents: int, max_characters: int) -> list[str]:

@@ -7,9 +7,9 @@ from etils import epath
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.hf.tokenizer_files import MODEL
 from mora_jax.models.llama import LlamaConfig
 from train.console.terminal import warn
-from train.data.rows.layout import TOKENIZER
 from train.run.model import load_model, widest_mesh
 from train.run.tokenizer import run_tokenizer
 from train.storage.files import naming_errors
@@ -55,20 +55,23 @@ def save_model(
     _save_tokenizer(folder, tokenizer, run_dir)
 
 
-def _special_ids(tokenizer: bytes | None) -> dict[str, int]:
+def _special_ids(tokenizer: hf.TokenizerFiles | None) -> dict[str, int]:
     """Returns the ids for config.json; none of a tokenizer that cannot be exported."""
     with contextlib.suppress(InputError):
-        return hf.special_ids(tokenizer) if tokenizer else {}
+        return tokenizer.special_ids() if tokenizer else {}
     return {}
 
 
-def _save_tokenizer(folder: epath.Path, tokenizer: bytes | None, run_dir: str) -> None:
+def _save_tokenizer(folder: epath.Path, tokenizer: hf.TokenizerFiles | None, run_dir: str) -> None:
     """Writes the tokenizer's files, or warns of those that cannot be written: the weights are kept anyway."""
     if tokenizer is None:
         warn([f"no tokenizer is exported: {run_dir} has none, and its data set is away; the weights are"])
         return
+    for name, content in tokenizer.exported().items():
+        (folder / name).write_bytes(content)
+    if tokenizer.encoder != MODEL:
+        return
     try:
-        hf.save_tokenizer(folder, tokenizer)
+        hf.save_tokenizer(folder, tokenizer.files[MODEL], tokenizer.config.get("chat_template"))
     except InputError as error:
-        warn([f"{error}; the weights and {TOKENIZER} are exported without tokenizer.json"])
-        (folder / TOKENIZER).write_bytes(tokenizer)
+        warn([f"{error}; the weights and {MODEL} are exported without tokenizer.json"])

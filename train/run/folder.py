@@ -12,6 +12,7 @@ from etils import epath
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.hf.tokenizer_files import FOLDER as TOKENIZER
 from mora_jax.io import read_json
 from train.config import flags
 from train.config import run as run_config
@@ -28,7 +29,7 @@ CONFIG = "config.yaml"
 DIVERGED = "diverged.json"
 CHECKPOINTS = "checkpoints"
 # What a run fills beside its files.
-FOLDERS = (CHECKPOINTS, EVENTS, CACHE)
+FOLDERS = (CHECKPOINTS, EVENTS, CACHE, TOKENIZER)
 # Sections that a resumed run may change: none of them affects what is trained.
 OPERATIONAL = ("run_dir", "eval", "checkpoint", "compilation", "log", "mesh", "distributed")
 

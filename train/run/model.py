@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -18,13 +17,12 @@ from mora_jax.errors import InputError, located
 from mora_jax.hf.adapter_load import check_base
 from mora_jax.hf.config import CONFIG as HF_CONFIG
 from mora_jax.hf.names import places
-from mora_jax.io import read_bytes
+from mora_jax.hf.tokenizer_files import JSON, MODEL
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import warn
 from train.data.rows.info import DataInfo
-from train.data.rows.layout import TOKENIZER, TOKENIZER_BYTES
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import check_data, read_meta
@@ -223,16 +221,14 @@ def _warn_of_read_rows(config: RunConfig, info: DataInfo) -> None:
 
 def _check_tokenizer(path: str, info: DataInfo) -> None:
     """Raises InputError if a Hugging Face folder holds another tokenizer than a data set was made with."""
-    file = epath.Path(path) / TOKENIZER
-    if file.exists():
-        if hashlib.sha256(read_bytes(file, TOKENIZER_BYTES)).hexdigest() != info.tokenizer_sha256:
+    folder = epath.Path(path)
+    if any((folder / name).exists() for name in (JSON, MODEL)):
+        if not hf.read_tokenizer(folder).has_hash(info.tokenizer_sha256):
             raise InputError(
-                f"{info.directory} was made with another tokenizer than {file}; prepare it with that one"
+                f"{info.directory} was made with another tokenizer than that of {path}; prepare it with that"
             )
-    elif (epath.Path(path) / HF_CONFIG).exists():
-        warn(
-            [f"{path} has no {TOKENIZER}: whether {info.directory} was made with its tokenizer is not known"]
-        )
+    elif (folder / HF_CONFIG).exists():
+        warn([f"{path} has no tokenizer: whether {info.directory} was made with its tokenizer is not known"])
 
 
 def _newer(saved: Checkpoints, before: list[int]) -> bool:

@@ -1,30 +1,33 @@
 """The tokenizer that a run keeps in its folder, so that its model can be exported wherever the data is."""
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 
 import jax
 from etils import epath
 
+from mora_jax import hf
 from mora_jax.errors import InputError
-from mora_jax.io import read_bytes
+from mora_jax.hf.tokenizer_files import FOLDER
 from train.data.rows.info import DataInfo
-from train.data.rows.layout import TOKENIZER, TOKENIZER_BYTES
 from train.run.checkpoint import Checkpoints
 from train.run.folder import open_checkpoints, read_config
 from train.run.meta import read_meta
-from train.storage.files import write_whole
+from train.storage.files import make_folder, write_whole
 
 
 def keep_tokenizer(run_dir: str, info: DataInfo) -> None:
     """Copies the data set's tokenizer into the run's folder. Only process 0 writes."""
-    if jax.process_index() == 0 and _read(run_dir, info.tokenizer_sha256) is None:
-        content = read_bytes(info.tokenizer, TOKENIZER_BYTES)
-        write_whole(epath.Path(run_dir) / TOKENIZER, content)
+    if jax.process_index() > 0 or _read(run_dir, info.tokenizer_sha256):
+        return
+    tokenizer, folder = hf.read_tokenizer(info.directory), epath.Path(run_dir) / FOLDER
+    make_folder(folder)
+    # What encodes comes last: with it the copy is complete.
+    for name in sorted(tokenizer.files, key=lambda name: name == tokenizer.encoder):
+        write_whole(folder / name, tokenizer.files[name])
 
 
-def run_tokenizer(run_dir: str) -> bytes | None:
+def run_tokenizer(run_dir: str) -> hf.TokenizerFiles | None:
     """Returns the tokenizer that a run was trained with, None if neither its folder nor its data has it.
 
     Raises:
@@ -47,10 +50,9 @@ def _sha256(saved: Checkpoints, steps: Sequence[int]) -> str:
     return ""
 
 
-def _read(folder: str, sha256: str) -> bytes | None:
+def _read(folder: str, sha256: str) -> hf.TokenizerFiles | None:
     """Returns the tokenizer in a folder, None if there is none with this hash."""
-    try:
-        content = read_bytes(epath.Path(folder) / TOKENIZER, TOKENIZER_BYTES)
-    except InputError:
-        return None
-    return content if hashlib.sha256(content).hexdigest() == sha256 else None
+    with contextlib.suppress(InputError):
+        found = hf.read_tokenizer(epath.Path(folder))
+        return found if found.has_hash(sha256) else None
+    return None

@@ -15,7 +15,8 @@ from pathlib import Path
 from etils import epath
 
 from mora_jax import hf
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, located
+from mora_jax.hf.tokenizer_files import FOLDER, MODEL
 from mora_jax.io import path_of
 from train.console.progress import Bar
 from train.console.terminal import warn
@@ -52,7 +53,7 @@ def prepare(
       source: training text: a glob, a folder, a file (see `files.shards`) or `tfds:NAME`; empty for a data
         set that can only be evaluated on.
       validation: validation text, likewise; empty for the validation split of a `tfds:` source.
-      tokenizer: a SentencePiece `.model` file.
+      tokenizer: a SentencePiece `.model` file, a tokenizer.json, or a folder (see `hf.read_tokenizer`).
       sequence_length: tokens of a row.
       out: a folder on a disk or in a bucket of gs:// or s3://. For a bucket, the rows are written on this
         machine's disk and uploaded at the end.
@@ -73,8 +74,9 @@ def prepare(
     """
     _check_numbers(sequence_length, skip_lines, workers)
     path_of(out, "--out")
-    model = Tokenizer.load(tokenizer, bos, eos)
-    _warn_of_export(tokenizer)
+    with located(tokenizer, "--tokenizer"):
+        model = Tokenizer.load(files := hf.read_tokenizer(tokenizer), bos, eos)
+    _warn_of_export(files)
     text = open_text(source, validation, tfds_data_dir, text_key)
     settings = settings_of(sequence_length, model, text, text_key)
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
@@ -86,7 +88,7 @@ def prepare(
                 check_text(out, text)
             else:
                 start(folder, settings)
-                _complete(folder, text, jobs, settings, tokenizer, workers or os.cpu_count() or 1)
+                _complete(folder, text, jobs, settings, files, workers or os.cpu_count() or 1)
                 if in_bucket(out):
                     load_info(str(folder))
                     _upload(folder, out)
@@ -101,10 +103,12 @@ def prepare(
     return info
 
 
-def _warn_of_export(tokenizer: str) -> None:
+def _warn_of_export(tokenizer: hf.TokenizerFiles) -> None:
     """Warns of a tokenizer that Hugging Face's format cannot express, before days of training with it."""
+    if tokenizer.encoder != MODEL:
+        return
     try:
-        hf.check_tokenizer(tokenizer)
+        hf.check_tokenizer(tokenizer.files[MODEL])
     except InputError as error:
         warn([f"{error}; models can be trained, and are exported without tokenizer.json"], every_process=True)
 
@@ -146,7 +150,7 @@ def _is_complete(out: str, settings: Settings) -> bool:
         names = set(buckets.objects(out))
         free = not names
     else:
-        refuse_links(Path(out), [layout.UNFINISHED])
+        refuse_links(Path(out), [layout.UNFINISHED, FOLDER])
         names = {entry.name for entry in Path(out).iterdir()} if Path(out).is_dir() else set()
         free = _is_started(Path(out))
     if layout.SETTINGS in names:
@@ -171,14 +175,16 @@ def _complete(
     text: Mapping[str, Sequence[TextShard]],
     jobs: Mapping[str, Sequence[Job]],
     settings: Settings,
-    tokenizer: str,
+    tokenizer: hf.TokenizerFiles,
     workers: int,
 ) -> None:
     """Does what is left to do of a data set on a disk."""
     if (folder / layout.DESCRIBED).exists():
         check_text(folder, text)
         return
-    write_whole(folder / layout.TOKENIZER, epath.Path(tokenizer).read_bytes())
+    (folder / FOLDER).mkdir(exist_ok=True)
+    for name, content in tokenizer.files.items():
+        write_whole(folder / FOLDER / name, content)
     _run([job for split in jobs for job in jobs[split]], workers)
     aside = folder / layout.UNFINISHED / "description"
     with naming_errors(aside):
@@ -220,8 +226,7 @@ def _move_up(aside: Path, folder: Path) -> None:
 
 def _upload(folder: Path, out: str) -> None:
     """Uploads a complete data set to its bucket, `TEXT` first and `DESCRIBED` last; removes it here."""
-    # Files of subfolders are left out: UNFINISHED holds the lock.
-    here = {name: size for name, size in buckets.files(folder).items() if "/" not in name}
+    here = {name: size for name, size in buckets.files(folder).items() if layout.belongs(name)}
     there = buckets.objects(out)
     text = (folder / layout.TEXT).read_bytes() if (folder / layout.TEXT).exists() else b""
     if layout.TEXT not in there or (epath.Path(out) / layout.TEXT).read_bytes() != text:

@@ -1,5 +1,6 @@
 """The facts about a prepared data set, checked against its files."""
 
+import contextlib
 import hashlib
 import io
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mora_jax.errors import InputError
+from mora_jax.hf.tokenizer_files import FOLDER, read_tokenizer
 from mora_jax.io import read_bytes, read_json
 from train.data.rows import layout
 from train.data.rows.description import check_description
@@ -30,7 +32,6 @@ class DataInfo:
     """
 
     directory: str
-    tokenizer: str
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int | None
@@ -65,7 +66,7 @@ def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataIn
             {split: layout.count(parts[split][what]) for split in there}
             for what in ("rows", "tokens", "file_bytes")
         )
-        info = DataInfo(str(folder), str(folder / layout.TOKENIZER), **facts, rows=rows, tokens=tokens)
+        info = DataInfo(str(folder), **facts, rows=rows, tokens=tokens)
         _check_facts(info, file_bytes)
     except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
@@ -132,12 +133,11 @@ def _check_files(folder: Path, file_bytes: dict[str, int]) -> None:
 
 
 def _check_tokenizer(info: DataInfo) -> None:
-    path = Path(info.tokenizer)
-    if path.exists():
-        digest = hashlib.sha256(read_bytes(path, layout.TOKENIZER_BYTES)).hexdigest()
-        if digest == info.tokenizer_sha256:
+    with contextlib.suppress(InputError):
+        if read_tokenizer(Path(info.directory)).has_hash(info.tokenizer_sha256):
             return
-    raise InputError(f"{path} is not the tokenizer that the rows were made with; restore that file")
+    place = f"{info.directory}/{FOLDER}"
+    raise InputError(f"{place} is not the tokenizer that the rows were made with; restore its files")
 
 
 def _unigram(info: DataInfo) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 rows-train.array_record-00000-of-00012 ...       rows of exactly T tokens, in ArrayRecord
 rows-validation.array_record-00000-of-00001
 dataset_info.json features.json metadata.json    TFDS's own description
-tokenizer.model                                  a copy of the tokenizer
+tokenizer/                                       the tokenizer's files (earlier: tokenizer.model here)
 unigram.npz                                      how often each piece occurs in each split
 settings.json                                    what the rows depend on, written at the first start
 text.json                                        the hash of each shard of text
@@ -18,10 +18,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mora_jax.errors import InputError
+from mora_jax.hf.tokenizer_files import FOLDER
 
 NAME = "rows"
 SPLITS = ("train", "validation")
-TOKENIZER = "tokenizer.model"
 UNIGRAM = "unigram.npz"
 SETTINGS = "settings.json"
 TEXT = "text.json"
@@ -32,7 +32,6 @@ FIELD = "tokens"
 UINT16_PIECES = 65_536
 # Far above any tokenizer. A forged file is refused before it takes memory.
 MAX_PIECES = 2**24
-TOKENIZER_BYTES = 1 << 26
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -54,6 +53,11 @@ def shard_file(split: str, index: int, count: int) -> str:
 def is_rows(name: str, splits: Collection[str] = SPLITS) -> bool:
     """Returns whether a file of this name holds rows of one of the splits."""
     return any(name.startswith(f"{NAME}-{split}.array_record-") for split in splits)
+
+
+def belongs(name: str) -> bool:
+    """Returns whether a file of this name, relative to a data set's folder, is a part of it when finished."""
+    return name.rpartition("/")[0] in ("", FOLDER)
 
 
 def count(value: Any) -> int:

@@ -7,7 +7,11 @@ import threading
 
 
 def exit_with_parent() -> None:
-    """Ends this process when its parent ends, even by SIGKILL. Leaves Ctrl-C to the parent."""
+    """Ends this process when its parent ends, even by SIGKILL. Leaves Ctrl-C to the parent.
+
+    A worker uses one core.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

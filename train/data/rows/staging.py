@@ -44,7 +44,7 @@ def staged(directory: str, splits: Collection[str] = layout.SPLITS) -> Path:
 
 
 def _download(directory: str, place: Path, splits: Collection[str]) -> None:
-    there = {name: found for name, found in buckets.objects(directory).items() if "/" not in name}
+    there = {name: found for name, found in buckets.objects(directory).items() if layout.belongs(name)}
     if not there:
         raise InputError(f"{directory} is empty: it holds no data set")
     current = _keep_current(place, there)
