@@ -3,8 +3,9 @@
 #   VENV=.venv                the folder of the environment
 #   EXTRAS=parity,wandb       further extras of pyproject.toml to install
 #   PYTEST_ARGS="-n 2"        options of pytest
-#   KILLS=100                 the number of kills of `make soak`
+#   KILLS=100                 the number of kills of `make soak` and `make file-faults`
 #   CASES=100000              the number of damaged files that `make fuzz` reads
+#   FAULTS=60                 the number of file operations that fail in `make file-faults`
 #
 # Only `make test` leaves out the tests that are marked `slow`. Plain `pytest` runs every test that it is given.
 
@@ -17,6 +18,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 PYTHON ?=
 KILLS ?= 100
 CASES ?= 100000
+FAULTS ?= 60
 
 comma := ,
 demo_installed := $(VENV)/.installed$(EXTRAS:%=-%)
@@ -31,7 +33,7 @@ ifneq ($(call version,"$(PYTHON)"),$(call version,"$(bin)/python"))
 endif
 endif
 
-.PHONY: help demo test test-all ci soak fuzz lint format constraints clean
+.PHONY: help demo test test-all ci soak file-faults fuzz lint format constraints clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +52,9 @@ ci:  ## Run `make test-all` on Python 3.11 and `make test` on Python 3.12, each 
 
 soak: $(test_installed)  ## Kill a small run KILLS=100 times and compare it with an undisturbed one
 	$(bin)/python tests/tools/soak.py --kills $(KILLS)
+
+file-faults: $(test_installed)  ## Kill commands at KILLS=100 file operations, let FAULTS=60 fail, compare the results
+	$(bin)/python tests/tools/file_faults.py --kills $(KILLS) --failures $(FAULTS)
 
 fuzz: $(test_installed)  ## Read CASES=100000 damaged files: configs, text, weights, manifests, ...
 	$(bin)/python tests/tools/fuzz.py --cases $(CASES)

@@ -1,5 +1,6 @@
 """What is said on the terminal is said as it is."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_consoles_are_made_only_in_terminal(path: Path):
 def test_warnings_are_printed_on_stderr(capsys):
     terminal.warn(f"{n} [/x]" for n in ("one", "two"))
     assert capsys.readouterr() == ("", "mora: warning: one [/x]\nmora: warning: two [/x]\n")
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_of_libraries_are_lines_of_ours(capsys):
+    with terminal.one_line_warnings():
+        warnings.warn("the disk\nis full", UserWarning, stacklevel=1)
+    assert capsys.readouterr() == ("", "mora: warning: the disk\\nis full\n")
+    with pytest.warns(match="after"):
+        warnings.warn("after", UserWarning, stacklevel=1)
 
 
 def test_warnings_are_escaped(capsys):

@@ -72,8 +72,6 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, disk, update: int) -> None:
     ],
     ids=["in the metrics", "in a save"],
 )
-# Where several files of a save fail, orbax ends its loop with the first; TensorStore reports the rest later.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_run_and_it_resumes(config, tiny_run, disk, monkeypatch, every, message):
     config = dataclasses.replace(config, checkpoint=Checkpoint(every, keep=2))
     with monkeypatch.context() as patch:

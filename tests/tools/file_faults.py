@@ -22,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -98,6 +99,9 @@ class Plan:
     action: str = "none"
 
 
+UNDISTURBED = Plan()
+
+
 class Faults:
     """The compiled library."""
 
@@ -111,9 +115,18 @@ class Faults:
         subprocess.run(words, check=True)
 
     def run(
-        self, words: Sequence[str], root: Path, plan: Plan = Plan(), env: Mapping[str, str] = {}
+        self,
+        words: Sequence[str],
+        root: Path,
+        plan: Plan = UNDISTURBED,
+        env: Mapping[str, str] = MappingProxyType({}),
+        seconds: float | None = None,
     ) -> tuple[int, str, list[str]]:
-        """Runs a program. Returns its status, its stderr, and its operations on files below `root`."""
+        """Runs a program, at most so many seconds.
+
+        Returns:
+          Its status, its stderr, and its operations on files below `root`.
+        """
         self._record.write_bytes(b"")
         os.truncate(self._record, 8 + LINE * LINES)
         faults = {
@@ -121,7 +134,8 @@ class Faults:
             "FILE_FAULTS": f"{plan.number} {plan.action} {root}",
             "FILE_FAULTS_RECORD": str(self._record),
         }
-        done = subprocess.run(words, env=environment() | faults | env, capture_output=True, text=True)
+        env = environment() | faults | dict(env)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=seconds)
         content = self._record.read_bytes()
         (count,) = struct.unpack_from("Q", content)
         lines = (content[8 + LINE * i :][:LINE].partition(b"\0")[0] for i in range(min(count, LINES)))
@@ -157,8 +171,8 @@ def main(options: FileFaults) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         faults = Faults(folder)
-        made = commands(folder)
         shares = {name: share for name, share in SHARES.items() if options.only in ("", name)}
+        made = commands(folder, shares.keys())
         trials = []
         for name, share in shares.items():
             part = share / sum(shares.values())
@@ -171,8 +185,8 @@ def main(options: FileFaults) -> int:
     return 1 if any(trial.wrong for trial in trials) else 0
 
 
-def commands(folder: Path) -> dict[str, Command]:
-    """Prepares what the commands read. Returns them by name."""
+def commands(folder: Path, names: Collection[str]) -> dict[str, Command]:
+    """Prepares what the named commands read. Returns all by name."""
     given = folder / "given"
     write_tiny_text(given, train=150, validation=60)
     place, model = folder / "work", str(given / "t.model")
@@ -182,15 +196,15 @@ def commands(folder: Path) -> dict[str, Command]:
     )
     (given / "run.yaml").write_text(config)
     (given / "demo.yaml").write_text(config.replace("vocab_size: 384", "vocab_size: 512"))
-    say("making what the commands read")
     tokenizer = (*MORA, "train-tokenizer", "--source", text[0], "--vocab-size", "384", "--out")
-    finish([*tokenizer, model])
     words = ("--source", text[0], "--validation", text[1], "--tokenizer", model, "--sequence-length", "32")
     prepare = (*MORA, "prepare-data", *words, "--out")
-    finish([*prepare, str(given / "data")])
     train = (*MORA, "pretrain", str(given / "run.yaml"), "--run-dir")
-    finish([*train, str(given / "run")])
     demo = (sys.executable, "-c", DEMO, "demo", "--config", str(given / "demo.yaml"), "--folder")
+    if set(names) - {"train-tokenizer", "demo"}:
+        say("making what the commands read")
+        for made in ([*tokenizer, model], [*prepare, f"{given}/data"], [*train, f"{given}/run"]):
+            finish(made)
     exists = "exists already"
     return {
         "pretrain": Command((*train, str(place / "run")), place, given / "jax_cache"),

@@ -28,7 +28,7 @@ from train.cli.commands import (
 from train.config import flags
 from train.config.sections import Evaluation
 from train.console import exits, streams
-from train.console.terminal import console
+from train.console.terminal import console, one_line_warnings
 from train.perf.bench import options
 from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
 from train.storage import buckets
@@ -266,7 +266,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. Errors become one line on stderr and an exit status of `train.console.exits`."""
     words = sys.argv[1:] if args is None else list(args)
     buckets.configure()
-    with streams.lossy_output(result=not set(words[:1]) & set(_WORK)):
+    with streams.lossy_output(result=not set(words[:1]) & set(_WORK)), one_line_warnings():
         try:
             with interruptible(ends=args is None):
                 run(words)

@@ -1,7 +1,10 @@
 """Output on the terminal: consoles that print text verbatim, and one-line messages on stderr."""
 
+import contextlib
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -35,6 +38,20 @@ def log(sentence: str, every_process: bool = False) -> None:
     """
     if every_process or jax.process_index() == 0:
         print(f"mora: {spelled_out(sentence)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Prints what libraries warn of through Python's `warnings` as this program's own warnings."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        warn([str(message)], every_process=True)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def warn(sentences: Iterable[str], every_process: bool = False) -> None:

@@ -30,7 +30,12 @@ from train.run import manifest
 from train.run.arrays import check_restorable
 from train.run.manifest import MANIFEST, Advance, Json
 from train.runtime.memory import exhausted
-from train.runtime.workarounds import take_folders_literally, without_logged_tracebacks
+from train.runtime.workarounds import (
+    end_failed_save,
+    ignore_closed_loops,
+    take_folders_literally,
+    without_logged_tracebacks,
+)
 from train.storage import buckets
 from train.storage.files import make_folder
 
@@ -78,6 +83,7 @@ class Checkpoints:
             raise InputError(f"at least 1 checkpoint must be kept, not {keep}")
         buckets.configure()
         take_folders_literally()
+        ignore_closed_loops()
         bucket = buckets.in_bucket(directory)
         # Orbax requires absolute paths.
         self._directory = epath.Path(directory if bucket else Path(directory).absolute())
@@ -345,6 +351,7 @@ def _save_errors(folder: epath.Path, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            end_failed_save()
             number, words = _system_reason(error)
             if exhausted(error):
                 raise MemoryError(f"{folder} {what}: {words}") from error

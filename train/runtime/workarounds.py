@@ -7,7 +7,11 @@ import glob
 import logging
 import os
 import signal
+import sys
+import threading
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 from etils import epath
 from jax._src import distributed, xla_bridge
 from jax.experimental.compilation_cache import compilation_cache
+from orbax.checkpoint._src.futures import future
 
 
 def jax_has_started() -> bool:
@@ -92,6 +97,41 @@ def on_abort(last_words: Callable[[], int]) -> Iterator[None]:
         yield
     finally:
         register(int(signal.SIGABRT), None)  # the default
+
+
+def end_failed_save() -> None:
+    """Ends the threads of a save that failed elsewhere. Returns when all have ended, or after ten seconds.
+
+    orbax 0.12. They may wait five minutes for a folder that could not be made. The program cannot exit
+    before, and then they log pages of tracebacks. Nothing public cancels a save.
+    """
+    # What the threads would have done.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    waiting = [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]
+    for thread in waiting:
+        thread.cancel()  # it does nothing after its wait, which ends now
+        future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+    until = time.monotonic() + 10
+    for thread in waiting:
+        threading.Thread.join(thread, max(0, until - time.monotonic()))
+
+
+def ignore_closed_loops() -> None:
+    """Drops errors of callbacks to an event loop that has ended. May be called again.
+
+    orbax 0.12. If several files of a save fail, it ends its loop with the first error. TensorStore reports
+    the others to that loop later, and Python prints a traceback for each.
+    """
+    report = sys.unraisablehook
+    if hasattr(report, "__wrapped__"):
+        return
+
+    @functools.wraps(report)
+    def reported(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            report(found)
+
+    sys.unraisablehook = reported
 
 
 @contextlib.contextmanager
