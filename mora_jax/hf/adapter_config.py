@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from mora_jax.errors import InputError, nearest
+from mora_jax.hf.hub import is_hub_id
 from mora_jax.io import read_object
 from mora_jax.methods import Method
 from mora_jax.methods.base import Arrays
@@ -117,10 +118,12 @@ class AdapterConfig:
         fields = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
         mora = {"use_mora": True, "mora_type": self.mora_type} if self.mora_type else {}
         del fields["mora_type"]
+        name, _, revision = base.partition("@") if is_hub_id(base) else (base, "", "")
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": name,
+            "revision": revision or None,
             "inference_mode": True,
             "bias": "none",
             "fan_in_fan_out": False,

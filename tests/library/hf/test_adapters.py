@@ -65,7 +65,7 @@ CASES = {
         },
     ),
     "final norm": ([(SOME, LoRA(2)), ("norm/scale", "train")], {"modules_to_save": ["model.norm"]}),
-    "head": ([("lm_head/kernel", LoRA(2))], {"target_modules": ["lm_head"]}),
+    "head": ([("lm_head/kernel", LoRA(2))], {"target_modules": ["lm_head"], "revision": "v1"}),
 }
 
 
@@ -83,7 +83,7 @@ def tensors_of(params, config):
 def saved(tmp_path, rules, config=SMALL, **how):
     adapted = random_adapted([*rules, FROZEN], config)
     out = tmp_path / "adapter"
-    save_adapter(out, *adapted[1:], config, base="org/base", **how)
+    save_adapter(out, *adapted[1:], config, base="org/base@v1", **how)
     return adapted, out
 
 

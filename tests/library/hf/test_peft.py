@@ -6,6 +6,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from architectures import CONFIGS
 from hf_folders import CONFIG, TIED
 from peft_folders import FROZEN, random_adapted
 
@@ -54,7 +55,7 @@ def model_of(folder):
     import torch
     import transformers
 
-    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def logits_of(model):
@@ -82,6 +83,17 @@ def test_peft_reads_our_folder(tmp_path, peft, name):
     base = str(tmp_path / "base")
     hf.save_hf(base, adapted.base, config)
     save_adapter(tmp_path / "a", *adapted[1:], config, base=base, pad_rank=name == "padded")
+    theirs = logits_of(peft.PeftModel.from_pretrained(model_of(base), str(tmp_path / "a")))
+    check(theirs, ours(adapted.merged(), config), ours(adapted.base, config))
+
+
+@pytest.mark.parametrize("name", ["llama, biases", "qwen2, window", "qwen3", "olmo2"])
+def test_every_architecture_has_its_names(tmp_path, peft, name):
+    config = CONFIGS[name]
+    adapted = random_adapted([(LINEARS, MoRA(3)), (".*norm/scale", "train"), FROZEN], config)
+    base = str(tmp_path / "base")
+    hf.save_hf(base, adapted.base, config)
+    save_adapter(tmp_path / "a", *adapted[1:], config, base=base)
     theirs = logits_of(peft.PeftModel.from_pretrained(model_of(base), str(tmp_path / "a")))
     check(theirs, ours(adapted.merged(), config), ours(adapted.base, config))
 
