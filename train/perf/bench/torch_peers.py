@@ -86,7 +86,7 @@ def random_model(job: PeerJob, device: torch.device) -> Any:
     c = job.case.config.model
     if 0 < c.sliding_window < job.case.config.data.sequence_length:
         raise InputError(f"peers compute no window; choose --model.sliding-window 0, not {c.sliding_window}")
-    content = config_json(c, "bfloat16", {}) | {"use_cache": False}
+    content: dict[str, Any] = config_json(c, "bfloat16", {}) | {"use_cache": False}
     config = transformers.AutoConfig.for_model(**content)
     transformers.AttentionInterface.register(ATTENTION, causal_attention)
     transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
