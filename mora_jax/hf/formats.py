@@ -60,7 +60,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
 # Fields that change no logits. Training has no dropout, so no dropout is among them.
 NO_EFFECT = frozenset((
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled",
-    "_from_model_config", "_model_name_or_path", "_name_or_path", "bos_token_id", "cls_token_id", "decoder_start_token_id",
+    "_from_model_config", "_model_name_or_path", "_name_or_path", "bos_token_id", "cls_token_id",
+    "decoder_start_token_id",
     "dtype", "eos_token_id", "finetuning_task", "id2label", "is_decoder", "is_llama_config", "label2id",
     "mask_token_id", "max_sequence_length", "model_max_length", "name_or_path", "output_attentions",
     "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "return_dict",
