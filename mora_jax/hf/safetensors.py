@@ -82,7 +82,7 @@ def read_headers(folder: epath.Path) -> dict[str, Stored]:
         differs from what its header says, or a tensor is in two files or of a type that is not supported.
     """
     found: dict[str, Stored] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         if not file.exists():
             raise InputError(f"{file} is missing, though {INDEX} names it; download it too")
         header, _ = read_file(file)
@@ -126,7 +126,12 @@ def write_tensors(
             stream.write(np.ascontiguousarray(tensor, spec.dtype).tobytes())
 
 
-def _weight_files(folder: epath.Path) -> list[epath.Path]:
+def weight_files(folder: epath.Path) -> list[epath.Path]:
+    """Returns the files of a folder's weights, which need not exist.
+
+    Raises:
+      InputError: if the folder holds no weights, or its index names a file outside the folder.
+    """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     index = folder / INDEX

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from tiny_runs import equal_runs
+from tiny_runs import arrays, equal_runs
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from train.config import old
 from train.config import run as run_config
 from train.jobs import pretrain as loop
+from train.run import manifest
 from train.run.checkpoint import Checkpoints
 from train.run.folder import read_config
 from train.run.meta import read_meta
@@ -90,3 +91,30 @@ def test_a_run_of_a_newer_format_is_refused(tiny_run, tmp_path):
         saved.wait()
         with pytest.raises(InputError, match=message):
             read_meta(saved, 3)
+
+
+def test_a_run_of_an_older_format_goes_on_and_then_keeps_its_base(tiny_run, free):
+    """Format 3 held everything in every checkpoint."""
+    folder = Path(free.run_dir)
+    (folder / "checkpoints").mkdir(parents=True)
+    text = (tiny_run.folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("format: 4", "format: 3"))
+    shutil.copy(tiny_run.folder / "metrics.jsonl", folder)
+    with (
+        Checkpoints(str(tiny_run.folder / "checkpoints")) as original,
+        Checkpoints(str(folder / "checkpoints")) as saved,
+    ):
+        state, _ = restore_state(free, original, 15, sharding.make_mesh(1))
+        saved.save(15, state, original.read_meta(15) | {"format": 3})
+    assert "base" not in manifest.read(saved.folder(15), 15)
+    loop.pretrain(free)
+    for ours, theirs in zip(arrays(free, folder, 22), arrays(free, tiny_run.folder, 22), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "15",
+        "18",
+        "21",
+        "22",
+        "base-10",
+        "base-8",
+    ]

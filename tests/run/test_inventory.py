@@ -25,8 +25,8 @@ def run(tiny_run, tmp_path: Path) -> Path:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     shutil.copy(tiny_run.folder / "config.yaml", run)
-    for step in (18, 21, 22):
-        shutil.copytree(tiny_run.folder / "checkpoints" / str(step), run / "checkpoints" / str(step))
+    for name in ("18", "21", "22", "base-8", "base-10"):
+        shutil.copytree(tiny_run.folder / "checkpoints" / name, run / "checkpoints" / name)
     return run
 
 
@@ -53,6 +53,7 @@ def test_a_good_run(run: Path, capsys: pytest.CaptureFixture):
         (21, "10", "0", "good"),
         (22, "10", "0", "good"),
     ]
+    assert [e.base.split(", ")[0] for e in entries] == ["base-8", "base-10", "base-10"]
     files = [path for path in (run / "checkpoints" / "21").rglob("*") if path.is_file()]
     assert entries[1].bytes == sum(p.stat().st_size for p in files if p.name != manifest.MANIFEST)
     now = datetime.datetime.now().astimezone()
@@ -72,6 +73,19 @@ def test_damaged_and_unfinished_ones(run: Path, capsys: pytest.CaptureFixture):
         cli.main(["checkpoints", str(run)])
     assert stop.value.code == exits.DAMAGED == 4
     assert f"{damaged} is damaged: it has" in capsys.readouterr().out
+
+
+def test_a_damaged_base_damages_what_refers_to_it(run: Path, capsys: pytest.CaptureFixture):
+    array = next(p for p in (run / "checkpoints" / "base-10").rglob("d/*"))
+    array.write_bytes(b"x" * array.stat().st_size)
+    assert [e.state for e in inventory(str(run))] == ["good", "damaged", "damaged"]
+    with open_checkpoints(read_config(str(run))) as saved:
+        assert saved.latest_good()[0] == 18
+    shutil.rmtree(run / "checkpoints/base-8")
+    shutil.copytree(run / "checkpoints/base-10", run / "checkpoints/base-8")
+    assert [e.state for e in inventory(str(run))] == ["damaged"] * 3
+    assert listed(run) == exits.DAMAGED
+    assert "base-8 is damaged: it holds the checkpoint of step 10" in capsys.readouterr().out
 
 
 def test_an_unfinished_checkpoint_is_not_damage(run: Path):

@@ -36,7 +36,7 @@ def is_saving(run_dir: Path) -> bool:
     """Returns whether a save is in progress, or was interrupted."""
     with contextlib.suppress(OSError):
         for folder in (run_dir / "checkpoints").iterdir():
-            if not folder.name.isdigit() or not (folder / MANIFEST).exists():
+            if not (folder / MANIFEST).exists():
                 return True
     return False
 

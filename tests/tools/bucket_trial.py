@@ -67,6 +67,7 @@ def started(config: Path, run: str, data: str, cache: Path) -> subprocess.Popen:
 def saves(run: str) -> tuple[set[int], set[int]]:
     """Returns the steps of all checkpoints in the bucket, and of the complete ones."""
     names = [name.split("/") for name in buckets.objects(run) if name.startswith("checkpoints/")]
+    names = [name for name in names if name[1].isdigit()]  # no bases
     return {int(name[1]) for name in names}, {int(name[1]) for name in names if name[2:] == ["manifest.json"]}
 
 

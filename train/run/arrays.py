@@ -1,8 +1,10 @@
-"""The arrays in a checkpoint's folder, as TensorStore finds them: what can be restored."""
+"""The arrays of a checkpoint: their names, types and shapes, and whether they can be restored."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
 import tensorstore as ts
 from etils import epath
 
@@ -29,6 +31,27 @@ def check_restorable(folder: epath.Path, arrays: Iterable[str]) -> None:
     problems += [f"{name} does not belong to it" for name in sorted(found - wanted)]
     if problems:
         raise InputError(f"{folder} cannot be restored: in its merged index of arrays, {some(problems)}")
+
+
+def layout(tree: Any) -> dict[str, str]:
+    """Returns the type and shape of each array, such as `float32[2, 3]`, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def check_layout(place: Any, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Raises InputError, naming the place, unless two layouts are equal."""
+    names = sorted(saved.keys() | wanted.keys())
+    problems = [
+        f"{n} is {saved.get(n, 'missing')} and must be {wanted.get(n, 'absent')}"
+        for n in names
+        if saved.get(n) != wanted.get(n)
+    ]
+    if problems:
+        raise InputError(f"{place} holds another state than the config's: {some(problems)}")
 
 
 def _indexed(place: epath.Path) -> set[str]:

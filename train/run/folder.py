@@ -122,6 +122,8 @@ def _remedy(name: str, run_dir: str) -> str:
     """Returns what to do if a run has another value for a key of its config."""
     if name == "data.directory":
         return f"if the data set moved, change it in {run_dir}/{CONFIG}; else choose another --run-dir"
+    if name == "init_from":
+        return f"if the model was moved, correct it in {run_dir}/{CONFIG}; else choose another --run-dir"
     if name == "steps":
         return (
             "the learning rate depends on it, so a run cannot be made longer; to train its weights further, "

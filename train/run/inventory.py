@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 from typing import Literal
 
 from etils import epath
@@ -12,7 +13,9 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.progress import progress
 from train.console.terminal import console
+from train.run import base as bases
 from train.run import manifest
+from train.run.base import Kept, Named
 from train.run.checkpoint import Checkpoints
 from train.run.folder import open_checkpoints, read_config
 from train.run.meta import group_type, read_meta
@@ -30,7 +33,8 @@ class Entry:
       step: updates done.
       restarts: restarts done.
       group_type: of MoRA's share.
-      bytes: of all files.
+      bytes: of all files, without the base.
+      base: the base that it refers to, such as "base-2, 6.8 MB" or "init_from"; empty if it holds all.
       saved: when the save was finished, in local time; None for an unfinished one.
       state: what was found.
       problems: a line for each damaged file.
@@ -40,6 +44,7 @@ class Entry:
     restarts: str
     group_type: str
     bytes: int
+    base: str
     saved: datetime.datetime | None
     state: State
     problems: tuple[str, ...] = ()
@@ -64,11 +69,25 @@ def entries_of(saved: Checkpoints, verify: bool = True, config: RunConfig | None
     """Returns what `inventory` does, for opened checkpoints; without a config, of any run."""
     unfinished = saved.unfinished()  # first: one that is moved into place now is then found below
     steps = saved.folders()
-    total = sum(_bytes(saved.folder(step)) for step in steps) / 1e6 if verify else 0
+    total = sum(_total(saved, step) for step in steps) / 1e6 if verify else 0
     with progress("verifying", total, "MB") as advance:
         entries = [_entry(saved, config, step, verify, lambda n: advance(n / 1e6)) for step in steps]
     entries += [_unfinished(step, folder) for step, folder in unfinished]
-    return sorted((entry for entry in entries if entry), key=lambda entry: entry.step)
+    found = sorted((entry for entry in entries if entry), key=lambda entry: entry.step)
+    return _with_models(saved, config, found) if verify and config else found
+
+
+def _with_models(saved: Checkpoints, config: RunConfig, entries: list[Entry]) -> list[Entry]:
+    """Returns the entries; those that refer to the model of `init_from` are damaged if it has changed."""
+    difference = functools.cache(lambda named: bases.difference(named, config.init_from))
+    named = {e.step: saved.readable_base(e.step) for e in entries if e.state == "good"}
+    problems = {step: difference(base) for step, base in named.items() if isinstance(base, Named)}
+    return [
+        dataclasses.replace(e, state="damaged", problems=(f"{saved.folder(e.step)}: {problems[e.step]}",))
+        if problems.get(e.step)
+        else e
+        for e in entries
+    ]
 
 
 def print_inventory(run_dir: str, verify: bool = True) -> bool:
@@ -84,7 +103,8 @@ def print_inventory(run_dir: str, verify: bool = True) -> bool:
 
 def table(entries: list[Entry], title: str) -> Table:
     """Returns a table with a row for each checkpoint."""
-    made = Table("step", "restarts", "group type", "MB", "saved", "state", title=title, title_justify="left")
+    columns = ("step", "restarts", "group type", "MB", "base", "saved", "state")
+    made = Table(*columns, title=title, title_justify="left")
     for e in entries:
         date = e.saved.strftime("%Y-%m-%d %H:%M:%S") if e.saved else ""
         made.add_row(
@@ -92,6 +112,7 @@ def table(entries: list[Entry], title: str) -> Table:
             spelled_out(e.restarts),
             spelled_out(e.group_type),
             f"{e.bytes / 1e6:,.1f}",
+            e.base,
             date,
             e.state,
         )
@@ -105,7 +126,7 @@ def problems(entries: list[Entry]) -> list[str]:
 
 def _unfinished(step: int, folder: epath.Path) -> Entry | None:
     """Returns None for a save that the run has removed or moved into place meanwhile."""
-    return Entry(step, "", "", _bytes(folder), None, "unfinished") if folder.exists() else None
+    return Entry(step, "", "", _bytes(folder), "", None, "unfinished") if folder.exists() else None
 
 
 def _entry(
@@ -117,8 +138,9 @@ def _entry(
         return _unfinished(step, folder)
     size, date = _bytes(folder), _date(folder)
     damage = saved.damage(step, advance) if verify else []
-    restarts = groups = ""
+    restarts = groups = base = ""
     try:
+        base = _base(saved, step)
         meta = read_meta(saved, step)
         restarts, groups = str(meta["restarts"]), group_type(Methods.from_json(meta["methods"]))
         if config:
@@ -128,11 +150,24 @@ def _entry(
     if not manifest.is_sealed(folder):  # asked again: a run that removes a checkpoint removes this first
         return _unfinished(step, folder)
     state: State = "damaged" if damage else "good" if verify else "not verified"
-    return Entry(step, restarts, groups, size, date, state, tuple(damage))
+    return Entry(step, restarts, groups, size, base, date, state, tuple(damage))
+
+
+def _base(saved: Checkpoints, step: int) -> str:
+    base = saved.base_of(step)
+    if not isinstance(base, Kept):
+        return str(base or "")
+    return f"{base}, {_bytes(saved.base_folder(base)) / 1e6:,.1f} MB"
 
 
 def _bytes(folder: epath.Path) -> int:
     return sum(size or 0 for size in manifest.sizes(folder).values())
+
+
+def _total(saved: Checkpoints, step: int) -> int:
+    """Returns the bytes that verifying a checkpoint reads."""
+    base = saved.readable_base(step)
+    return _bytes(saved.folder(step)) + (_bytes(saved.base_folder(base)) if isinstance(base, Kept) else 0)
 
 
 def _date(folder: epath.Path) -> datetime.datetime | None:

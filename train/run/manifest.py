@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
+from train.run import base
 from train.storage import buckets
 from train.storage.files import sha256, sync, write_whole
 
@@ -27,10 +28,13 @@ Json = dict[str, Any]
 Advance = Callable[[float], None]
 
 
-def seal(folder: epath.Path, content: Json) -> None:
-    """Writes the manifest: `content` (step, meta, arrays) and the size and hash of every file.
+def seal(folder: epath.Path, content: Json) -> str:
+    """Writes the manifest: `content` (step, meta, arrays, base) and the size and hash of every file.
 
     On a local disk, all files are synced before the manifest, and the manifest before this returns.
+
+    Returns:
+      The manifest's hash, as `identity` finds it.
     """
     files = [folder / name for name in sizes(folder)]
     with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
@@ -38,7 +42,9 @@ def seal(folder: epath.Path, content: Json) -> None:
     for inner in (*{path.parent for path in files}, folder.parent):
         sync(inner)
     names = {path.relative_to(folder).as_posix(): print_ for path, print_ in zip(files, found, strict=True)}
-    write_whole(folder / MANIFEST, render(content | {"files": names}))
+    manifest = content | {"files": names}
+    write_whole(folder / MANIFEST, render(manifest))
+    return identity(manifest)
 
 
 def read(folder: epath.Path, step: int) -> Json:
@@ -118,9 +124,12 @@ def is_link(path: epath.Path) -> bool:
 
 def render(manifest: Json) -> str:
     """Returns the only text that a manifest can have, its own hash included: any change is detected."""
-    body = json.dumps(manifest, sort_keys=True, allow_nan=False)
-    seal = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps(manifest | {"sha256": seal}, sort_keys=True, indent=1) + "\n"
+    return json.dumps(manifest | {"sha256": identity(manifest)}, sort_keys=True, indent=1) + "\n"
+
+
+def identity(manifest: Json) -> str:
+    """Returns a manifest's hash, which is one of all that its folder holds."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def parse(content: bytes) -> Json | None:
@@ -131,7 +140,9 @@ def parse(content: bytes) -> Json | None:
         intact = render(manifest).encode() == content
         files = manifest["files"].values()
         well_formed = all(type(f["bytes"]) is int and type(f["sha256"]) is str for f in files)
-        well_formed &= manifest.keys() == {"step", "meta", "arrays", "files"}
+        well_formed &= manifest.keys() - {"base"} == {"step", "meta", "arrays", "files"}
+        if "base" in manifest:
+            base.from_json(manifest["base"])
         well_formed &= all(type(a) is str for a in manifest["arrays"].values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None

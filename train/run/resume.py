@@ -9,14 +9,16 @@ from mora_jax.errors import InputError
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import log, warn
+from train.run import base
 from train.run.checkpoint import Checkpoints
 from train.run.folder import claim, diverged_at, read_config
 from train.run.meta import check_data, read_meta
 from train.run.metrics import LINES, read_metrics
 from train.run.model import load_initial, load_initial_adapter
 from train.run.session import Run, diverged, stop_early
-from train.run.state import assign_methods, fresh_state, restore_state
+from train.run.state import assign_methods, fresh_state, named_base, restore_state
 from train.run.tokenizer import keep_tokenizer
+from train.runtime import agree
 from train.step import spikes
 from train.step.state import TrainState
 
@@ -37,8 +39,12 @@ def start(run: Run) -> tuple[TrainState, Methods, dict[str, Any] | None]:
     warn(f"{what}; using an older checkpoint" for what in damaged)
     if step is None:
         methods, params = assign_methods(config), load_initial(config, run.info, run.mesh)
-        params, adapters = load_initial_adapter(config, methods, params)
-        return fresh_state(config, methods, run.mesh, params, adapters), methods, None
+        initial, adapters = load_initial_adapter(config, methods, params)
+        named = named_base(config, methods) if base.is_same(params, initial, methods) else None
+        if named:
+            agree.check_equal({f"hash of {name} in {config.init_from}": h for name, h in named.files})
+            saved.refer_to(named)
+        return fresh_state(config, methods, run.mesh, initial, adapters), methods, None
     check_data(saved, step, run.info, resume=True)
     log(f"{config.run_dir} holds a run: resuming after {step} of {config.steps} updates")
     reported = diverged_at(config)  # read by every process before process 0 may write it

@@ -13,6 +13,7 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.exits import Diverged, Preempted, Stopped
 from train.data.rows.info import DataInfo
+from train.run import base
 from train.run.checkpoint import Checkpoints
 from train.run.folder import note_diverged, open_checkpoints
 from train.run.meta import build_meta
@@ -58,7 +59,9 @@ class Run:
           evaluation: the score of this very state, if it was evaluated.
         """
         self.check_folder()
-        self.saved.save(step, state, build_meta(self.config, methods, self.info, step, evaluation))
+        meta = build_meta(self.config, methods, self.info, step, evaluation)
+        rest, shared = base.split(state, methods)
+        self.saved.save(step, rest, meta, shared, self.config.restarts_before(step))
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mora_jax import sharding, transform
+from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
 from train.config import old
 from train.config.run import RunConfig
+from train.run import base
+from train.run.arrays import check_layout, layout
+from train.run.base import Kept, Named
 from train.run.checkpoint import Checkpoints
-from train.run.folder import check_same_config
+from train.run.folder import CONFIG, check_same_config
 from train.run.meta import check_derived, read_meta
 from train.step.spec import spec_of
 from train.step.state import TrainState, held, init_params, init_state, layouts, state_over
@@ -78,6 +81,22 @@ def fresh_state(
     return dataclasses.replace(state, adapters=place(adapters))
 
 
+def named_base(config: RunConfig, methods: Methods) -> Named | None:
+    """Returns the reference to the model that a run starts from, if its base can be read from there again.
+
+    Returns:
+      None for random weights, for a run, which may be trained further, and if every parameter is trained.
+
+    Raises:
+      InputError: if the folder holds no weights.
+    """
+    folder = config.init_from
+    all_trained = len(methods.trained()) == len(methods.choices)
+    if not folder or all_trained or (hf.local_folder(folder) / CONFIG).exists():
+        return None
+    return base.name_model(folder)
+
+
 def check_saved(config: RunConfig, saved: Checkpoints, step: int) -> tuple[dict[str, Any], Methods]:
     """Returns what was saved beside the arrays of a run's checkpoint, and its methods. Reads no array.
 
@@ -87,13 +106,19 @@ def check_saved(config: RunConfig, saved: Checkpoints, step: int) -> tuple[dict[
     """
     methods, found = methods_at(config, step), read_meta(saved, step)
     # The data may have moved, with config.yaml edited by hand. `check_data` compares what the data set holds.
-    check_same_config(found["config"], config, f"{saved.folder(step)} was saved by a run", "data.directory")
+    # So may have the model of init_from, whose files are compared.
+    may_move = ("data.directory", "init_from")
+    check_same_config(found["config"], config, f"{saved.folder(step)} was saved by a run", *may_move)
     if Methods.from_json(found["methods"]) != methods:
         raise InputError(
             f"{config.run_dir}: the methods saved at step {step} are not those that the config gives for it"
         )
     check_derived(config, step, found)
-    saved.check_layout(step, _as_saved(state_shapes(config, methods), found[KEY]))
+    shapes = _as_saved(state_shapes(config, methods), found[KEY])
+    if saved.base_of(step):
+        saved.check_layout(step, *base.split(shapes, methods))
+    else:
+        saved.check_layout(step, shapes)
     return found, methods
 
 
@@ -102,13 +127,41 @@ def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) 
 
     Raises:
       InputError: if a run of another config saved it; if its methods, restarts, data position or random
-        state are not those that the config gives for its step; or if it is damaged.
+        state are not those that the config gives for its step; if it is damaged; or if its base is that of
+        `init_from`, and the model there is another one by now.
     """
     found, methods = check_saved(config, saved, step)
-    state = _load(saved, step, abstract_state(config, methods, mesh), found[KEY])
+    abstract = abstract_state(config, methods, mesh)
+    match saved.base_of(step):
+        case None:
+            state = _load(saved, step, abstract, found[KEY])
+        case Named() as named:
+            rest, shared = base.split(abstract, methods)
+            state = saved.restore(step, rest)
+            state = base.join(state, _read_named(config, named, shared, mesh))
+            saved.refer_to(named)
+        case Kept():
+            rest, shared = base.split(abstract, methods)
+            state = base.join(saved.restore(step, rest), saved.restore_base(step, shared))
     if int(state.step) != step:
         raise InputError(f"{config.run_dir}: checkpoint {step} holds the state of {int(state.step)} updates")
     return state, methods
+
+
+def _read_named(config: RunConfig, named: Named, abstract: Any, mesh: Mesh) -> Any:
+    """Returns the base that `init_from` names. Raises InputError if it is not what the run started from."""
+    remedy = f"restore it, or, if it was moved, correct init_from in {config.run_dir}/{CONFIG}"
+    try:
+        if found := base.difference(named, config.init_from):
+            raise InputError(found)
+        flat = trees.flatten(abstract["params"])
+        types = {path: leaf.dtype for path, leaf in flat.items()}
+        params = trees.flatten(hf.load_hf(hf.local_folder(config.init_from), mesh, types)[0])
+        arrays = {"params": trees.unflatten({path: params[path] for path in flat})}
+        check_layout(config.init_from, layout(arrays), layout(abstract))
+    except InputError as error:
+        raise InputError(f"{config.run_dir} needs the model it started from: {error}; {remedy}") from error
+    return jax.device_put(arrays, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
 
 def _load(saved: Checkpoints, step: int, abstract: TrainState, number: int) -> TrainState:
