@@ -98,7 +98,7 @@ def test_a_run_of_an_older_format_goes_on_and_then_keeps_its_base(tiny_run, free
     folder = Path(free.run_dir)
     (folder / "checkpoints").mkdir(parents=True)
     text = (tiny_run.folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("format: 4", "format: 3"))
+    (folder / "config.yaml").write_text(text.replace(f"format: {FORMAT}", "format: 3"))
     shutil.copy(tiny_run.folder / "metrics.jsonl", folder)
     with (
         Checkpoints(str(tiny_run.folder / "checkpoints")) as original,

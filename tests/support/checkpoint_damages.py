@@ -1,6 +1,7 @@
 """The ways in which a disk, a copy or a careless hand may damage a checkpoint.
 
-Each function damages a checkpoint of a folder at random, and returns the steps that are damaged.
+Each function damages a checkpoint of a folder at random, or its base, and returns the steps that are
+damaged.
 """
 
 import json
@@ -30,8 +31,13 @@ def pick(rng: random.Random, folder: Path, empty: bool = True) -> Path:
     return rng.choice([path for path in files_of(folder) if empty or path.stat().st_size])
 
 
+def place_of(rng: random.Random, directory: Path, step: int) -> Path:
+    """Returns the folder of a checkpoint, or of its base."""
+    return directory / rng.choice((str(step), f"base-{step}"))
+
+
 def flip_bits(rng: random.Random, directory: Path, step: int) -> Steps:
-    path = pick(rng, directory / str(step), empty=False)
+    path = pick(rng, place_of(rng, directory, step), empty=False)
     content = bytearray(path.read_bytes())
     for place in rng.sample(range(len(content)), min(rng.choice((1, 1, 1, 2, 8)), len(content))):
         content[place] ^= 1 << rng.randrange(8)
@@ -40,20 +46,20 @@ def flip_bits(rng: random.Random, directory: Path, step: int) -> Steps:
 
 
 def truncate(rng: random.Random, directory: Path, step: int) -> Steps:
-    path = pick(rng, directory / str(step), empty=False)
+    path = pick(rng, place_of(rng, directory, step), empty=False)
     os.truncate(path, rng.randrange(path.stat().st_size))
     return {step}
 
 
 def extend(rng: random.Random, directory: Path, step: int) -> Steps:
-    with pick(rng, directory / str(step)).open("ab") as file:
+    with pick(rng, place_of(rng, directory, step)).open("ab") as file:
         file.write(rng.choice((b"\0", b"\n", rng.randbytes(rng.randint(1, 5000)))))
     return {step}
 
 
 def overwrite(rng: random.Random, directory: Path, step: int) -> Steps:
     """Overwrites a block with zeros or noise, as a lost write does."""
-    path = pick(rng, directory / str(step), empty=False)
+    path = pick(rng, place_of(rng, directory, step), empty=False)
     before = path.read_bytes()
     start = rng.randrange(len(before))
     length = rng.randint(1, min(4096, len(before) - start))
@@ -65,42 +71,44 @@ def overwrite(rng: random.Random, directory: Path, step: int) -> Steps:
 
 
 def delete(rng: random.Random, directory: Path, step: int) -> Steps:
-    pick(rng, directory / str(step)).unlink()
+    pick(rng, place_of(rng, directory, step)).unlink()
     return {step}
 
 
 def delete_folder(rng: random.Random, directory: Path, step: int) -> Steps:
-    folders = [path for path in (directory / str(step)).rglob("*") if path.is_dir()]
+    folders = [path for path in place_of(rng, directory, step).rglob("*") if path.is_dir()]
     shutil.rmtree(rng.choice([f for f in folders if files_of(f)]))
     return {step}
 
 
 def add(rng: random.Random, directory: Path, step: int) -> Steps:
-    folder = pick(rng, directory / str(step)).parent
+    folder = pick(rng, place_of(rng, directory, step)).parent
     (folder / f"new{rng.randrange(100)}").write_bytes(rng.randbytes(rng.randrange(20)))
     return {step}
 
 
 def add_copy(rng: random.Random, directory: Path, step: int) -> Steps:
-    path = pick(rng, directory / str(step))
+    path = pick(rng, place_of(rng, directory, step))
     shutil.copy(path, path.with_name(f"{path.name}{rng.choice(('~', '.bak', ' (1)'))}"))
     return {step}
 
 
 def rename(rng: random.Random, directory: Path, step: int) -> Steps:
-    path = pick(rng, directory / str(step))
+    path = pick(rng, place_of(rng, directory, step))
     path.rename(path.with_name(f"{path.name}x"))
     return {step}
 
 
 def swap(rng: random.Random, directory: Path, step: int) -> Steps:
     """Swaps two files of one checkpoint."""
-    return _swap(rng, directory / str(step), directory / str(step)) and {step}
+    folder = place_of(rng, directory, step)
+    return _swap(rng, folder, folder) and {step}
 
 
 def swap_across(rng: random.Random, directory: Path, step: int) -> Steps:
     """Swaps a file of one checkpoint with one of the other, often of the same name."""
-    return _swap(rng, *(directory / str(s) for s in STEPS)) and set(STEPS)
+    name = rng.choice(("", "base-"))
+    return _swap(rng, *(directory / f"{name}{s}" for s in STEPS)) and set(STEPS)
 
 
 def _swap(rng: random.Random, folder: Path, other: Path) -> bool:
@@ -117,7 +125,8 @@ def _swap(rng: random.Random, folder: Path, other: Path) -> bool:
 
 def take_another(rng: random.Random, directory: Path, step: int) -> Steps:
     """Replaces a file by that of the same name in the other checkpoint."""
-    here, there = (directory / str(s) for s in (step, 3 - step))
+    name = rng.choice(("", "base-"))
+    here, there = (directory / f"{name}{s}" for s in (step, 3 - step))
     shared = [p.relative_to(here) for p in files_of(here) if (there / p.relative_to(here)).exists()]
     different = [p for p in shared if (here / p).read_bytes() != (there / p).read_bytes()]
     name = rng.choice(different)
@@ -127,13 +136,15 @@ def take_another(rng: random.Random, directory: Path, step: int) -> Steps:
 
 def copy_whole(rng: random.Random, directory: Path, step: int) -> Steps:
     """Replaces the checkpoint by the other one."""
-    shutil.rmtree(directory / str(step))
-    shutil.copytree(directory / str(3 - step), directory / str(step))
+    name = rng.choice(("", "base-"))
+    shutil.rmtree(directory / f"{name}{step}")
+    shutil.copytree(directory / f"{name}{3 - step}", directory / f"{name}{step}")
     return {step}
 
 
 def swap_whole(rng: random.Random, directory: Path, step: int) -> Steps:
-    one, other, aside = (directory / name for name in ("1", "2", "aside"))
+    kind = rng.choice(("", "base-"))
+    one, other, aside = (directory / name for name in (f"{kind}1", f"{kind}2", "aside"))
     one.rename(aside)
     other.rename(one)
     aside.rename(other)
@@ -142,7 +153,7 @@ def swap_whole(rng: random.Random, directory: Path, step: int) -> Steps:
 
 def link(rng: random.Random, directory: Path, step: int) -> Steps:
     """Replaces a file by a link to it: the target may change without notice."""
-    path = pick(rng, directory / str(step))
+    path = pick(rng, place_of(rng, directory, step))
     elsewhere = directory.parent / f"elsewhere-{step}"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -151,9 +162,9 @@ def link(rng: random.Random, directory: Path, step: int) -> Steps:
 
 def edit_manifest(rng: random.Random, directory: Path, step: int) -> Steps:
     """Changes a value, a name or an entry of the manifest, but not the manifest's hash of itself."""
-    path = directory / str(step) / MANIFEST
+    path = place_of(rng, directory, step) / MANIFEST
     content = json.loads(path.read_text())
-    part = content[rng.choice(("files", "arrays", "meta"))]
+    part = content[rng.choice([name for name in ("files", "arrays", "meta", "base") if content.get(name)])]
     name = rng.choice(sorted(part))
     change = rng.randrange(4)
     if change == 0:
@@ -170,7 +181,7 @@ def edit_manifest(rng: random.Random, directory: Path, step: int) -> Steps:
 
 def edit_and_seal(rng: random.Random, directory: Path, step: int) -> Steps:
     """Changes the manifest's entries of files, and corrects its hash of itself."""
-    path = directory / str(step) / MANIFEST
+    path = place_of(rng, directory, step) / MANIFEST
     content = json.loads(path.read_text())
     del content["sha256"]
     files = content["files"]
@@ -196,10 +207,15 @@ DAMAGES: tuple[Callable[[random.Random, Path, int], Steps], ...] = (
 
 
 def make_pristine(directory: Path) -> None:
-    """Saves two good checkpoints with equal shapes and different values."""
+    """Saves two good checkpoints, each with a base, with equal shapes and different values."""
     with Checkpoints(str(directory)) as saved:
         for step in STEPS:
-            saved.save(step, state(step), {"methods": {"a": "train"}, "restarts": step})
+            meta = {"methods": {"a": "train"}, "restarts": step}
+            saved.save(step, state(step), meta, shared(step), step)
+
+
+def shared(seed: int) -> dict:
+    return {"base": {"kernel": jax.random.normal(jax.random.key(seed), (40, 30)).astype(jnp.bfloat16)}}
 
 
 def state(seed: int) -> dict:
@@ -215,13 +231,17 @@ def undetected(rng: random.Random, pristine: Path, work: Path) -> tuple[str, str
     kind = rng.choice(DAMAGES)
     damaged = kind(rng, directory, rng.choice(STEPS))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state(0))
+    wanted, base = (
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+        for tree in (state(0), shared(0))
+    )
     with Checkpoints(str(directory)) as saved:
         for step in sorted(damaged):
             if not saved.damage(step):
                 return kind.__name__, f"the damage of step {step} was not found"
             try:
                 saved.restore(step, wanted)
+                saved.restore_base(step, base)
             except InputError:
                 continue
             return kind.__name__, f"step {step} was loaded"

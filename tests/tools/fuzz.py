@@ -205,6 +205,10 @@ def write_manifest(rng: random.Random, folder: Path) -> None:
     value = changes.change(rng, _manifest()) if rng.random() < 0.9 else _manifest()
     if rng.random() < 0.3:
         value = _manifest() | {"meta": changes.change(rng, _manifest()["meta"])}
+    if isinstance(value, dict) and rng.random() < 0.3:
+        value |= {
+            "base": changes.change(rng, rng.choice(({"restarts": 3, "sha256": "x"}, {"files": {"a": "x"}})))
+        }
     try:
         content = manifest.render(value).encode()  # with the right hash of itself
     except (TypeError, ValueError, RecursionError):

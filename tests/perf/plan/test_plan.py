@@ -13,13 +13,13 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from mora_jax import sharding
+from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import Decouple, mora
 from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
 from train.config import flags
-from train.config.sections import REST, Params
+from train.config.sections import REST, Params, Restart, Schedule
 from train.perf.plan import targets
 from train.perf.plan.formula import expected
 from train.perf.plan.plan import held, make_plan
@@ -63,6 +63,34 @@ def test_the_state_on_one_device(abstract, config):
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves((state.params, state.adapters, state.opt_state))
     )
+
+
+def in_bfloat16(config):
+    compute = dataclasses.replace(config.compute, dtype="bfloat16")
+    changes = {"base_dtype": "bfloat16", "restart": Restart(), "schedule": Schedule(warmup=2)}
+    return dataclasses.replace(config, compute=compute, params=Params(train=".*norm/scale"), **changes)
+
+
+def test_a_bfloat16_base_takes_two_bytes_an_entry(config):
+    """Llama-7B under MoRA of rank 8 so fits on a GPU of 24 GB."""
+    config = in_bfloat16(config)
+    methods, mesh = assign_methods(config), sharding.make_mesh(1)
+    state = abstract_state(config, methods, mesh)
+    trained = sum(leaf.size for path, leaf in trees.flatten(state.params).items() if "norm" in path)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    found = held(state, labels(config, methods))
+    assert found.parameters == 4 * trained + 2 * (whole - trained)
+    assert found.base_optimizer == 2 * 4 * trained + 4
+
+
+@pytest.mark.slow
+def test_a_plan_makes_no_float32_copy_of_a_bfloat16_base(config):
+    """The CPU compiler has no products of bfloat16, and would convert the kernels of all layers at once."""
+    model = dataclasses.replace(config.model, num_hidden_layers=32, hidden_size=64, intermediate_size=512)
+    config = dataclasses.replace(in_bfloat16(config), model=model, batch_size=1)
+    made = make_plan(config, targets.simulated(1, 1))
+    copy = 4 * 32 * 3 * 64 * 512
+    assert made.programs[0].temporary < copy
 
 
 @pytest.mark.parametrize("name", ["250m_remora", "1_3b_remora", "7b_remora"])

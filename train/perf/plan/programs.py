@@ -47,12 +47,12 @@ class Program:
 def train_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the training step."""
     tokens_BT = _tokens(config.batch_size, config, mesh)
-    return _compiled(train_step, mesh, spec_of(config), methods, state, tokens_BT)
+    return _compiled(train_step, mesh, config, spec_of(config), methods, state, tokens_BT)
 
 
 def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the restart, which merges, re-initialises and clears optimizer state."""
-    return _compiled(restart_step, mesh, spec_of(config), methods, state)
+    return _compiled(restart_step, mesh, config, spec_of(config), methods, state)
 
 
 def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
@@ -61,7 +61,8 @@ def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) ->
     tokens_BT = _tokens(rows, config, mesh)
     weights_B = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding.batch(mesh))
     model = Llama(config.model, config.compute)
-    return _compiled(eval_step, mesh, model, methods, state.params, state.adapters, tokens_BT, weights_B)
+    arrays = (state.params, state.adapters)
+    return _compiled(eval_step, mesh, config, model, methods, *arrays, tokens_BT, weights_B)
 
 
 PROGRAMS = {"train": train_program, "restart": restart_program, "eval": eval_program}
@@ -72,13 +73,13 @@ def _tokens(rows: int, config: RunConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.batch(mesh))
 
 
-def _compiled(function: Any, mesh: Mesh, *arguments: Any) -> Program:
+def _compiled(function: Any, mesh: Mesh, config: RunConfig, *arguments: Any) -> Program:
     with jax.set_mesh(mesh):
         traced = function.trace(*arguments)
         lowered = traced.lower()
         began = time.perf_counter()
         try:
-            compiled, refused = lowered.compile(), ""
+            compiled, refused = lowered.compile(compiler_options=_options(config, mesh)), ""
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -94,6 +95,18 @@ def _compiled(function: Any, mesh: Mesh, *arguments: Any) -> Program:
         collectives=collectives(compiled.as_text(), mesh.shape) if compiled else [],
         seconds=time.perf_counter() - began,
     )
+
+
+def _options(config: RunConfig, mesh: Mesh) -> dict[str, str]:
+    """Returns the compiler's options.
+
+    The CPU compiler has no products of bfloat16, which GPUs have. It would convert the kernels of all layers
+    to float32 before the loop over layers.
+    """
+    if mesh.devices.flat[0].platform != "cpu" or config.base_dtype == "float32":
+        return {}
+    passes = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
+    return {"xla_disable_hlo_passes": ",".join(passes)}
 
 
 def _peak(memory: Any, mesh: Mesh) -> int:
