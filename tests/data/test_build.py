@@ -1,6 +1,7 @@
 """Preparation: exact rows with any number of workers, and every refusal."""
 
 import gzip
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from made_text import T, contents, prepared, random_texts, rows, write_lines
+from made_tokenizers import TEMPLATE, byte_level, write_folder
 from sentencepiece import sentencepiece_model_pb2
 
 from mora_jax.errors import InputError
 from train.data.rows import shard
 from train.data.rows.build import prepare
-from train.data.rows.info import content_hash
+from train.data.rows.info import content_hash, load_info
 from train.data.rows.read import eval_batches, train_batches
 from train.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -180,6 +182,28 @@ def test_a_tokenizer_that_cannot_be_exported_is_told(text: Path, tmp_path: Path,
     monkeypatch.setattr("mora_jax.hf.check_tokenizer", refuse, raising=False)
     prepared(text, tmp_path / "d")
     assert "warning: cannot be exported exactly; models can be trained" in capfd.readouterr().err
+
+
+def test_a_data_set_keeps_all_files_of_a_tokenizer(text: Path, tmp_path: Path):
+    made = byte_level(random_texts(100, seed=1))
+    folder = write_folder(
+        tmp_path / "hf", made, chat_template=TEMPLATE, generation_config={"eos_token_id": 0}
+    )
+    info = prepared(text, tmp_path / "d", tokenizer=str(folder))
+    assert contents(tmp_path / "d" / "tokenizer") == contents(folder)
+    assert info.tokenizer_sha256 == hashlib.sha256(made.encode()).hexdigest()
+    encoder = Tokenizer.load(folder).encoder
+    stream = [
+        token
+        for document in documents(text / "validation.json.gz")
+        for token in [*encoder.encode(document, add_special_tokens=False).ids, 0]
+    ]
+    assert list(itertools.chain(*rows(tmp_path / "d", "validation"))) == stream[: len(stream) // T * T]
+    again = prepared(text, tmp_path / "e", tokenizer=str(tmp_path / "d"))  # the tokenizer of a data set
+    assert (again.tokenizer_sha256, again.rows) == (info.tokenizer_sha256, info.rows)
+    (tmp_path / "d" / "tokenizer" / "tokenizer.json").write_text(made.replace("<|pad|>", "<|pod|>"))
+    with pytest.raises(InputError, match="tokenizer is not the tokenizer that the rows were made with"):
+        load_info(str(tmp_path / "d"))
 
 
 def test_an_unknown_store_is_refused(text: Path):

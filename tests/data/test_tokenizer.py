@@ -4,11 +4,13 @@ import hashlib
 import json
 import pickle
 import random
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece as spm
+from made_tokenizers import byte_level, write_folder
 
 from mora_jax.errors import InputError
 from train.data.tokenizer import Tokenizer, train_tokenizer
@@ -102,6 +104,36 @@ def test_a_bucket_is_refused(tmp_path: Path):
 def test_no_text_to_train_on(tmp_path: Path):
     with pytest.raises(InputError, match="holds no text"):
         train_tokenizer(write(tmp_path / "a.json", [""]), str(tmp_path / "t.model"), 400)
+
+
+def test_a_tokenizer_json_encodes_documents(tmp_path: Path):
+    made = Tokenizer.load(write_folder(tmp_path / "hf", byte_level(texts(200))), bos=True)
+    documents = [
+        "One text.",
+        "",
+        "Another, with ü and 漢字\nand lines, and more than the eight tokens of the file.",
+    ]
+    tokens = made.encode_documents(documents).tolist()
+    expected = [[1, *made.encoder.encode(text, add_special_tokens=False).ids, 0] for text in documents]
+    assert tokens == list(chain.from_iterable(expected))
+    assert [made.encoder.decode(ids) for ids in expected] == documents
+    assert (made.vocab_size, made.bos_id, made.eos_id) == (400, 1, 0)
+    copy = pickle.loads(pickle.dumps(made))  # as for worker processes
+    assert copy == made
+    assert copy.encode_documents(documents).tolist() == tokens
+
+
+def test_a_vocabulary_with_gaps_reaches_to_its_last_id(tmp_path: Path):
+    content = json.loads(byte_level(texts(20), 300))
+    content["model"]["vocab"]["QQ"] = 70_000
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=r"t\.json has no end-of-text token to put around documents; add --no-eos"
+    ):
+        Tokenizer.load(tmp_path / "t.json")
+    made = Tokenizer.load(tmp_path / "t.json", eos=False)
+    assert made.vocab_size == 70_001
+    assert made.encode_documents(["a"]).dtype == np.uint32
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b'{"model": "a tokenizer.json"}', bytes(100)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from made_tokenizers import TEMPLATE, byte_level, write_folder
+from sentencepiece import SentencePieceTrainer
+from tiny import tiny_documents
 
 from mora_jax import hf, trees
 from mora_jax.errors import InputError
+from train.data.rows.build import prepare
 from train.data.tokenizer import Tokenizer
-from train.jobs.export import export
+from train.jobs.export import export, save_tokenizer
 from train.run.model import load_model
+from train.run.tokenizer import keep_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +147,61 @@ def test_weights_are_exported_without_a_tokenizer(run, exported, tmp_path, capfd
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (exported[0] / weights).read_bytes()
     assert "warning: no tokenizer is exported" in capfd.readouterr().err
+
+
+@pytest.fixture
+def tokens_of(tmp_path, tiny_text):
+    """Prepares data with a tokenizer, keeps it as a run does, and exports that."""
+
+    def kept(tokenizer):
+        validation = str(tiny_text / "c4-validation.*")
+        info = prepare("", validation, str(tokenizer), 32, str(tmp_path / "data"), workers=1)
+        keep_tokenizer(str(tmp_path / "run"), info)
+        shutil.rmtree(tmp_path / "data")
+        (tmp_path / "out").mkdir()
+        save_tokenizer(tmp_path / "out", hf.read_tokenizer(tmp_path / "run"), "run")
+        return contents(tmp_path / "out")
+
+    return kept
+
+
+def test_a_tokenizer_json_is_exported_as_it_came(tokens_of, tmp_path):
+    files = {
+        "chat_template": TEMPLATE,
+        "generation_config": {"eos_token_id": [0, 7]},
+        "config": {"eos_token_id": 5},
+    }
+    folder = write_folder(tmp_path / "hf", byte_level(tiny_documents(50, 1)), **files)
+    made = tokens_of(folder)
+    assert made == {name: content for name, content in contents(folder).items() if name != "config.json"}
+    assert hf.read_tokenizer(tmp_path / "run").special_ids() == {
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "pad_token_id": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"user_defined_symbols": ["<sep>"]}, "user-defined symbols need add_dummy_prefix false"),
+        (
+            {"user_defined_symbols": ["<pad>"], "add_dummy_prefix": False, "model_type": "unigram"},
+            "user-defined symb",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_told_before_and_exported_beside_it(
+    tokens_of, tmp_path, capfd, options, fault
+):
+    with (tmp_path / "t.model").open("wb") as file:
+        how = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
+        SentencePieceTrainer.train(sentence_iterator=iter(tiny_documents(80, 1)), model_writer=file, **how)
+    made = tokens_of(tmp_path / "t.model")
+    said = " ".join(capfd.readouterr().err.split())
+    assert re.search(f"{fault}.*; models can be trained, and are exported without tokenizer.json", said)
+    assert re.search(f"{fault}.*; the weights and tokenizer.model are exported without tokenizer.json", said)
+    assert made == {"tokenizer.model": (tmp_path / "t.model").read_bytes()}
 
 
 def test_weights_are_exported_beside_a_tokenizer_that_cannot_be_written(run, tmp_path, monkeypatch, capfd):

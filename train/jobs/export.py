@@ -52,7 +52,7 @@ def save_model(
     """Writes parameters, in the types of `dtype`, and the tokenizer of a run into an empty folder."""
     tokenizer = run_tokenizer(run_dir)
     hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
-    _save_tokenizer(folder, tokenizer, run_dir)
+    save_tokenizer(folder, tokenizer, run_dir)
 
 
 def _special_ids(tokenizer: hf.TokenizerFiles | None) -> dict[str, int]:
@@ -62,7 +62,7 @@ def _special_ids(tokenizer: hf.TokenizerFiles | None) -> dict[str, int]:
     return {}
 
 
-def _save_tokenizer(folder: epath.Path, tokenizer: hf.TokenizerFiles | None, run_dir: str) -> None:
+def save_tokenizer(folder: epath.Path, tokenizer: hf.TokenizerFiles | None, run_dir: str) -> None:
     """Writes the tokenizer's files, or warns of those that cannot be written: the weights are kept anyway."""
     if tokenizer is None:
         warn([f"no tokenizer is exported: {run_dir} has none, and its data set is away; the weights are"])
