@@ -17,6 +17,7 @@ from mora_jax.methods import LoRA
 from train.config.sections import Checkpoint, Evaluation, Params, Restart, Schedule
 from train.data.rows.info import load_info
 from train.jobs import pretrain as loop
+from train.jobs.score import score_path
 from train.run import array_folders, base, manifest
 from train.run.checkpoint import Checkpoints, SaveError
 from train.run.folder import open_checkpoints
@@ -276,7 +277,11 @@ def test_a_warm_start_names_its_base_and_finds_it_again(tuned, tmp_path, monkeyp
     moved = dataclasses.replace(tuned, init_from=str(tmp_path / "moved"))
     loop.pretrain(moved)
     whole = dataclasses.replace(moved, run_dir=str(tmp_path / "whole"))
-    loop.pretrain(whole)
+    summary = loop.pretrain(whole)
+    score = score_path(whole.run_dir, "", whole.eval, "float32")
+    assert score.loss == pytest.approx(summary["validation_loss"], rel=1e-6)
+    merged, _ = load_model(whole.run_dir)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(merged))
     for ours, theirs in zip(arrays(moved, folder, 6), arrays(whole, tmp_path / "whole", 6), strict=True):
         assert (ours.dtype, ours.tobytes()) == (theirs.dtype, theirs.tobytes())
     assert without_times(folder) == without_times(tmp_path / "whole")

@@ -1,21 +1,25 @@
 """The validation score of a run or of an exported model."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
+
+from etils import epath
+from jax.sharding import Mesh
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.models.config import LlamaConfig
 from mora_jax.models.llama import Compute, Llama
 from mora_jax.transform import Methods
 from train.config.sections import Evaluation
 from train.data.rows.info import DataInfo, load_info
 from train.jobs.evaluate import Score, evaluate
-from train.run.folder import read_config
-from train.run.model import load_model, widest_mesh
+from train.run.folder import CONFIG, read_config
+from train.run.model import load_model, load_state, widest_mesh
 
 
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
-    """Returns the score of a merged model on the validation split of a data set.
+    """Returns the score of a model on the validation split of a data set.
 
     Model and batches are sharded over all devices, or over as many as divide both.
 
@@ -31,14 +35,26 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     info = load_info(data, splits=("validation",)) if data else _own_data(path)
     path = str(hf.local_folder(path))
     mesh = widest_mesh(path, how.batch_size)
-    params, model = load_model(path, info, mesh)
-    score = evaluate(Llama(model, Compute(dtype=dtype)), Methods(()), params, {}, info, how, mesh)
+    model, methods, params, adapters = _loaded(path, info, mesh)
+    score = evaluate(Llama(model, Compute(dtype=dtype)), methods, params, adapters, info, how, mesh)
     if not math.isfinite(score.loss):
         raise InputError(
             f"{path}: the loss on {info.directory} is {score.loss}, so its weights are no model: they hold "
             "NaN or are too large; evaluate another checkpoint or folder"
         )
     return score
+
+
+def _loaded(path: str, info: DataInfo, mesh: Mesh) -> tuple[LlamaConfig, Methods, Any, Any]:
+    """Returns config, methods, parameters and adapters: merged, or as a run with a bfloat16 base holds them.
+
+    Merged, such a base would take twice the memory that it was trained in.
+    """
+    if (epath.Path(path) / CONFIG).exists() and read_config(path).base_dtype != "float32":
+        config, state, methods = load_state(path, info, mesh)
+        return config.model, methods, state.params, state.adapters
+    params, model = load_model(path, info, mesh)
+    return model, Methods(()), params, {}
 
 
 def _own_data(run_dir: str) -> DataInfo:
