@@ -245,6 +245,90 @@ def test_a_second_program_is_refused(text: Path, tmp_path: Path, bucket: str, pl
     assert not (folder / layout.UNFINISHED).exists()
 
 
+@pytest.mark.parametrize("where", ["", "tokenizer"])
+def test_what_a_kill_left_of_a_small_file_is_removed(
+    text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    out = tmp_path / "d"
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "write_shard", interrupted_after(0))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, out)
+    (out / where / "tokenizer.model.0123456789abcdef.part").touch()
+    prepared(text, out)
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        (
+            "open() failed: No space left on device; opening /x; Failed to create the file header",
+            errno.ENOSPC,
+        ),
+        ("write() failed: Input/output error; at byte 7", errno.EIO),
+        ("something new", errno.EIO),
+    ],
+)
+def test_what_the_writer_of_rows_says_of_the_disk(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, number: int
+):
+    """It knows no OSError."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(shard, "ArrayRecordWriter", fail)
+    with pytest.raises(OSError, match=rf"{os.strerror(number)}: '.*/unfinished/train-00000\.rows-") as caught:
+        prepared(text, tmp_path / "d")
+    assert caught.value.errno == number
+
+
+def test_a_kill_while_the_unfinished_folder_is_removed(
+    text: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The next start removes the rest of it, whatever was removed first."""
+    left = tmp_path / "left"
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_remove_unfinished", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(text, left)
+    assert len(list((left / "unfinished").iterdir())) > 4
+    for count in itertools.count():
+        out = Path(shutil.copytree(left, tmp_path / str(count)))
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, dies_at(count, getattr(os, name)))
+            with contextlib.suppress(Killed):
+                prepared(text, out)
+        finished = not (out / "unfinished").exists()
+        prepared(text, out)
+        assert contents(out) == whole
+        assert not (out / "unfinished").exists()
+        if finished:
+            return
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def dies_at(count: int, real: Any) -> Any:
+    """Returns a function that kills in place of its call number `count`."""
+    calls = itertools.count()
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == count:
+            raise Killed
+        real(*args, **kwargs)
+
+    return call
+
+
 def test_a_folder_called_unfinished_of_somebody_else_stays(text: Path, tmp_path: Path):
     mine = tmp_path / "d" / layout.UNFINISHED / "thesis.tex"
     mine.parent.mkdir(parents=True)

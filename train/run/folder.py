@@ -69,7 +69,8 @@ def claim(config: RunConfig) -> None:
     if jax.process_index() > 0:
         return
     path = epath.Path(config.run_dir) / CONFIG
-    remove_parts(path.parent)
+    for place in (path.parent, path.parent / TOKENIZER):
+        remove_parts(place)
     text = yaml.safe_dump({KEY: FORMAT} | run_config.to_plain(config), sort_keys=False)
     if not path.exists() or path.read_text() != text:
         write_whole(path, text)

@@ -68,7 +68,7 @@ def remove_parts(folder: epath.PathLike, name: str = "") -> None:
       folder: the folder.
       name: the file that these calls wrote; empty for any.
     """
-    if in_bucket(folder):
+    if in_bucket(folder) or not epath.Path(folder).is_dir():
         return
     for path in epath.Path(folder).iterdir():
         if is_part(path.name) and path.name.startswith(name and f"{name}."):

@@ -31,7 +31,7 @@ from train.data.text.sources import TextShard, open_text
 from train.data.tokenizer import Tokenizer
 from train.storage import buckets, lock
 from train.storage.buckets import in_bucket
-from train.storage.files import is_part, naming_errors, refuse_links, sync, write_whole
+from train.storage.files import is_part, naming_errors, refuse_links, remove_parts, sync, write_whole
 
 
 def prepare(
@@ -93,13 +93,13 @@ def prepare(
                     load_info(str(folder))
                     _upload(folder, out)
             info = load_info(out, splits=splits)
-            shutil.rmtree(held.parent, ignore_errors=True)
+            _remove_unfinished(held)
         return info
     check_text(out, text)
     info = load_info(out, splits=splits)
-    if held.exists():  # a kill left it behind; the disk may be read-only now
+    if _is_ours(held.parent):  # a kill left it behind; the disk may be read-only now
         with contextlib.suppress(InputError, OSError), lock.lock_file(held, "--out", out):
-            shutil.rmtree(held.parent, ignore_errors=True)
+            _remove_unfinished(held)
     return info
 
 
@@ -165,9 +165,23 @@ def _is_started(folder: Path) -> bool:
     if not folder.is_dir():
         return not folder.exists()
     names = {path.name for path in folder.iterdir() if not is_part(path.name)}
-    aside = folder / layout.UNFINISHED
-    ours = aside.is_dir() and ((aside / lock.LOCK).exists() or not any(aside.iterdir()))
-    return not names or (names == {layout.UNFINISHED} and ours)
+    return not names or (names == {layout.UNFINISHED} and _is_ours(folder / layout.UNFINISHED))
+
+
+def _is_ours(unfinished: Path) -> bool:
+    """Returns whether a folder is that of an unfinished preparation: it has a lock, or nothing."""
+    return unfinished.is_dir() and ((unfinished / lock.LOCK).exists() or not any(unfinished.iterdir()))
+
+
+def _remove_unfinished(held: Path) -> None:
+    """Removes the folder of an unfinished preparation, its lock last: a kill leaves it known as ours."""
+    with contextlib.suppress(OSError):
+        for path in held.parent.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != held:
+                path.unlink()
+        shutil.rmtree(held.parent)
 
 
 def _complete(
@@ -183,6 +197,8 @@ def _complete(
         check_text(folder, text)
         return
     (folder / FOLDER).mkdir(exist_ok=True)
+    for place in (folder, folder / FOLDER):
+        remove_parts(place)
     for name, content in tokenizer.files.items():
         write_whole(folder / FOLDER / name, content)
     _run([job for split in jobs for job in jobs[split]], workers)

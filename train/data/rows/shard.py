@@ -1,8 +1,10 @@
 """Makes one ArrayRecord file of rows from one shard of text: the work of a worker process."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -130,7 +132,8 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
 def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tuple[Counts, np.ndarray]:
     """Cuts the stream of tokens into rows and writes them. Returns the counts, and those of pieces, (V,)."""
     serialize = row_features(job.sequence_length, job.tokenizer.vocab_size).serialize_example
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # one row a group, for random access
+    with _system_errors(path):
+        writer = ArrayRecordWriter(str(path), "group_size:1")  # one row a group, for random access
     documents, rows, skipped, position = 0, 0, 0, 0
     unigram_V = np.zeros(job.tokenizer.vocab_size, np.int64)
     rest = np.empty(0, token_dtype(job.tokenizer.vocab_size))
@@ -140,17 +143,30 @@ def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tupl
         tokens_N = np.concatenate([rest, tokens])
         end = len(tokens_N) // job.sequence_length * job.sequence_length
         rows_RT, rest = tokens_N[:end].reshape(-1, job.sequence_length), tokens_N[end:]
-        for row_T in rows_RT:
-            writer.write(serialize({FIELD: row_T}))
+        with _system_errors(path):
+            for row_T in rows_RT:
+                writer.write(serialize({FIELD: row_T}))
         unigram_V += np.bincount(rows_RT.ravel(), minlength=len(unigram_V))
         documents += len(texts)
         rows += len(rows_RT)
         skipped += len(block) - len(texts)
         report(Advance(block[-1].position - position, len(texts), len(tokens)))
         position = block[-1].position
-    writer.close()
+    with _system_errors(path):
+        writer.close()
     in_rows = rows * job.sequence_length
     return Counts(documents, rows, in_rows, len(rest), skipped, path.stat().st_size), unigram_V
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Turns errors of ArrayRecord, which have the words of the system in their text, into an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        numbers = (n for n in errno.errorcode if f" failed: {os.strerror(n)};" in str(error))
+        number = next(numbers, errno.EIO)
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
