@@ -25,6 +25,7 @@ from mora_jax.methods import (
     dense,
 )
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
+from mora_jax.models.rope import Rope
 from mora_jax.on import On
 from mora_jax.report import describe
 from mora_jax.sharding import Layout
@@ -63,6 +64,7 @@ __all__ = [
     "MoRA",
     "On",
     "Operator",
+    "Rope",
     "Rotate",
     "Share",
     "State",

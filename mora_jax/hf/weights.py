@@ -41,7 +41,7 @@ def save_hf(
     special_ids: Mapping[str, int] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that `transformers.LlamaForCausalLM.from_pretrained` reads.
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` of transformers reads.
 
     The folder appears under its name only when it is complete. Arrays may be sharded over the devices of this
     process; one layer of one array is copied to the host at a time. In a job of several processes one process
@@ -99,7 +99,7 @@ def load_hf(
       The parameters, layers stacked, and the config.
 
     Raises:
-      InputError: if the folder is incomplete or damaged, the model is not a plain LLaMA, or tensors are
+      InputError: if the folder is incomplete or damaged, the config has what is not computed, or tensors are
         missing, unexpected or of another shape. The message names them.
 
     Example:

@@ -12,6 +12,7 @@ from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
 from mora_jax.models.llama import Compute, LlamaConfig, abstract_params
+from mora_jax.models.rope import Rope
 from mora_jax.on import method_of
 from train.config import flags
 from train.config import run as c
@@ -320,3 +321,24 @@ def test_a_scan_that_recomputes_nothing_warns():
     config = RunConfig(compute=Compute(layers="scan"))
     assert any("compute.remat dots keeps the products only" in s for s in config.warnings())
     assert RunConfig(compute=Compute(layers="scan", remat="dots")).warnings() == []
+
+
+def test_dynamic_positions_take_longer_sequences_than_the_context():
+    model = LlamaConfig(rope=Rope("dynamic", factor=2.0), max_position_embeddings=512)
+    assert RunConfig(data=s.Data(sequence_length=4096), model=model).model == model
+
+
+def test_a_scaling_of_positions_by_flags_and_in_yaml(tmp_path):
+    model = {
+        "model_type": "qwen3",
+        "head_dim": 64,
+        "rope": {"type": "yarn", "factor": 4.0, "truncate": False},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model": model}))
+    config = flags.read_config(str(tmp_path / "c.yaml"), ["--model.rope.beta-fast", "16"])
+    assert config.model == LlamaConfig(
+        model_type="qwen3", head_dim=64, rope=Rope("yarn", 4.0, beta_fast=16.0, truncate=False)
+    )
+    assert flags.config_from_plain(c.to_plain(config)) == config
+    with pytest.raises(InputError, match=r"model.rope.factor has no effect with model.rope.type default"):
+        flags.read_config(str(tmp_path / "c.yaml"), ["--model.rope.type", "default"])

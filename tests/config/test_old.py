@@ -9,6 +9,7 @@ from mora_jax.on import On, choice_from_json
 from train.config import flags, old
 from train.config.run import RunConfig, to_plain
 from train.config.sections import Params
+from train.run.folder import check_same_config
 from train.storage.format import FORMAT
 
 # `method` of a config of format 1 held the fields of every method.
@@ -78,3 +79,13 @@ def test_the_config_of_a_run_is_read_whatever_its_format(tmp_path):
 @pytest.mark.parametrize("plain", [{}, {"method": 3, "compute": [], "rules": {}}, {"rules": [1, ["a"]]}])
 def test_what_is_of_no_known_form_stays_as_it_is(plain):
     assert old.upgrade_config(plain) == plain
+
+
+def test_the_default_of_what_is_trained_matches_more_today():
+    """Norms of queries and keys: a run of a model without them goes on."""
+    before = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
+    saved = to_plain(RunConfig(params=Params(train=before)))
+    check_same_config(saved, RunConfig(), "FOLDER holds a run")
+    other = to_plain(RunConfig(params=Params(train="norm/scale")))
+    with pytest.raises(InputError, match=r"with params\.train 'norm/scale', not"):
+        check_same_config(other, RunConfig(), "FOLDER holds a run")

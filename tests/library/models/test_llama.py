@@ -11,6 +11,7 @@ from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share
 from mora_jax.models.llama import STACKED, Compute, Llama, LlamaConfig, abstract_params
+from mora_jax.models.rope import Rope
 from mora_jax.transform import assign, attach, bind, merge
 from train.perf.plan.flops import product_flops
 
@@ -193,11 +194,44 @@ def test_an_adapter_of_the_head_counts():
         ({"hidden_size": 100, "num_attention_heads": 16}, "does not divide into 16 heads"),
         ({"num_key_value_heads": 5}, "does not divide num_attention_heads"),
         ({"vocab_size": 0}, "vocab_size must be positive"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"head_dim": -2}, "head_dim must be positive, or 0 for none"),
+        ({"head_dim": 16, "hidden_size": 100}, "does not divide into 16 heads"),
+        ({"model_type": "gemma"}, "model_type is one of llama, mistral, qwen2, qwen3, olmo2, not 'gemma'"),
+        ({"sliding_window": 8}, "sliding_window is no option of model.model_type llama"),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias is no option of .* qwen2"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is no option of .* qwen3"),
+        ({"rope": Rope("dynamic", 2.0), "head_dim": 2}, "needs heads of width 4"),
+        ({"rope": Rope("yarn", 2.0), "rope_theta": 1.0}, "needs model.rope_theta above 1"),
     ],
 )
 def test_an_impossible_model_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
         LlamaConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "longrope"}, "type is one of default, linear, dynamic, llama3, yarn"),
+        ({"factor": 2.0}, "factor has no effect with model.rope.type default"),
+        ({"type": "linear", "truncate": False}, "truncate has no effect with model.rope.type linear"),
+        ({"type": "linear", "factor": 0.9}, "factor must lie in"),
+        ({"type": "yarn", "mscale": float("nan")}, "mscale must lie in"),
+        ({"type": "llama3", "low_freq_factor": 4.0}, "low_freq_factor 4.0 must lie between 0 and"),
+        ({"type": "yarn", "beta_slow": 0.0}, "beta_slow 0.0 must lie between 0 and"),
+    ],
+)
+def test_an_impossible_scaling_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        Rope(**fields)
+
+
+def test_equal_models_have_equal_configs():
+    """A head width that is given as the sizes imply it says nothing."""
+    assert LlamaConfig(head_dim=48) == LlamaConfig() != LlamaConfig(head_dim=64)
+    wide = LlamaConfig(head_dim=64)
+    assert (wide.head_width, wide.q_width, wide.kv_width) == (64, 1024, 1024)
 
 
 def test_cudnn_attention_is_bfloat16_only():
