@@ -153,6 +153,10 @@ class TokenizerFiles:
         value = parse_json(self.files[name], f"{self.place}/{name}") if name in self.files else {}
         if not isinstance(value, dict):
             raise InputError(f"{self.place}/{name} must hold a JSON object")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise InputError(f"{self.place}/{name} is not Unicode text; download it again") from error
         return value
 
 

@@ -49,8 +49,10 @@ from train.run.checkpoint import Checkpoints
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 import changes
 from changes import as_json
+from made_tokenizers import SPECIAL, byte_level
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TINY_WORDS = ["".join(random.Random(n).choices("abcdefghij", k=2 + n % 6)) for n in range(40)]
 SECONDS = 20.0  # of processor time. A case that takes longer counts as a crash.
 
 
@@ -282,6 +284,28 @@ def read_tokenizer(folder: Path) -> None:
         Tokenizer.load(folder / "t.model").encode_documents(["abc déf"])
 
 
+@functools.cache
+def _tokenizer_json() -> Any:
+    return json.loads(byte_level([" ".join(TINY_WORDS)], 280))
+
+
+def write_tokenizer_json(rng: random.Random, folder: Path) -> None:
+    config = {"eos_token": SPECIAL[0], "pad_token": {"content": SPECIAL[2]}, "split_special_tokens": True}
+    others = {"tokenizer_config": config, "special_tokens_map": {"bos_token": SPECIAL[1]}, "added_tokens": {}}
+    files = {"tokenizer": _tokenizer_json(), **others, "config": {"eos_token_id": [0, 1], "pad_token_id": 2}}
+    for name in rng.sample(sorted(files), rng.choice((1, 2))):
+        files[name] = changes.change(rng, files[name])
+    for name, value in files.items():
+        content = as_json(value)
+        if rng.random() < 0.05:
+            content = changes.change_bytes(rng, content)
+        (folder / f"{name}.json").write_bytes(content)
+
+
+def read_tokenizer_json(folder: Path) -> None:
+    Tokenizer.load(folder, eos=False).encode_documents(["abc déf", SPECIAL[0]])
+
+
 # Prepared data sets, and the pieces of an unfinished one
 
 T = 16
@@ -289,8 +313,7 @@ PIECES = ("train-00000.json", "train-00000.npy")
 
 
 def _tiny_text(folder: Path, name: str, documents: int) -> str:
-    words = ["".join(random.Random(n).choices("abcdefghij", k=2 + n % 6)) for n in range(40)]
-    (folder / name).write_text((json.dumps({"text": " ".join(words)}) + "\n") * documents)
+    (folder / name).write_text((json.dumps({"text": " ".join(TINY_WORDS)}) + "\n") * documents)
     (folder / "t.model").write_bytes(_tokenizer())
     return str(folder / name)
 
@@ -365,6 +388,7 @@ TARGETS = {
     "manifest": Target(32, write_manifest, read_manifest),
     "description": Target(5, write_description, lambda folder: check_description(folder)),
     "tokenizer": Target(1, write_tokenizer, read_tokenizer),
+    "tokenizer_json": Target(4, write_tokenizer_json, read_tokenizer_json),
     "data_set": Target(4, write_data_set, read_data_set),
     "pieces": Target(4, write_pieces, read_pieces),
 }

@@ -8,7 +8,7 @@ import fuzz
 import pytest
 
 CASES = {"config": 40, "text": 150, "weights": 120, "manifest": 150, "description": 60, "tokenizer": 10}
-CASES |= {"data_set": 40, "pieces": 100, "parquet": 60}
+CASES |= {"data_set": 40, "pieces": 100, "parquet": 60, "tokenizer_json": 40}
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)

@@ -13,7 +13,7 @@ from etils import epath
 from mora_jax.errors import InputError
 from mora_jax.hf.tokenizer_files import TokenizerFiles, read_tokenizer
 from train.console.progress import progress
-from train.data.rows.layout import token_dtype
+from train.data.rows.layout import MAX_PIECES, token_dtype
 from train.data.text.entries import TEXT_KEY
 from train.data.text.files import documents, shards
 from train.storage.buckets import in_bucket
@@ -59,8 +59,12 @@ class Tokenizer:
                 raise InputError(
                     f"{files.place} has no {role}-of-text token to put around documents; add --no-{flag}"
                 )
+        if (size := _vocab_size(encoder)) > MAX_PIECES:
+            raise InputError(
+                f"{files.place} has token {size - 1:,}; at most {MAX_PIECES:,} tokens are supported"
+            )
         around = ids["bos_token_id"] if bos else None, ids["eos_token_id"] if eos else None
-        return cls(files.place, files.sha256, _vocab_size(encoder), *around, encoder)
+        return cls(files.place, files.sha256, size, *around, encoder)
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
         """Returns the tokens of all documents, with what is put around each: (N,), uint16 or uint32."""
