@@ -26,7 +26,8 @@ class PrepareData:
         .parquet (any etils.epath path), or tfds:NAME for a data set that TFDS has prepared (tfds:c4/en or
         tfds:/path/to/it); empty for a data set that mora evaluate can read and mora pretrain cannot.
       validation: validation text, in the same forms; a tfds: source has a validation split of its own.
-      tokenizer: SentencePiece model file.
+      tokenizer: SentencePiece model (.model), tokenizer.json, or a folder or model of the Hub (org/name) with
+        one of them.
       out: folder of the data set; one in gs:// or s3:// is prepared on this machine's disk, in MORA_CACHE or
         ~/.cache/mora_jax, and then uploaded.
       sequence_length: tokens per row.

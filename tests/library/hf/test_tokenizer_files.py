@@ -11,7 +11,7 @@ import sentencepiece
 from made_tokenizers import SPECIAL, TEMPLATE, byte_level, write_folder
 
 from mora_jax.errors import InputError
-from mora_jax.hf import read_tokenizer, save_tokenizer
+from mora_jax.hf import read_tokenizer, save_tokenizer, tokenizer_files
 
 PARITY = "needs the extra `parity`"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -110,6 +110,13 @@ def test_our_conversion_of_a_sentencepiece_model_is_that_model(tmp_path: Path, s
     assert other.encoder == "tokenizer.json"
     assert other.sha256 != model.sha256
     assert other.has_hash(model.sha256)
+
+
+def test_a_model_of_the_hub_is_downloaded_first(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenizer_files, "local_folder", {"org/tiny@main": folder}.__getitem__)
+    assert read_tokenizer("org/tiny@main").files == read_tokenizer(folder / "tokenizer.json").files
+    with pytest.raises(InputError, match=r"gone/tokenizer\.json is missing"):  # a file is not looked up there
+        read_tokenizer("gone/tokenizer.json")
 
 
 @pytest.mark.parametrize(

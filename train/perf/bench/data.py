@@ -45,7 +45,7 @@ def bench(
 
     Args:
       source: text: a glob, a folder or a file.
-      tokenizer: SentencePiece `.model` file.
+      tokenizer: see `hf.read_tokenizer`.
       sequence_length: tokens of a row.
       batch_size: rows of a batch that is read.
       out: JSON file for the figures; empty for none.

@@ -141,7 +141,7 @@ class BenchData:
 
     Attributes:
       source: text to measure on, as of mora prepare-data.
-      tokenizer: SentencePiece model file.
+      tokenizer: SentencePiece model, tokenizer.json, or a folder with one of them.
       sequence_length: tokens of a row.
       batch_size: rows of a batch that is read.
       out: JSON file for the figures; empty for none.
