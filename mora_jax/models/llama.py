@@ -24,6 +24,7 @@ from mora_jax.methods.base import Bound, padded
 from mora_jax.methods.linear import TILE, Path, dense
 from mora_jax.models.attention import HEADS, Visible, attention
 from mora_jax.models.attention import Kernel as AttentionKernel
+from mora_jax.models.cache import Cache, KeyValues
 from mora_jax.models.config import LlamaConfig
 from mora_jax.models.loss import HEAD, cross_entropy
 from mora_jax.models.rope import angles
@@ -117,13 +118,18 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
+
+    Given the keys and values of earlier tokens, it also returns those of the tokens of x.
+    """
 
     config: LlamaConfig
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: Array, rope: tuple[Array, Array], visible: Visible) -> Array:
+    def __call__(
+        self, x_BTD: Array, rope: tuple[Array, Array], visible: Visible, past: KeyValues | None = None
+    ) -> tuple[Array, KeyValues | None]:
         c, kind = self.config, self.config.architecture
         widths = {"q_proj": c.q_width, "k_proj": c.kv_width, "v_proj": c.kv_width}
         biased = c.attention_bias or kind.qkv_bias
@@ -137,10 +143,12 @@ class Attention(nn.Module):
         q, k, v = (sharding.constrain(y.reshape(*y.shape[:-1], -1, c.head_width), HEADS) for y in (q, k, v))
         if kind.qk_norm == "head":
             q, k = self._norms(q, k)
-        q_BTNH, k_BTKH = _rotate(q, rope), _rotate(k, rope)
-        y_BTNH = attention(q_BTNH, k_BTKH, v, visible, self.compute.attention)
+        q_BTNH, new = _rotate(q, rope), KeyValues(_rotate(k, rope), v)
+        seen = new if past is None else past.with_new(new, visible.first)
+        y_BTNH = attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible, self.compute.attention)
         out = Kernel((c.q_width, c.hidden_size), c.initializer_range, c.attention_bias, name="o_proj")()
-        return _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], c.q_width), [out])[0]
+        y_BTD = _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], c.q_width), [out])[0]
+        return y_BTD, None if past is None else new
 
     def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
         eps = self.config.rms_norm_eps
@@ -174,19 +182,19 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: Array, rope: tuple[Array, Array], visible: Visible) -> tuple[Array, None]:
+    def __call__(
+        self, x_BTD: Array, rope: tuple[Array, Array], visible: Visible, past: KeyValues | None = None
+    ) -> tuple[Array, KeyValues | None]:
         kind = self.config.architecture
         attend_norm, mlp_norm = (RMSNorm(self.config.rms_norm_eps, name=name) for name in kind.norms)
         attend = Attention(self.config, self.compute, name="self_attn")
         mlp = MLP(self.config, self.compute, name="mlp")
-        if kind.norms_after:
-            y_BTD = attend_norm(attend(x_BTD, rope, visible))
-        else:
-            y_BTD = attend(attend_norm(x_BTD), rope, visible)
+        y_BTD, new = attend(x_BTD if kind.norms_after else attend_norm(x_BTD), rope, visible, past)
+        y_BTD = attend_norm(y_BTD) if kind.norms_after else y_BTD
         x_BTD = sharding.constrain(x_BTD + y_BTD, _HIDDEN)
         x_BTD = checkpoint_name(x_BTD, RESIDUAL)
         y_BTD = mlp_norm(mlp(x_BTD)) if kind.norms_after else mlp(mlp_norm(x_BTD))
-        return sharding.constrain(x_BTD + y_BTD, _HIDDEN), None
+        return sharding.constrain(x_BTD + y_BTD, _HIDDEN), new
 
 
 class Llama(nn.Module):
@@ -232,14 +240,30 @@ class Llama(nn.Module):
 
     def hidden(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the normalised hidden states that the head takes."""
-        dtype = jnp.dtype(self.compute.dtype)
-        table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS)
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
-        x_BTD = sharding.constrain(x_BTD, _HIDDEN)
-        c = self.config
+        x_BTD, c = self._embedded(tokens_BT), self.config
         rope = angles(c.rope, tokens_BT.shape[1], c.head_width, c.rope_theta, c.max_position_embeddings)
-        x_BTD, _ = self.layers(x_BTD, rope, Visible(c.sliding_window))
+        x_BTD, _ = self.layers(x_BTD, rope, Visible(c.sliding_window), None)
         return self.norm(x_BTD)
+
+    def extend(self, tokens_BT: Int[Array, "B T"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        """Returns the logits (float32) for the token after the last one, and the cache with all of them.
+
+        Sequences must stay within the context, where rope.type dynamic scales nothing.
+        """
+        x_BTD, c = self._embedded(tokens_BT), self.config
+        positions_T = cache.positions(tokens_BT.shape[1]).ravel()
+        flat = angles(c.rope, 1, c.head_width, c.rope_theta, c.max_position_embeddings, positions_T)
+        cos_BTJ, sin_BTJ = (a.reshape(*tokens_BT.shape, -1) for a in flat)
+        visible = Visible(c.sliding_window, cache.starts_B, cache.end)
+        x_BTD, new = self.layers(x_BTD, (cos_BTJ, sin_BTJ), visible, cache.layers)
+        x_BD, w_DV = self.norm(x_BTD[:, -1]), self.head()
+        logits_BV = jnp.matmul(x_BD, w_DV.astype(x_BD.dtype), preferred_element_type=jnp.float32)
+        return logits_BV, cache.extended(new)
+
+    def _embedded(self, tokens_BT: Array) -> Array:
+        table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.dtype(self.compute.dtype))
+        return sharding.constrain(x_BTD, _HIDDEN)
 
     def head(self) -> Float[Array, "D V"]:
         """Returns the effective kernel from hidden states to logits."""
@@ -267,7 +291,7 @@ def _stack(block: type[nn.Module], length: int, compute: Compute) -> Any:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+        in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=length if unrolled else 1,
     )
@@ -296,7 +320,8 @@ def _like(bias_D: Array, y: Array) -> Array:
 
 def _rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
     """Returns every head with its pairs (j, j + H/2) rotated by the angle of the position."""
-    cos, sin = (a[None, :, None, :] for a in rope)
+    of_all_rows = rope[0].ndim == 2
+    cos, sin = (a[None, :, None, :] if of_all_rows else a[:, :, None, :] for a in rope)
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mora_jax.errors import InputError, check_float32
 
@@ -87,16 +87,22 @@ class Rope:
 
 
 def angles(
-    rope: Rope, length: int, head_dim: int, theta: float, context: int
+    rope: Rope,
+    length: int,
+    head_dim: int,
+    theta: float,
+    context: int,
+    positions_T: Int[Array, "T"] | None = None,
 ) -> tuple[Float[Array, "T J"], Float[Array, "T J"]]:
     """Returns cos and sin of every position's angles, float32, times the attention factor of yarn.
 
     Args:
       rope: the scaling.
-      length: tokens of the sequence, T.
+      length: tokens of the longest sequence.
       head_dim: width of a head, 2J.
       theta: base of the frequencies: pair j turns by theta^(-j/J) a token, if nothing is scaled.
       context: max_position_embeddings, beyond which "dynamic" scales.
+      positions_T: where each token stands, from 0; None for 0, 1, ... up to length.
 
     Example:
       >>> cos, _ = angles(Rope("linear", factor=2.0), 4, 8, 10_000.0, 4)
@@ -105,16 +111,17 @@ def angles(
     """
     if rope.type == "default":
         exponents_J = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2 / head_dim)
-        angles_TJ = _positions(length) / (theta**exponents_J)[None, :]
+        angles_TJ = _column(length, positions_T) / (theta**exponents_J)[None, :]
         return jnp.cos(angles_TJ), jnp.sin(angles_TJ)
     frequencies_J = _frequencies(rope, length, head_dim, theta, context).astype(np.float32)
-    angles_TJ = _positions(length) * frequencies_J[None, :]
+    angles_TJ = _column(length, positions_T) * frequencies_J[None, :]
     scale = _attention_factor(rope) if rope.type == "yarn" else 1.0
     return jnp.cos(angles_TJ) * scale, jnp.sin(angles_TJ) * scale
 
 
-def _positions(length: int) -> Array:
-    return jnp.arange(length, dtype=jnp.float32)[:, None]
+def _column(length: int, positions_T: Array | None) -> Array:
+    at_T = jnp.arange(length, dtype=jnp.float32) if positions_T is None else positions_T.astype(jnp.float32)
+    return at_T[:, None]
 
 
 def _frequencies(rope: Rope, length: int, head_dim: int, theta: float, context: int) -> np.ndarray:
