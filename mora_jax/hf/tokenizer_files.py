@@ -88,6 +88,18 @@ class TokenizerFiles:
             found |= {} if number is None else {f"{role}_id": number}
         return found
 
+    def eos_ids(self) -> tuple[int, ...]:
+        """Returns the tokens that end a text: the tokenizer's own, and those of the model's configs."""
+        own = self.special_ids().get("eos_token_id")
+        configs = [self._object(name).get("eos_token_id") for name in _OF_MODEL]
+        given = next((ids for ids in configs if ids is not None), [])
+        found = [own, *(given if isinstance(given, list) else [given])]
+        return tuple(sorted({i for i in found if type(i) is int and 0 <= i < 2**31}))
+
+    def token(self, role: str) -> str | None:
+        """Returns the text of a special token, such as "bos_token"; None if there is none."""
+        return _content(self.config.get(role))
+
     def load(self) -> Any:
         """Returns what encodes: a `sentencepiece.SentencePieceProcessor` or a `tokenizers.Tokenizer`.
 

@@ -47,7 +47,8 @@ class Visible:
 
     def mask(self, queries: int, keys: int) -> Bool[Array, "B T S"]:
         """Returns which keys each query sees, of rows that have padding and keys without queries."""
-        assert self.starts_B is not None and self.first is not None
+        assert self.starts_B is not None
+        assert self.first is not None
         at_1T1, at_11S = (self.first + jnp.arange(queries))[None, :, None], jnp.arange(keys)[None, None, :]
         seen_BTS = (at_11S <= at_1T1) & (at_11S >= self.starts_B[:, None, None])
         return seen_BTS & (at_1T1 - at_11S < self.window) if self.window else seen_BTS

@@ -25,8 +25,9 @@ class KeyValues(NamedTuple):
     k_BSKH: Float[Array, "*L B S K H"]
     v_BSKH: Float[Array, "*L B S K H"]
 
-    def with_new(self, new: "KeyValues", at: Int[Array, ""]) -> "KeyValues":
+    def with_new(self, new: "KeyValues", at: Int[Array, ""] | None) -> "KeyValues":
         """Returns these with those of new tokens in the slots from `at` on."""
+        assert at is not None
         place = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=-3)
         return KeyValues(*map(place, self, new))
 

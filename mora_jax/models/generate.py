@@ -3,7 +3,7 @@
 Prompts are padded on the left, so that all rows end in one slot of the cache. A row computes what it would
 alone: its positions count from its first token, its padding is never seen, its random numbers are its own.
 
-Legend of shapes in names: B rows, T slots of the prompts, N new tokens, V vocabulary, E tokens that end a row.
+Legend of shapes in names: B rows, T slots of the prompts, N new tokens, V vocabulary, E tokens that end rows.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def prefill(
     rows, length = tokens_BT.shape
     parts = tokens_BT.reshape(rows, -1, min(CHUNK, length)).swapaxes(0, 1)
 
-    def read(cache: Cache, tokens_BT: Array) -> tuple[Cache, Array]:
+    def read(cache: Any, tokens_BT: Array) -> tuple[Any, Array]:
         logits_BV, cache = model.apply({"params": params}, tokens_BT, cache, method=Llama.extend)
         return cache, logits_BV
 
@@ -229,8 +229,8 @@ def check_prompts(config: LlamaConfig, prompts: Sequence[Sequence[int]]) -> None
             )
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(
-                f"prompt {number} has token {max(prompt)}, and the model a vocabulary of {config.vocab_size:,}: "
-                "the tokenizer is another model's"
+                f"prompt {number} has token {max(prompt)}, and the model a vocabulary of "
+                f"{config.vocab_size:,}: the tokenizer is another model's"
             )
 
 
@@ -296,7 +296,8 @@ def _as_arrays(
         numbers_B[i] = i if numbers is None else numbers[i]
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers_B)
     eos_E = np.array(sampling.eos_ids or [NONE], np.int32)
-    return How(np.float32(sampling.temperature), np.float32(sampling.top_p), keys_B, limits_B, eos_E)
+    temperature, top_p = jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
+    return How(temperature, top_p, keys_B, jnp.asarray(limits_B), jnp.asarray(eos_E))
 
 
 def _power_of_two(least: int) -> int:

@@ -144,11 +144,11 @@ class Attention(nn.Module):
         if kind.qk_norm == "head":
             q, k = self._norms(q, k)
         q_BTNH, new = _rotate(q, rope), KeyValues(_rotate(k, rope), v)
-        seen = new if past is None else past.with_new(new, visible.first)
+        seen = past.with_new(new, visible.first) if past else new
         y_BTNH = attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible, self.compute.attention)
         out = Kernel((c.q_width, c.hidden_size), c.initializer_range, c.attention_bias, name="o_proj")()
         y_BTD = _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], c.q_width), [out])[0]
-        return y_BTD, None if past is None else new
+        return y_BTD, new if past else None
 
     def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
         eps = self.config.rms_norm_eps
