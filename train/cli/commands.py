@@ -8,6 +8,7 @@ import tyro
 
 from mora_jax.errors import InputError
 from mora_jax.methods import MoRA
+from mora_jax.models.generate import Sampling
 from mora_jax.models.llama import LlamaConfig
 from train.config.paths import spell_out
 from train.config.run import RunConfig
@@ -169,6 +170,65 @@ class Evaluate:
     def __post_init__(self) -> None:
         spell_out(self, "", "path")
         spell_out(self, "--", optional=("data",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continues prompts with a run or a Hugging Face model, or chats in the terminal.
+
+    Without --prompt and --prompts, --chat answers what is typed, until Ctrl-C or the end of the input.
+
+    Attributes:
+      path: folder of a run, Hugging Face folder, or id of a model on the Hub (org/name, org/name@revision).
+      prompt: text to continue; may be given several times.
+      prompts: file of JSON lines with a `prompt` each, instead; empty for none.
+      out: file of JSON lines to write: prompt, completion, tokens (new ones) and finish ("stop" at a stop
+        string or an end-of-text token, "length" at the most tokens or the model's context); empty for
+        standard output.
+      overwrite: replace the file of --out if there is one; otherwise it is an error.
+      chat: take each prompt as what a user says, in the tokenizer's chat template.
+      max_new_tokens: most new tokens of each prompt.
+      temperature: what logits are divided by before tokens are drawn; 0 takes the most probable token.
+      top_p: tokens are drawn from the fewest whose probabilities sum to this, in (0, 1]; 1 for all.
+      seed: seed of the random numbers. Each prompt has its own, which do not depend on other prompts.
+      stop: text that ends a completion and is not part of it; may be given several times.
+      batch_size: prompts that are computed at a time.
+      merged: merge a run's adapters; with --no-merged they are computed beside the kernels.
+      dtype: type of products.
+    """
+
+    path: Folder
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    prompts: str = ""
+    out: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    batch_size: int = 8
+    merged: bool = True
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "path")
+        spell_out(self, "--", optional=("prompts", "out"))
+        given = bool(self.prompt) + bool(self.prompts)
+        if given > 1 or (not given and not self.chat):
+            raise InputError("give --prompt TEXT, --prompts FILE, or --chat alone to chat in the terminal")
+        if self.out and not given:
+            raise InputError("--out is of --prompt and --prompts; a chat is written to the terminal")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if "" in self.stop:
+            raise InputError("--stop must not be empty")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Returns how tokens are chosen. Raises InputError for bad values."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

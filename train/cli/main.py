@@ -15,6 +15,7 @@ from train.cli.commands import (
     Demo,
     Evaluate,
     Export,
+    Generate,
     ListCheckpoints,
     Merge,
     Plan,
@@ -124,6 +125,14 @@ def evaluate(command: Evaluate) -> None:
     how = Evaluation(batch_size=command.batch_size, max_batches=command.max_batches)
     score = score_path(command.path, command.data, how, command.dtype)
     print_summary({"validation_loss": score.loss, "validation_perplexity": score.perplexity}, command.path)
+
+
+def generate(command: Generate) -> None:
+    """Runs `mora generate`."""
+    from train.cli.generate import run
+
+    check_free(command.out, "--out", command.overwrite)
+    run(command)
 
 
 def export(command: Export) -> None:
@@ -248,6 +257,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "plan": (Plan, plan),
     "plan-table": (PlanTable, plan_table),
     "evaluate": (Evaluate, evaluate),
+    "generate": (Generate, generate),
     "checkpoints": (ListCheckpoints, list_checkpoints),
     "export": (Export, export),
     "merge": (Merge, merge),
