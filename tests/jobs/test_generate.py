@@ -18,12 +18,15 @@ from train.jobs.export import export
 from train.jobs.generate import Stops, complete, load_generator
 
 PROMPTS = ["abc def ghi", "d", "bcd ij hga bc"]
-TEMPLATE = (
-    "{%- for m in messages %}\n"
-    "  {%- if m.role not in ['user', 'assistant'] %}{{ raise_exception('odd role') }}{% endif %}\n"
-    "{{ m.role[0] }}: {{ m.content }}{{ eos_token }}\n{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\na:{% endif %}"
-)
+# Blocks on lines of their own leave nothing, as in transformers.
+TEMPLATE = """{% for m in messages %}
+  {% if m.role not in ['user', 'assistant'] %}
+    {{ raise_exception('odd role') }}
+  {% endif %}
+{{ m.role[0] }}: {{ m.content }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+a:{% endif %}"""
 SAMPLING = Sampling(max_new_tokens=8, temperature=0.7, seed=5)
 
 
@@ -112,7 +115,7 @@ def test_a_chat_keeps_its_history_and_shows_an_answer_as_it_comes(generator, mon
     job.chat(chatting, SAMPLING, (), ["ab", " ", "cd"], shown.append)
     one, two = "".join(shown).splitlines()
     assert len(shown) > 4
-    assert asked == ["\nu: ab\na:", f"\nu: ab\na: {one}\nu: cd\na:"]
+    assert asked == ["u: ab\na:", f"u: ab\na: {one}\nu: cd\na:"]
     assert one
     assert two
 
@@ -148,7 +151,7 @@ def test_templates_and_what_they_refuse(generator):
     said = [{"role": "user", "content": "<a> é"}]
     config = {"eos_token": {"content": "</s>"}, "chat_template": [{"name": "default", "template": TEMPLATE}]}
     named = template(**{"tokenizer_config.json": json.dumps(config).encode()})
-    assert named.render(said) == "\nu: <a> é</s>\na:"
+    assert named.render(said) == "u: <a> é</s>\na:"
     dumped = template(**{"chat_template.jinja": b"{{ messages[0] | tojson }}"})
     assert dumped.render(said) == '{"role": "user", "content": "<a> é"}'
     with pytest.raises(InputError, match="odd role"):
