@@ -341,6 +341,7 @@ def write_data_set(rng: random.Random, folder: Path) -> None:
 
 def read_data_set(folder: Path) -> None:
     facts = info.load_info(str(folder))
+    info.check_trainable(facts)  # as pretrain does
     info.unigram_perplexity(facts)
     next(read.train_batches(facts, 1, 0, 0))
     next(read.eval_batches(facts, "validation", 1, 1))
