@@ -1,7 +1,6 @@
 """Weights: round trips, reading onto a mesh, transformers' own reading and writing, and every refusal."""
 
 import collections
-import dataclasses
 import json
 import tracemalloc
 
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.hf import load_hf, save_hf
+from mora_jax.hf.config import config_json
 from mora_jax.hf.safetensors import Stored, read_headers
 from mora_jax.models.llama import LAYOUTS, Compute, Llama, LlamaConfig
 from mora_jax.trees import flatten, unflatten
@@ -188,7 +188,7 @@ def test_we_read_transformers_folder(tmp_path, transformers, tokens_BT, config, 
     import torch
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dataclasses.asdict(config)))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_json(config, "float32", {})))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.3, 0.2)
     model.save_pretrained(tmp_path, max_shard_size=limit)
