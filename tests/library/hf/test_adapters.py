@@ -95,7 +95,13 @@ def check_merged(adapted, out, config, patterns=True):
         np.testing.assert_allclose(read[name], ours[name], atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("rslora", "dora", "patterns", "saved") else pytest.param(n, marks=pytest.mark.slow)
+        for n in CASES
+    ],
+)
 def test_a_folder_means_the_trained_model_and_comes_back(tmp_path, name):
     rules, expected = CASES[name]
     adapted, out = saved(tmp_path, rules)
@@ -127,7 +133,12 @@ def test_a_tied_head_is_in_the_file_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("operator", "pad_rank"),
-    [(Share(0, "wrap"), False), (Share((0, 1), "zero"), True), (Share(1), False), (Truncate(), True)],
+    [
+        (Share((0, 1), "wrap"), False),
+        pytest.param(Share(0, "zero"), True, marks=pytest.mark.slow),
+        pytest.param(Share(1), False, marks=pytest.mark.slow),
+        (Truncate(), True),
+    ],
     ids=str,
 )
 def test_mora_is_lora_without_loss_even_for_readers_that_ignore_patterns(tmp_path, operator, pad_rank):
