@@ -36,7 +36,7 @@ def copied(tiny_data: Path, tmp_path: Path) -> Path:
 
 
 def test_a_new_data_set_states_the_present_format(tiny_data: Path):
-    assert stated(tiny_data)["format"] == FORMAT == 4
+    assert stated(tiny_data)["format"] == FORMAT
 
 
 def test_a_data_set_without_a_number_is_read(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch):
@@ -47,6 +47,21 @@ def test_a_data_set_without_a_number_is_read(copied: Path, tiny_text: Path, monk
     monkeypatch.setattr(workers, "write_shard", None)
     assert prepared(tiny_text, copied) == info  # has nothing to do
     assert contents(copied) == before
+
+
+def test_a_data_set_of_format_3_is_read(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch):
+    """It states neither what begins a document nor its key, and holds its tokenizer among its files."""
+    info = load_info(str(copied))
+    (copied / "tokenizer" / "tokenizer.model").rename(copied / "tokenizer.model")
+    (copied / "tokenizer").rmdir()
+    for name in ("settings.json", "metadata.json"):
+        facts = json.loads((copied / name).read_text())
+        del facts["bos_id"], facts["text_key"]
+        (copied / name).write_text(json.dumps(facts))
+    state(copied, 3)
+    assert load_info(str(copied)) == info
+    monkeypatch.setattr(workers, "write_shard", None)
+    assert prepared(tiny_text, copied) == info  # has nothing to do
 
 
 def test_an_unfinished_data_set_without_a_number_is_resumed(
