@@ -99,7 +99,7 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         (lambda: s.BadSteps(window=2**31 - 1), r"bad_steps\.window must be at most 100,000"),
         (
             lambda: RunConfig(base_dtype="bfloat16", restart=s.Restart(50, 10)),
-            "restart.every merges updates into the base, .* leave base_dtype at float32",
+            "restart.every merges updates into the base, and .* leave base_dtype at float32",
         ),
         (
             lambda: RunConfig(base_dtype="bfloat16", method="full"),

@@ -154,8 +154,8 @@ class RunConfig:
         """Raises InputError for what a base of lower precision than float32 would do wrong or ignore."""
         if self.restart.every:
             raise InputError(
-                f"restart.every merges updates into the base, and most of them are too small for base_dtype "
-                f"{self.base_dtype}, which would round them away; leave base_dtype at float32"
+                f"restart.every merges updates into the base, and base_dtype {self.base_dtype} would round "
+                "small ones away; leave base_dtype at float32"
             )
         if all(choice == "train" for _, choice in self.parameter_rules()):
             raise InputError(f"base_dtype {self.base_dtype} is for what is not trained, and everything is")
