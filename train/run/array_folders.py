@@ -27,10 +27,10 @@ from train.run.arrays import check_layout, check_restorable, layout
 from train.run.manifest import MANIFEST, Advance, Json
 from train.runtime.memory import exhausted
 from train.runtime.workarounds import (
+    drop_logged_tracebacks,
     end_failed_save,
     ignore_closed_loops,
     take_folders_literally,
-    without_logged_tracebacks,
 )
 from train.storage import buckets
 from train.storage.files import make_folder
@@ -63,6 +63,7 @@ class ArrayFolders:
         buckets.configure()
         take_folders_literally()
         ignore_closed_loops()
+        drop_logged_tracebacks()
         bucket = buckets.in_bucket(directory)
         # Orbax requires absolute paths.
         self.directory = epath.Path(directory if bucket else Path(directory).absolute())
@@ -204,15 +205,14 @@ class ArrayFolders:
 @contextlib.contextmanager
 def save_errors(folder: epath.Path, what: str) -> Iterator[None]:
     """Turns any error of orbax or the disk into one SaveError, or a MemoryError if memory ran out."""
-    with without_logged_tracebacks():
-        try:
-            yield
-        except Exception as error:
-            end_failed_save()
-            number, words = _system_reason(error)
-            if exhausted(error):
-                raise MemoryError(f"{folder} {what}: {words}") from error
-            raise SaveError(number, f"{what}: {words}", str(folder)) from error
+    try:
+        yield
+    except Exception as error:
+        end_failed_save()
+        number, words = _system_reason(error)
+        if exhausted(error):
+            raise MemoryError(f"{folder} {what}: {words}") from error
+        raise SaveError(number, f"{what}: {words}", str(folder)) from error
 
 
 def from_first_process(value: int) -> int:

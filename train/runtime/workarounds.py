@@ -134,19 +134,14 @@ def ignore_closed_loops() -> None:
     sys.unraisablehook = reported
 
 
-@contextlib.contextmanager
-def without_logged_tracebacks() -> Iterator[None]:
-    """Drops log records of absl that carry a traceback.
+def drop_logged_tracebacks() -> None:
+    """Drops log records of absl that carry a traceback, from now on. May be called again.
 
-    orbax 0.12 logs pages about each exception that it also raises, and has no switch for it.
+    orbax 0.12 logs pages about each exception that it also raises, in threads of its own and at any time, and
+    has no switch for it.
     """
+    logging.getLogger("absl").addFilter(_has_no_traceback)
 
-    def without_traceback(record: logging.LogRecord) -> bool:
-        return record.exc_info is None
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(without_traceback)
-    try:
-        yield
-    finally:
-        logger.removeFilter(without_traceback)
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
