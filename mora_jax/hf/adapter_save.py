@@ -1,7 +1,6 @@
 """Adapters written as a Hugging Face folder, PEFT's or that of MoRA's authors, without torch."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from mora_jax.hf.adapter_config import (
 from mora_jax.hf.folder import whole_folder
 from mora_jax.hf.names import EMBEDDING, HEAD, Place, places
 from mora_jax.hf.safetensors import PYTORCH, write_tensors
-from mora_jax.hf.weights import finite
+from mora_jax.hf.weights import finite, write_json
 from mora_jax.methods.base import Arrays, Method
 from mora_jax.methods.peft import PeftAdapter
 from mora_jax.models.llama import LlamaConfig
@@ -120,15 +119,27 @@ def save_adapter(
         adapted = _padded(adapted, form)
     saved = _saved(methods, config, adapted)
     said = _config(adapted, saved, config)
-    specs = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in _shapes(adapted, saved)}
-    values = itertools.chain(_adapter_tensors(adapted), _saved_tensors(saved, params))
-    written = (finite(name, next(values), spec.dtype) for name, spec in specs.items())
-    metadata = PYTORCH | ({BASE_HASH: base_hash} if base_hash else {})
     with whole_folder(path) as folder:
-        write_tensors(folder / ADAPTER_WEIGHTS, specs, written, metadata)
-        text = json.dumps(said.to_json(base, tied=HEAD in saved and config.tie_word_embeddings), indent=2)
-        (folder / ADAPTER_CONFIG).write_text(text + "\n")
+        metadata = PYTORCH | ({BASE_HASH: base_hash} if base_hash else {})
+        _write_tensors(folder / ADAPTER_WEIGHTS, adapted, saved, params, jnp.dtype(dtype), metadata)
+        write_json(
+            folder / ADAPTER_CONFIG, said.to_json(base, tied=config.tie_word_embeddings and HEAD in saved)
+        )
     return said
+
+
+def _write_tensors(
+    file: epath.Path,
+    adapted: Sequence[Adapted],
+    saved: Mapping[str, Place],
+    params: Params,
+    dtype: np.dtype,
+    metadata: Mapping[str, str],
+) -> None:
+    specs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in _shapes(adapted, saved)}
+    values = itertools.chain(_adapter_tensors(adapted), _saved_tensors(saved, params))
+    pairs = zip(specs.items(), values, strict=True)
+    write_tensors(file, specs, (finite(name, value, spec.dtype) for (name, spec), value in pairs), metadata)
 
 
 def _adapted(
