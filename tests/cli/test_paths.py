@@ -8,6 +8,7 @@ import pytest
 
 from mora_jax.errors import InputError
 from train.cli import main as cli
+from train.cli.commands import Generate
 from train.config.run import RunConfig
 from train.config.sections import Compilation, Data
 
@@ -20,6 +21,8 @@ WORDS = (
     "axes",
     "case",
     "text_key",
+    "prompt",
+    "stop",
 )  # strings that are no paths
 # Read by the config's reader, before the flags are known.
 READ_FIRST = {"Pretrain": ("config",), "Plan": ("config",)}
@@ -39,6 +42,8 @@ def made(command: type, **given: typing.Any) -> typing.Any:
     }
     if "run" in needed:
         needed["run"] = RunConfig()
+    if command is Generate and "prompts" not in given:
+        needed["prompt"] = "x"  # one of the two must be given
     kinds = typing.get_type_hints(command)
     return command(**{n: (v,) if kinds[n] == tuple[str, ...] else v for n, v in (needed | given).items()})
 

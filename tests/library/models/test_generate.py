@@ -87,12 +87,22 @@ def test_a_rows_sample_does_not_depend_on_its_neighbours():
     model, params = llama()
     sampling = Sampling(max_new_tokens=NEW, temperature=0.9, top_p=0.9, seed=3)
     together = generate(model, params, PROMPTS, sampling)
-    assert generate(model, params, PROMPTS[1:2], sampling, numbers=[1]) == together[1:2]
     alike = generate(model, params, [*PROMPTS[1:2] * 3, PROMPTS[0]], sampling)
+    turned = generate(model, params, PROMPTS[::-1], sampling, numbers=[3, 2, 1, 0])
+    assert turned[::-1] == together
     assert alike[1] == together[1]
     assert len({tuple(new) for new in alike}) == 4  # rows of one prompt differ
     other = Sampling(max_new_tokens=NEW, temperature=0.9, top_p=0.9, seed=4)
     assert generate(model, params, PROMPTS, other) != together
+
+
+@pytest.mark.slow
+def test_a_row_alone_is_the_row_in_a_batch():
+    model, params = llama()
+    sampling = Sampling(max_new_tokens=NEW, temperature=0.9, top_p=0.9, seed=3)
+    together = generate(model, params, PROMPTS, sampling)
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(model, params, [prompt], sampling, numbers=[i]) == [together[i]]
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
