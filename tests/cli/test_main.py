@@ -266,7 +266,7 @@ def test_help_explains_every_field(mora, name):
         assert words, field
         assert words in text or words.replace(" ", "") in text.replace(" ", ""), field
     for flag in flags.scalar_fields(cli.COMMANDS[name][0]):
-        places = ("config", "case", "page", "path", "run_dir", "runs", "out")
+        places = ("config", "case", "page", "path", "paths", "run_dir", "runs", "out")
         positional = flag.rpartition(".")[2] in places
         assert positional or re.search(rf"--{flag.replace('_', '-')}[ ,]", text), flag
     assert not re.search(r"\(default: ([A-Z]{2,})?\)", text)  # a word that stands for a value, or nothing

@@ -84,6 +84,7 @@ def test_every_path_of_a_config(monkeypatch):
         ["plan", "hf://a/c.yaml"],
         ["evaluate", "hf://a"],
         ["evaluate", "x", "--data", "file:///a"],
+        ["generate", "x", "--prompts", "hf://a"],
         ["export", "https://a", "out"],
         ["export", "x", "https://a"],
         ["checkpoints", "https://a"],
