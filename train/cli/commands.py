@@ -283,7 +283,8 @@ class Merge:
     """
 
     paths: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="BASE ADAPTER[:WEIGHT] ... OUT")
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="BASE ADAPTER[:WEIGHT] ... OUT", help_behavior_hint="(required)"),
     ]
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
 
