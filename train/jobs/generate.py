@@ -78,8 +78,8 @@ def load_generator(
     """
     path = str(hf.local_folder(path))
     is_run = (epath.Path(path) / CONFIG).exists()
-    codec = _codec_of_run(path) if is_run else Codec.of_model(hf.read_tokenizer(path))
     mesh = widest_mesh(path, 1 << (rows - 1).bit_length())  # rows are padded to a power of two
+    codec = _codec_of_run(path) if is_run else Codec.of_model(hf.read_tokenizer(path))
     if merged:
         params, config = load_model(path, mesh=mesh)
         params = _held(params, Methods(()), dtype)
