@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,18 @@ def test_ctrl_c_is_the_parents_from_a_workers_first_moment(tokenizer: Tokenizer,
 
 def test_nothing_to_do():
     workers.run([], 4, lambda advance: None)
+
+
+def test_ctrl_c_that_another_thread_receives_is_held_too():
+    asked, done = threading.Event(), []
+    other = threading.Thread(target=asked.wait)  # it was there before, and does not hold the signal back
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), workers._interrupts_held():  # noqa: PT012
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.05)
+            done.append("all that is held together")
+        assert done
+    finally:
+        asked.set()
+        other.join()

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
+from types import FrameType
 
 from mora_jax.errors import InputError
 from train.data.rows.parent import exit_with_parent
@@ -40,9 +41,9 @@ def run(jobs: Sequence[Job], workers: int, report: Callable[[Advance], None]) ->
         return
     with _processes(min(workers, len(jobs))) as (pool, messages, stop):
         send = functools.partial(_send, messages, stop)
-        with _interrupts_held():
-            futures = [pool.submit(write_shard, job, send) for job in jobs]
         try:
+            with _interrupts_held():
+                futures = [pool.submit(write_shard, job, send) for job in jobs]
             _follow(futures, messages, report)
         except BrokenProcessPool as error:
             raise InputError(
@@ -71,11 +72,17 @@ def _processes(count: int) -> Iterator[tuple[ProcessPoolExecutor, queue.Queue, t
 def _interrupts_held() -> Iterator[None]:
     """Holds Ctrl-C back, also from processes started inside, which would print tracebacks while they load."""
     resource_tracker.ensure_running()  # starting it would release signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held: list[tuple[int, FrameType | None]] = []
+    # These processes inherit the mask. Another thread of this one may receive the signal in spite of it.
+    before = signal.signal(signal.SIGINT, lambda *signalled: held.append(signalled))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if held and callable(before):
+            before(*held[0])
 
 
 def _follow(futures: Sequence[Future], messages: queue.Queue, report: Callable[[Advance], None]) -> None:
