@@ -18,7 +18,7 @@ def start() -> None:
         signal.signal(signal.SIGINT, _end)
     from train.cli.main import main
 
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before or signal.SIG_DFL)
     main()
 
 

@@ -10,6 +10,7 @@ from mora_jax.errors import InputError
 from mora_jax.hf.tokenizer_files import MODEL
 from mora_jax.models.llama import LlamaConfig
 from train.console.terminal import warn
+from train.run.folder import read_config
 from train.run.model import load_model, widest_mesh
 from train.run.tokenizer import run_tokenizer
 from train.storage.files import naming_errors
@@ -34,9 +35,10 @@ def export(
       The merged parameters and the model's config.
 
     Raises:
-      InputError: if another program writes `out`, or the run has no complete checkpoint, or weights that are
-        not finite.
+      InputError: if another program writes `out`, or `run_dir` holds no run, one without a complete
+        checkpoint, or weights that are not finite.
     """
+    read_config(run_dir)  # only a run is exported
     with lock_output(out, "OUT"):
         hf.remove_leftovers(out)
         with hf.whole_folder(out) as folder:
