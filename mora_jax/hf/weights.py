@@ -1,5 +1,6 @@
 """A model's parameters, read from and written to a Hugging Face folder."""
 
+import concurrent.futures
 import functools
 import hashlib
 import json
@@ -29,6 +30,7 @@ from mora_jax.sharding import Box
 from mora_jax.trees import flatten, unflatten
 
 MAX_SHARD_BYTES = 5 * 10**9
+_HASHERS = 4
 # Tables of rotary frequencies in old exports, which the config determines.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -143,19 +145,26 @@ def read_weights(path: epath.PathLike, config: LlamaConfig) -> dict[str, Stored]
 
 
 def fingerprint(stored: Mapping[str, Stored]) -> str:
-    """Returns a hash of a model: of the names, shapes and first, middle and last rows of its tensors.
+    """Returns a hash of a model: of the names, shapes and numbers of its tensors. Reads all of them.
 
-    The rows are compared as float32, so a copy in a wider type is the same model.
+    The numbers are hashed as float32, so a copy in a wider type is the same model.
 
     Args:
       stored: the tensors, as `read_weights` returns them.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(stored.items()):
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        last = tensor.shape[0] - 1
-        for row in sorted({0, last // 2, last}):
-            digest.update(tensor.rows(row, row + 1).astype("<f4").tobytes())
+    with concurrent.futures.ThreadPoolExecutor(_HASHERS) as pool:
+        for (name, tensor), found in zip(stored.items(), pool.map(_hash, stored.values()), strict=True):
+            digest.update(f"{name} {list(tensor.shape)} {found}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash(tensor: Stored, numbers: int = 1 << 22) -> str:
+    """Returns a hash of a tensor's numbers, of which so many are held at a time, or one row."""
+    digest, rows = hashlib.sha256(), max(1, numbers * tensor.shape[0] // max(math.prod(tensor.shape), 1))
+    for start in range(0, tensor.shape[0], rows):
+        read = tensor.rows(start, min(start + rows, tensor.shape[0]))
+        digest.update(memoryview(np.ascontiguousarray(read, "<f4")))
     return digest.hexdigest()
 
 

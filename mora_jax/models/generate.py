@@ -197,8 +197,8 @@ def generate(
     """
     check_prompts(model.config, prompts)
     tokens_BT, starts_B = _padded(prompts)
-    slots = _power_of_two(tokens_BT.shape[1] + sampling.max_new_tokens)
     how = _as_arrays(model.config, prompts, sampling, numbers, len(starts_B))
+    slots = _power_of_two(tokens_BT.shape[1] + int(how.limits_B.max()))
     rows = prefill(model, params, how, tokens_BT, starts_B, slots)
     found: list[list[int]] = [[] for _ in prompts]
     closed_B = np.zeros(len(starts_B), bool)

@@ -278,3 +278,15 @@ def test_real_text_with_a_real_tokenizer(corpus: Path, tokenizers: Path, tmp_pat
     stream = [t for line in lines[:40] for t in [*processor.encode(json.loads(line)["text"]), 2]]
     assert list(itertools.chain(*rows(tmp_path / "d", "train"))) == stream[: len(stream) // 128 * 128]
     assert info.tokens["train"] == len(stream) // 128 * 128
+
+
+def test_what_an_error_says_to_change_may_be_changed(text: Path, tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "some words " * 400}) + "\n")
+    change = {"source": str(tmp_path / "a.jsonl")}
+    with pytest.raises(InputError, match="--text-key names the one to read"):
+        prepared(text, tmp_path / "d", **change)
+    change["validation"] = change["source"]
+    with pytest.raises(InputError):
+        prepared(text, tmp_path / "d", **change)
+    change |= {"source": "", "text_key": "body"}
+    assert prepared(text, tmp_path / "d", **change).rows["validation"] > 0

@@ -153,6 +153,9 @@ def test_an_adapter_of_another_base_is_not_trained(folder, tmp_path):
     moved = dataclasses.replace(config, init_from=str(tmp_path / "other"))
     with pytest.raises(InputError, match=r"^--adapter: .*was trained beside another base"):
         load_initial_adapter(moved, methods, other)
+    (tmp_path / "other" / "config.yaml").write_text("")  # a run has one
+    with pytest.raises(InputError, match=r"belongs to a folder of weights, and .*other is a run"):
+        load_initial_adapter(moved, methods, other)
     said, tensors = read_folder(folder / "lora")
     write_folder(tmp_path / "r", said | {"lora_alpha": 9}, tensors)
     changed = dataclasses.replace(config, adapter=str(tmp_path / "r"))

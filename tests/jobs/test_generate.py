@@ -175,5 +175,6 @@ def test_bad_input_is_one_line(tiny_run, generator, tmp_path, capfd, monkeypatch
     assert "has no tokenizer" in refused(capfd, empty, "--prompt", "a")
     monkeypatch.setattr("train.cli.generate.load_generator", lambda *_: generator)
     assert "leaves no room in the model's context of 32" in refused(capfd, folder, "--prompt", "ab " * 50)
+    assert "a prompt is not Unicode text" in refused(capfd, folder, "--prompt", "a\udcff")
     assert "has no chat template" in refused(capfd, folder, "--chat", "--prompt", "a")
     assert "has no chat template" in refused(capfd, folder, "--chat")

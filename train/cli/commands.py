@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, check_float32
 from mora_jax.methods import MoRA
 from mora_jax.models.generate import Sampling
 from mora_jax.models.llama import LlamaConfig
@@ -331,6 +331,7 @@ def _weighted(adapter: str) -> tuple[str, float]:
         return adapter, 1.0
     if not path or not math.isfinite(value):
         raise InputError(f"{adapter}: give an adapter and a finite weight, such as A:0.5")
+    check_float32(f"{path}: its weight", value)
     return path, value
 
 

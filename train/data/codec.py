@@ -6,7 +6,7 @@ from typing import Any
 
 import sentencepiece as spm
 
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, reason
 from mora_jax.hf.chat import ChatTemplate, Message
 from mora_jax.hf.tokenizer_files import TokenizerFiles
 
@@ -64,6 +64,10 @@ class Codec:
         return self._text([*before, *new])[len(self._text(before)) :]
 
     def _tokens(self, text: str, add_special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a prompt is not Unicode text: {reason(error)}") from error
         if isinstance(self.encoder, spm.SentencePieceProcessor):
             return self.encoder.encode(text)
         return self.encoder.encode(text, add_special_tokens=add_special).ids

@@ -17,7 +17,7 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import warn
 from train.jobs.export import save_model
-from train.run.folder import CONFIG
+from train.run.folder import CONFIG, is_within
 from train.run.model import load_state, widest_mesh
 from train.storage.buckets import in_bucket
 from train.storage.files import naming_errors
@@ -61,6 +61,10 @@ def export_adapter(run_dir: str, out: str, how: AdapterOptions) -> AdapterConfig
       InputError: if another program writes a folder, the run has no complete checkpoint, its method has no
         place in such a file, or nobody else has its base: it was random, a run's, or changed by a restart.
     """
+    if how.with_base and (is_within(out, how.with_base) or is_within(how.with_base, out)):
+        raise InputError(
+            f"--with-base {how.with_base} and OUT {out} must be two folders, neither in the other"
+        )
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_output(out, "OUT"))
         base_folder = stack.enter_context(_output(how.with_base, "--with-base")) if how.with_base else None
@@ -68,6 +72,10 @@ def export_adapter(run_dir: str, out: str, how: AdapterOptions) -> AdapterConfig
         if base_folder is None:
             _check_base(run_dir, config, int(state.step))
             base, base_hash = config.init_from, _hash_of(config.init_from)
+            if config.base_dtype != "float32":
+                warn(
+                    [f"the adapter was trained beside {base} in {config.base_dtype}: load that in this type"]
+                )
         else:
             with naming_errors(how.with_base):
                 save_model(base_folder, state.params, config.model, how.dtype, run_dir)

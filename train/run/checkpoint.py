@@ -137,10 +137,13 @@ class Checkpoints:
           advance: called with the number of bytes of each chunk that was read; None for a progress bar.
         """
         found = self._folders.damage(str(step), step, advance)
-        base = None if found else self.base_of(step)
-        if not isinstance(base, Kept):
-            return found
-        return self._folders.damage(str(base), base.restarts, advance) or self._mistaken(step, base)
+        try:
+            base = None if found else self.base_of(step)
+            if not isinstance(base, Kept):
+                return found
+            return self._folders.damage(str(base), base.restarts, advance) or self._mistaken(step, base)
+        except InputError as error:  # another program removed it meanwhile
+            return [str(error)]
 
     def latest_good(self) -> tuple[int | None, list[str]]:
         """Finds the newest checkpoint of which every byte is as it was saved.

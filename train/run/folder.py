@@ -42,7 +42,7 @@ def check_free(config: RunConfig, resume: bool) -> None:
         the data set, has a link in the place of a folder that the run fills, or cannot be made.
     """
     folder = epath.Path(config.run_dir)
-    if _is_within(config.run_dir, config.data.directory):
+    if is_within(config.run_dir, config.data.directory):
         raise InputError(
             f"--run-dir {folder} is in the data set's folder, {config.data.directory}; "
             "choose another --run-dir"
@@ -137,7 +137,7 @@ def _absolute(path: str) -> str:
     return path if in_bucket(path) else str(Path(path).absolute())
 
 
-def _is_within(inner: str, outer: str) -> bool:
+def is_within(inner: str, outer: str) -> bool:
     """Whether a folder is another one, or below it, through whatever links."""
     here, there = (p if in_bucket(p) else p.resolve() for p in map(epath.Path, (inner, outer)))
     return there in (here, *here.parents)

@@ -141,6 +141,8 @@ def load_initial_adapter(config: RunConfig, methods: Methods, params: Any) -> tu
         base = hf.local_folder(config.init_from)
         if not (base / CONFIG).exists():
             check_base(found, base, config.model)
+        elif found.base_hash:
+            raise InputError(f"it belongs to a folder of weights, and {base} is a run: mora export it first")
         if replaced := found.saved.keys() & found.kernels.keys():
             raise InputError(f"it holds {min(replaced)} both as a whole and adapted; merge it: mora merge")
         params, adapters = hf.load_arrays(found, params, methods, config.model)

@@ -350,7 +350,9 @@ def test_splash_attention_by_the_tpu_compiler(tiny_yaml, tmp_path):
     words += ["--data.sequence-length", "128", "--model.max-position-embeddings", "128"]
     words += ["--model.hidden-size", "96", "--model.intermediate-size", "128"]
     figures = {
-        kernel: planned_for_tpus(str(tiny_yaml), *words, "--compute.attention", kernel, folder=tmp_path)
+        kernel: planned_for_tpus(
+            str(tiny_yaml), *words, "--compute.attention", kernel, folder=tmp_path / kernel
+        )
         for kernel in ("splash", "xla")
     }
     assert figures["splash"]["fits"]

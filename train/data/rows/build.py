@@ -24,7 +24,16 @@ from train.data.rows import layout
 from train.data.rows import workers as pool
 from train.data.rows.info import DataInfo, load_info
 from train.data.rows.metadata import write_metadata
-from train.data.rows.settings import HASHED, Settings, check_settings, check_text, settings_of, start
+from train.data.rows.settings import (
+    HASHED,
+    Settings,
+    check_settings,
+    check_text,
+    has_finished_shards,
+    read_settings,
+    settings_of,
+    start,
+)
 from train.data.rows.shard import Advance, Job
 from train.data.text.entries import TEXT_KEY
 from train.data.text.sources import TextShard, open_text
@@ -154,7 +163,11 @@ def _is_complete(out: str, settings: Settings) -> bool:
         names = {entry.name for entry in Path(out).iterdir()} if Path(out).is_dir() else set()
         free = _is_started(Path(out))
     if layout.SETTINGS in names:
-        check_settings(out, settings, finished=layout.DESCRIBED in names)
+        finished = layout.DESCRIBED in names
+        if finished or in_bucket(out) or has_finished_shards(Path(out)):
+            check_settings(out, settings, finished)
+        else:
+            read_settings(out, out)
     elif not free:
         raise InputError(f"{out} is not empty and not a prepared data set; choose another folder")
     return layout.DESCRIBED in names

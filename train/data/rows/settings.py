@@ -141,13 +141,19 @@ def _first_difference(held: list, wanted: list) -> tuple[str, str]:
     return f"size {was}", f"size {now}"
 
 
+def has_finished_shards(folder: Path) -> bool:
+    """Returns whether an unfinished data set on a disk has shards that a further attempt keeps."""
+    return any((folder / layout.UNFINISHED).glob("*.json"))
+
+
 def start(folder: Path, settings: Settings) -> None:
     """Writes the settings of a new data set on a disk; compares those of one that was started before.
 
-    Text that was mended since then has other sizes, which are stated from now on.
+    Text that was mended since then has other sizes, which are stated from now on. Before a shard is finished,
+    the settings may still change.
     """
     path = folder / layout.SETTINGS
-    if path.exists() and check_settings(folder, settings, finished=False):
+    if path.exists() and has_finished_shards(folder) and check_settings(folder, settings, finished=False):
         return
     with writable(folder, f"{folder} cannot be written to"):
         remove_parts(folder)
