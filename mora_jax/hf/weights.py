@@ -164,7 +164,7 @@ def _hash(tensor: Stored, numbers: int = 1 << 22) -> str:
     digest, rows = hashlib.sha256(), max(1, numbers * tensor.shape[0] // max(math.prod(tensor.shape), 1))
     for start in range(0, tensor.shape[0], rows):
         read = tensor.rows(start, min(start + rows, tensor.shape[0]))
-        digest.update(memoryview(np.ascontiguousarray(read, "<f4")))
+        digest.update(read.astype("<f4").tobytes())
     return digest.hexdigest()
 
 
