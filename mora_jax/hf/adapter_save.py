@@ -92,7 +92,7 @@ def save_adapter(
       pad_rank: whether to pad all adapters with zeros to one rank that vLLM serves, for readers that ignore
         ranks and alphas of single modules.
       dtype: type of the stored tensors.
-      base_hash: kept in the file; those who read it with another base can be told.
+      base_hash: hash of the base, written into the file: with another base it is refused.
 
     Returns:
       What adapter_config.json says.

@@ -63,7 +63,8 @@ def merge_adapters(
     stored = read_weights(folder, config)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     found = [(read_adapter(path, shapes), weight) for path, weight in adapters]
-    for adapter, _ in found:
+    # The whole base is read for each hash, so adapters of one base are compared once.
+    for adapter in {adapter.base_hash: adapter for adapter, _ in found}.values():
         check_base(adapter, folder, config)
     types = {name: jnp.dtype(dtype or tensor.dtype) for name, tensor in stored.items()}
     specs = {name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()}

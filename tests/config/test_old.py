@@ -82,7 +82,7 @@ def test_what_is_of_no_known_form_stays_as_it_is(plain):
 
 
 def test_the_default_of_what_is_trained_matches_more_today():
-    """Norms of queries and keys: a run of a model without them goes on."""
+    """Norms of queries and keys: a run of a model without them resumes."""
     before = "embed_tokens/embedding|(layers/)?[a-z_]*norm/scale|lm_head/kernel"
     saved = to_plain(RunConfig(params=Params(train=before)))
     check_same_config(saved, RunConfig(), "FOLDER holds a run")

@@ -1,4 +1,4 @@
-"""The rules of a run that goes on training an adapter: what is adapted, and how, comes from its file."""
+"""The rules of a run that trains an adapter further: what is adapted, and how, comes from its file."""
 
 import dataclasses
 from collections.abc import Mapping

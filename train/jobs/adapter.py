@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from etils import epath
@@ -16,12 +15,10 @@ from mora_jax.hf.weights import fingerprint, read_weights
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import warn
-from train.jobs.export import save_model
-from train.run.folder import CONFIG, is_within
+from train.jobs.export import output_folder, save_model
+from train.run.folder import CONFIG, absolute_path, is_within
 from train.run.model import load_state, widest_mesh
-from train.storage.buckets import in_bucket
 from train.storage.files import naming_errors
-from train.storage.lock import lock_output
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -66,8 +63,10 @@ def export_adapter(run_dir: str, out: str, how: AdapterOptions) -> AdapterConfig
             f"--with-base {how.with_base} and OUT {out} must be two folders, neither in the other"
         )
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_output(out, "OUT"))
-        base_folder = stack.enter_context(_output(how.with_base, "--with-base")) if how.with_base else None
+        folder = stack.enter_context(output_folder(out, "OUT"))
+        base_folder = (
+            stack.enter_context(output_folder(how.with_base, "--with-base")) if how.with_base else None
+        )
         config, state, methods = load_state(run_dir, mesh=widest_mesh(run_dir))
         if base_folder is None:
             _check_base(run_dir, config, int(state.step))
@@ -79,7 +78,7 @@ def export_adapter(run_dir: str, out: str, how: AdapterOptions) -> AdapterConfig
         else:
             with naming_errors(how.with_base):
                 save_model(base_folder, state.params, config.model, how.dtype, run_dir)
-            base, base_hash = _absolute(how.with_base), _hash_of(base_folder)
+            base, base_hash = absolute_path(how.with_base), _hash_of(base_folder)
             methods = _without_trained(methods)
         with naming_errors(out):
             return hf.save_adapter(
@@ -135,17 +134,8 @@ def merge_adapters(base: str, adapters: Sequence[tuple[str, float]], out: str, d
     Raises:
       InputError: as `mora_jax.hf.merge_adapters` does, and if another program writes `out`.
     """
-    with _output(out, "OUT") as folder, naming_errors(out):
+    with output_folder(out, "OUT") as folder, naming_errors(out):
         return hf.merge_adapters(base, adapters, folder, dtype)
-
-
-@contextlib.contextmanager
-def _output(path: str, flag: str) -> Iterator[epath.Path]:
-    """Yields an empty folder, which appears as `path` if the block ends without an error."""
-    with lock_output(path, flag):
-        hf.remove_leftovers(path)
-        with hf.whole_folder(path) as folder:
-            yield folder
 
 
 def _check_base(run_dir: str, config: RunConfig, step: int) -> None:
@@ -179,7 +169,3 @@ def _without_trained(methods: Methods) -> Methods:
     return Methods(
         tuple((path, "frozen" if choice == "train" else choice) for path, choice in methods.choices)
     )
-
-
-def _absolute(path: str) -> str:
-    return path if in_bucket(path) else str(Path(path).absolute())

@@ -1,6 +1,7 @@
 """Exports a run as a Hugging Face folder: merged float32 weights, config and tokenizer."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from etils import epath
@@ -39,13 +40,24 @@ def export(
         checkpoint, or weights that are not finite.
     """
     read_config(run_dir)  # only a run is exported
-    with lock_output(out, "OUT"):
-        hf.remove_leftovers(out)
-        with hf.whole_folder(out) as folder:
-            params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
-            with naming_errors(out):
-                save_model(folder, params, model, dtype, run_dir)
+    with output_folder(out, "OUT") as folder:
+        params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
+        with naming_errors(out):
+            save_model(folder, params, model, dtype, run_dir)
     return params, model
+
+
+@contextlib.contextmanager
+def output_folder(path: str, flag: str) -> Iterator[epath.Path]:
+    """Yields an empty folder, which appears as `path` if the block ends without an error.
+
+    Raises:
+      InputError: if another program writes `path`, which `flag` gives.
+    """
+    with lock_output(path, flag):
+        hf.remove_leftovers(path)
+        with hf.whole_folder(path) as folder:
+            yield folder
 
 
 def save_model(

@@ -78,9 +78,9 @@ def claim(config: RunConfig) -> None:
 
 def absolute(config: RunConfig) -> RunConfig:
     """Returns a config whose data set and first weights are found from any working folder."""
-    data = dataclasses.replace(config.data, directory=_absolute(config.data.directory))
+    data = dataclasses.replace(config.data, directory=absolute_path(config.data.directory))
     models = {
-        name: _absolute(path) if path and not hf.is_hub_id(path) else path
+        name: absolute_path(path) if path and not hf.is_hub_id(path) else path
         for name, path in (("init_from", config.init_from), ("adapter", config.adapter))
     }
     return dataclasses.replace(config, data=data, **models)
@@ -133,7 +133,8 @@ def _remedy(name: str, run_dir: str) -> str:
     return "choose another --run-dir"
 
 
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """Returns a path that is found from any working folder."""
     return path if in_bucket(path) else str(Path(path).absolute())
 
 

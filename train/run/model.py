@@ -148,7 +148,9 @@ def load_initial_adapter(config: RunConfig, methods: Methods, params: Any) -> tu
         params, adapters = hf.load_arrays(found, params, methods, config.model)
     dropout = found.config.lora_dropout
     if dropout and not any(method.dropout for _, method in methods.adapted()):
-        warn([f"--adapter {config.adapter} was trained with lora_dropout {dropout}, and goes on without it"])
+        warn(
+            [f"--adapter {config.adapter} was trained with lora_dropout {dropout}, and continues without it"]
+        )
     return params, adapters
 
 
