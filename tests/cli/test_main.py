@@ -21,8 +21,11 @@ import tensorflow_datasets as tfds
 from sentencepiece import sentencepiece_model_pb2
 
 from train.cli import main as cli
+from train.cli.commands import training
+from train.cli.explain import explain
 from train.config import flags
 from train.config.sections import YAML_ONLY
+from train.console.terminal import print_summary
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG
 from train.run.metrics import read_metrics
@@ -241,7 +244,7 @@ def test_another_tokenizer_than_the_data_sets(refused, tiny_data, tiny_text, tin
     [(errno.ENAMETOOLONG, 2), (errno.EISDIR, 2), (errno.ELOOP, 2), (errno.ENOSPC, 74), (errno.EIO, 74)],
 )
 def test_an_error_that_comes_again_is_bad_input(number, status, capsys):
-    assert cli.explain(OSError(number, os.strerror(number), "x")) == status
+    assert explain(OSError(number, os.strerror(number), "x")) == status
     assert capsys.readouterr().err == f"mora: x: {os.strerror(number)}\n"
 
 
@@ -441,7 +444,7 @@ def test_the_status_is_right_where_output_cannot_be_written(tmp_path, words, red
 
 
 def test_a_bug_shows_where_it_is(mora, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "methods", (cli.SurveyMethods, lambda _: 1 / 0))
+    monkeypatch.setitem(cli.COMMANDS, "methods", (training.SurveyMethods, lambda _: 1 / 0))
     status, out, err = mora("methods")
     assert (status, out) == (1, "")
     assert err.startswith("Traceback")
@@ -449,7 +452,7 @@ def test_a_bug_shows_where_it_is(mora, monkeypatch):
 
 
 def test_what_a_folder_is_called_is_no_markup(capsys):
-    cli.print_summary({"device": "[/y]", "\x1b[31m": "a\nb"}, "runs/N[/x]")
+    print_summary({"device": "[/y]", "\x1b[31m": "a\nb"}, "runs/N[/x]")
     out = capsys.readouterr().out
     assert "runs/N[/x]" in out
     assert "[/y]" in out

@@ -8,7 +8,7 @@ import pytest
 
 from mora_jax.errors import InputError
 from train.cli import main as cli
-from train.cli.commands import Generate
+from train.cli.commands.generate import Generate
 from train.config.run import RunConfig
 from train.config.sections import Compilation, Data
 

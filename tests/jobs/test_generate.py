@@ -84,7 +84,7 @@ def test_a_run_its_unmerged_adapters_and_its_export_answer_alike(tiny_run, answe
 
 
 def test_the_command_writes_what_is_answered(tiny_run, generator, answered, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("train.cli.generate.load_generator", lambda *_: generator)
+    monkeypatch.setattr("train.jobs.generate.load_generator", lambda *_: generator)
     sampled = ["--max-new-tokens", 8, "--temperature", 0.7, "--seed", 5]
     asked = [word for text in PROMPTS for word in ("--prompt", text)]
     out, _ = run(capfd, tiny_run.folder, *asked, *sampled)
@@ -173,7 +173,7 @@ def test_bad_input_is_one_line(tiny_run, generator, tmp_path, capfd, monkeypatch
     empty = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer"))
     monkeypatch.setattr("train.run.tokenizer._read", lambda *_: None)
     assert "has no tokenizer" in refused(capfd, empty, "--prompt", "a")
-    monkeypatch.setattr("train.cli.generate.load_generator", lambda *_: generator)
+    monkeypatch.setattr("train.jobs.generate.load_generator", lambda *_: generator)
     assert "leaves no room in the model's context of 32" in refused(capfd, folder, "--prompt", "ab " * 50)
     assert "a prompt is not Unicode text" in refused(capfd, folder, "--prompt", "a\udcff")
     assert "has no chat template" in refused(capfd, folder, "--chat", "--prompt", "a")

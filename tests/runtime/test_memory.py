@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from train.cli import main as cli
+from train.cli.explain import explain
 from train.console import exits
 from train.run.checkpoint import Checkpoints
 from train.runtime import memory
@@ -47,7 +47,7 @@ def of_numpy() -> Exception:
     ids=["xla", "nested", "numpy", "bare", "system", "tensorstore"],
 )
 def test_one_line_and_a_status_of_its_own(error, asked, capsys):
-    assert cli.explain(error) == exits.MEMORY
+    assert explain(error) == exits.MEMORY
     line = capsys.readouterr().err
     assert re.fullmatch(r"mora: memory ran out: .*; this machine has [0-9.]+ GB; what helps: .*\n", line)
     for part in (asked, "--microbatches", "--compute.remat full", "--eval.batch-size", "--mesh.fsdp"):
@@ -89,6 +89,6 @@ def test_a_save_that_memory_does_not_suffice_for_is_no_full_disk(error, tmp_path
     saved.save(1, {"a": jax.numpy.ones(3)}, {})
     with pytest.raises(MemoryError) as caught:
         saved.close()
-    assert cli.explain(caught.value) == exits.MEMORY
+    assert explain(caught.value) == exits.MEMORY
     line = capsys.readouterr().err
     assert line.startswith(f"mora: memory ran out: {tmp_path}/1 could not be saved: ")

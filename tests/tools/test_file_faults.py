@@ -62,14 +62,14 @@ def test_one_operation_fails_or_all_that_need_space(faults: Faults, place: Path,
 
 SAVES = """
 import sys, jax.numpy as jnp
-from train.cli import main as cli
+from train.cli.explain import explain
 from train.run.checkpoint import Checkpoints
 try:
     with Checkpoints(sys.argv[1]) as saved:
         for step in (1, 2):
             saved.save(step, {f"a{n}": jnp.arange(99.0) for n in range(4)}, {})
 except OSError as error:
-    sys.exit(cli.explain(error))
+    sys.exit(explain(error))
 """
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.table import Table
 
 from mora_jax.errors import spelled_out
 
@@ -58,3 +59,17 @@ def warn(sentences: Iterable[str], every_process: bool = False) -> None:
     """Logs each sentence as a warning."""
     for sentence in sentences:
         log(f"warning: {sentence}", every_process)
+
+
+def print_summary(summary: dict[str, Any], title: str) -> None:
+    """Prints a short table of figures. Control characters in it are escaped."""
+    table = Table("", "", title=spelled_out(title), show_header=False)
+    for name, value in summary.items():
+        table.add_row(spelled_out(name.replace("_", " ")), spelled_out(_readable(value)))
+    console().print(table)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,9 @@
+"""Positional arguments that several commands have."""
+
+from typing import Annotated
+
+import tyro
+
+Config = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
