@@ -14,18 +14,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
+from mora_jax.models import cudnn
 from mora_jax.sharding import BATCH, Layout
 
 Kernel: TypeAlias = Literal["xla", "cudnn", "splash"]
 # Activations with heads: (batch, sequence, heads, head width).
 HEADS = Layout((P(BATCH, None, "tensor", None),))
+ROWS_OF_TOKENS = Layout((P(BATCH, None),))
 # Queries and keys that the splash kernel holds at a time: the largest that divides the sequence.
 SPLASH_BLOCKS = (512, 256, 128)
 _BLOCK_FIELDS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["starts_B", "first"], meta_fields=["window"]
+    jax.tree_util.register_dataclass,
+    data_fields=["starts_B", "first", "segments_BT"],
+    meta_fields=["window", "most_segments"],
 )
 @dataclasses.dataclass(frozen=True)
 class Visible:
@@ -35,11 +39,15 @@ class Visible:
       window: how many, the position itself included; 0 for all.
       starts_B: the key of each row's first token, if keys before it are padding; None if there are none.
       first: the key of the first query, if earlier tokens have no query; None if each key has one.
+      segments_BT: the segment of each token, to which its keys are restricted; None if a row is one segment.
+      most_segments: most segments of a row, padding included; 0 if that is not known.
     """
 
     window: int = 0
     starts_B: Int[Array, "B"] | None = None
     first: Int[Array, ""] | None = None
+    segments_BT: Int[Array, "B T"] | None = None
+    most_segments: int = 0
 
     def within(self, length: int) -> "Visible":
         """Returns the same for sequences of a length: a window as long as these restricts nothing."""
@@ -72,14 +80,23 @@ def attention(
     if visible.starts_B is not None:
         mask_B1TS = visible.mask(q_BTNH.shape[1], k_BSKH.shape[1])[:, None]
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS)
-    if kernel != "splash":
-        window = (visible.window - 1, 0) if visible.window else None
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=window, implementation=kernel
-        )
-    check_splash(q_BTNH.shape[1])
-    # GSPMD cannot divide a Pallas call, so each device computes its own sequences and heads.
-    return sharding.by_device(functools.partial(_splash, visible), HEADS)(q_BTNH, k_BSKH, v_BSKH)
+    if kernel == "splash":
+        return _splash_by_device(q_BTNH, k_BSKH, v_BSKH, visible)
+    segments_BT = visible.segments_BT
+    packs = kernel == "cudnn" and cudnn.pays(q_BTNH.shape[1], visible.most_segments)
+    if segments_BT is not None and packs and not visible.window:
+        return cudnn.packed_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, visible.most_segments)
+    same_B1TS = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    window = (visible.window - 1, 0) if visible.window else None
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        mask=same_B1TS,
+        is_causal=True,
+        local_window_size=window,
+        implementation=kernel,
+    )
 
 
 def check_splash(length: int) -> None:
@@ -91,13 +108,25 @@ def check_splash(length: int) -> None:
         )
 
 
-def _splash(visible: Visible, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
+def _splash_by_device(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, visible: Visible) -> Array:
+    """Returns `_splash` of each device's own sequences and heads: GSPMD cannot divide a Pallas call."""
+    check_splash(q_BTNH.shape[1])
+    segments_BT = visible.segments_BT
+    rows, layouts = ((), ()) if segments_BT is None else ((segments_BT,), (ROWS_OF_TOKENS,))
+    function = functools.partial(_splash, visible.window)
+    divided = sharding.by_device(function, (HEADS, HEADS, HEADS, *layouts), HEADS)
+    return divided(q_BTNH, k_BTKH, v_BTKH, *rows)
+
+
+def _splash(
+    window: int, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None = None
+) -> Array:
     """Returns attention by JAX's kernel for TPUs, which never holds the scores of a full sequence."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, and only for TPUs
 
     length, heads, width = q_BTNH.shape[1:]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
-    shape, window = (length, length), visible.window
+    shape = (length, length)
     mask = (
         splash_attention.LocalMask(shape, (window - 1, 0), 0)
         if window
@@ -111,5 +140,6 @@ def _splash(visible: Visible, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Ar
     )
     q_BTNH = (q_BTNH.astype(jnp.float32) / width**0.5).astype(q_BTNH.dtype)  # the kernel does not scale
     q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
-    y_BNTH: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH)  # pyright: ignore[reportAssignmentType]
+    ids = None if segments_BT is None else splash_attention.SegmentIds(segments_BT, segments_BT)
+    y_BNTH: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, ids)  # pyright: ignore[reportAssignmentType]
     return y_BNTH.swapaxes(1, 2)

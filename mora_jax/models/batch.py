@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["tokens_BT", "weights_BT", "segments_BT", "positions_BT"],
-    meta_fields=[],
+    meta_fields=["most_segments"],
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -22,12 +22,14 @@ class Batch:
 
     Attributes:
       tokens_BT: the tokens.
-      weights_BT: how much the loss of each token counts, as the one to predict; None for 1. The first token of
-        a segment is never predicted, whatever its weight.
-      segments_BT: the sequence that each token belongs to, from 1, in order; 0 for padding behind them. Tokens
-        attend to their own segment only. None if each row is one sequence.
-      positions_BT: the position of each token for the rotary embedding; None to count from the first token of
-        each segment.
+      weights_BT: how much the loss counts of each token, as the one to predict; None for 1. The first token
+        of a segment is never predicted, whatever its weight.
+      segments_BT: the sequence that each token belongs to, from 1, in order; 0 for padding behind them.
+        Tokens attend to their own segment only. None if each row is one sequence.
+      positions_BT: the position of each token for the rotary embedding; None to count from the first token
+        of each segment.
+      most_segments: most segments of a row, padding included, by which attention chooses its kernel; 0 if
+        that is not known.
 
     Example:
       >>> batch = Batch(jnp.array([[5, 6, 7, 8]]), segments_BT=jnp.array([[1, 1, 2, 2]]))
@@ -39,6 +41,7 @@ class Batch:
     weights_BT: Float[Array, "B T"] | None = None
     segments_BT: Int[Array, "B T"] | None = None
     positions_BT: Int[Array, "B T"] | None = None
+    most_segments: int = 0
 
     def positions(self) -> Int[Array, "B T"]:
         """Returns the position of each token: as given, or counted from the first token of its segment."""

@@ -24,6 +24,7 @@ from mora_jax.methods.base import Bound, padded
 from mora_jax.methods.linear import TILE, Path, dense
 from mora_jax.models.attention import HEADS, Visible, attention
 from mora_jax.models.attention import Kernel as AttentionKernel
+from mora_jax.models.batch import Batch
 from mora_jax.models.cache import Cache, KeyValues
 from mora_jax.models.config import LlamaConfig
 from mora_jax.models.loss import HEAD, cross_entropy
@@ -220,17 +221,14 @@ class Llama(nn.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Returns the logits (float32) for the token after each position."""
-        x_BTD, w_DV = self.hidden(tokens_BT), self.head()
+        x_BTD, w_DV = self.hidden(Batch(tokens_BT)), self.head()
         return jnp.matmul(x_BTD, w_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
 
-    def loss(
-        self, tokens_BT: Int[Array, "B T"], weights_B: Float[Array, "B"]
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Returns the summed next-token loss (nats) and the number of predictions, weighted by sequence."""
-        x_BTD = self.hidden(tokens_BT)
+    def loss(self, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the summed loss (nats) of the tokens that count, by their weights, and the sum of these."""
+        x_BTD, tokens_BT = self.hidden(batch), batch.tokens_BT
         # Every position is computed, so that shapes stay powers of two; the last one predicts nothing.
-        length = tokens_BT.shape[1]
-        weights_BT = weights_B[:, None] * (jnp.arange(length) < length - 1)[None, :]
+        weights_BT = batch.target_weights()
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
         shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])
@@ -238,11 +236,14 @@ class Llama(nn.Module):
         total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk)
         return jnp.asarray(total), weights_BT.sum()
 
-    def hidden(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
         """Returns the normalised hidden states that the head takes."""
-        x_BTD, c = self._embedded(tokens_BT), self.config
-        rope = angles(c.rope, tokens_BT.shape[1], c.head_width, c.rope_theta, c.max_position_embeddings)
-        x_BTD, _ = self.layers(x_BTD, rope, Visible(c.sliding_window), None)
+        x_BTD, c = self._embedded(batch.tokens_BT), self.config
+        segments_BT = batch.segments_BT
+        of_all_rows = segments_BT is None and batch.positions_BT is None
+        rope = self._rope(x_BTD.shape[1], None if of_all_rows else batch.positions())
+        visible = Visible(c.sliding_window, segments_BT=segments_BT, most_segments=batch.most_segments)
+        x_BTD, _ = self.layers(x_BTD, rope, visible, None)
         return self.norm(x_BTD)
 
     def extend(self, tokens_BT: Int[Array, "B T"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
@@ -250,15 +251,23 @@ class Llama(nn.Module):
 
         Sequences must stay within the context, where rope.type dynamic scales nothing.
         """
-        x_BTD, c = self._embedded(tokens_BT), self.config
-        positions_T = cache.positions(tokens_BT.shape[1]).ravel()
-        flat = angles(c.rope, 1, c.head_width, c.rope_theta, c.max_position_embeddings, positions_T)
-        cos_BTJ, sin_BTJ = (a.reshape(*tokens_BT.shape, -1) for a in flat)
-        visible = Visible(c.sliding_window, cache.starts_B, cache.end)
-        x_BTD, new = self.layers(x_BTD, (cos_BTJ, sin_BTJ), visible, cache.layers)
+        x_BTD = self._embedded(tokens_BT)
+        rope = self._rope(1, cache.positions(tokens_BT.shape[1]))
+        visible = Visible(self.config.sliding_window, cache.starts_B, cache.end)
+        x_BTD, new = self.layers(x_BTD, rope, visible, cache.layers)
         x_BD, w_DV = self.norm(x_BTD[:, -1]), self.head()
         logits_BV = jnp.matmul(x_BD, w_DV.astype(x_BD.dtype), preferred_element_type=jnp.float32)
         return logits_BV, cache.extended(new)
+
+    def _rope(self, length: int, positions_BT: Array | None) -> tuple[Array, Array]:
+        """Returns cos and sin of the angles: (B, T, J), or (T, J) if every row has the positions 0, 1, ..."""
+        c = self.config
+        at_T = None if positions_BT is None else positions_BT.ravel()
+        rope = angles(c.rope, length, c.head_width, c.rope_theta, c.max_position_embeddings, at_T)
+        if positions_BT is None:
+            return rope
+        cos_BTJ, sin_BTJ = (a.reshape(*positions_BT.shape, -1) for a in rope)
+        return cos_BTJ, sin_BTJ
 
     def _embedded(self, tokens_BT: Array) -> Array:
         table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS)

@@ -34,13 +34,13 @@ def constrain(x: Array, layout: Layout) -> Array:
     return x
 
 
-def by_device(function: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-    """Returns a function that each device applies to its own shards of arrays of one layout."""
+def by_device(function: Callable[..., Any], inputs: tuple[Layout, ...], output: Layout) -> Callable[..., Any]:
+    """Returns a function that each device applies to its own shards of arrays in these layouts."""
     sizes = _ambient()
     if not sizes:
         return function
-    specs = canonical(layout.choices[0], 0, sizes)
-    return jax.shard_map(function, in_specs=specs, out_specs=specs, check_vma=False)
+    *in_specs, out_specs = (canonical(layout.choices[0], 0, sizes) for layout in (*inputs, output))
+    return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
 
 
 def whole(x: Array) -> Array:

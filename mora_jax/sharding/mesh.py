@@ -97,8 +97,8 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
-def to_global(mesh: Mesh, rows: int, *local: np.ndarray) -> tuple[jax.Array, ...]:
-    """Returns global batches, given this process's `local_rows` of each."""
+def to_global(mesh: Mesh, rows: int, local: Any) -> Any:
+    """Returns a tree of arrays, one row a sequence, as global arrays, given this process's `local_rows`."""
     held = local_rows(mesh, rows)
 
     def make(part: np.ndarray) -> jax.Array:
@@ -107,7 +107,7 @@ def to_global(mesh: Mesh, rows: int, *local: np.ndarray) -> tuple[jax.Array, ...
 
         return jax.make_array_from_callback((rows, *part.shape[1:]), batch(mesh), of)
 
-    return tuple(make(part) for part in local)
+    return jax.tree.map(make, local)
 
 
 def _filled(sizes: dict[str, int], devices: int) -> dict[str, int]:

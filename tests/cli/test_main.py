@@ -344,11 +344,9 @@ def loss_of_first_batch(tiny_run) -> float:
     from train.data.rows.read import train_batches
 
     params, model = load_model(str(tiny_run.folder))
-    batch_BT = next(train_batches(load_info(tiny_run.config.data.directory), 4, 0, 0))
+    batch = next(train_batches(load_info(tiny_run.config.data.directory), 4, 0, 0))
     variables = {"params": params}
-    total, count = Llama(model, tiny_run.config.compute).apply(
-        variables, batch_BT, np.ones(4, np.float32), method=Llama.loss
-    )
+    total, count = Llama(model, tiny_run.config.compute).apply(variables, batch, method=Llama.loss)
     return float(total / count)
 
 

@@ -66,7 +66,7 @@ def test_validation_text_alone_can_only_be_evaluated_on(text: Path, tmp_path: Pa
     assert info.rows == {"validation": whole.rows["validation"]}
     assert rows(tmp_path / "alone", "validation") == rows(tmp_path / "whole", "validation")
     assert prepared(text, tmp_path / "alone", source="") == info  # has nothing to do
-    assert next(eval_batches(info, "validation", 2, 1))[0].shape == (2, T)
+    assert next(eval_batches(info, "validation", 2, 1)).tokens_BT.shape == (2, T)
     assert content_hash(info) != content_hash(whole)
     with pytest.raises(
         InputError, match="alone has validation text alone, for mora evaluate; to train, prepare with"

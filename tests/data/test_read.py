@@ -58,11 +58,11 @@ def stored(info: DataInfo, split: str) -> np.ndarray:
 
 
 def take(batches, count: int) -> np.ndarray:
-    return np.stack(list(itertools.islice(batches, count)))
+    return np.stack([batch.tokens_BT for batch in itertools.islice(batches, count)])
 
 
 def test_batches_have_one_shape_and_type(info: DataInfo):
-    batch = next(train_batches(info, B, seed=0, start_step=0))
+    batch = next(train_batches(info, B, seed=0, start_step=0)).tokens_BT
     assert (batch.shape, batch.dtype) == ((B, T), np.int32)
 
 
@@ -112,24 +112,27 @@ def test_evaluation_reads_every_row_once_in_order(info: DataInfo):
     assert len(rows) % 5
     batches = list(eval_batches(info, "validation", 5, None))
     assert len(batches) == math.ceil(len(rows) / 5)
-    assert {(r.shape, r.dtype, w.shape, w.dtype) for r, w in batches} == {
-        ((5, T), np.dtype(np.int32), (5,), np.dtype(np.float32))
+    both = [(batch.tokens_BT, batch.weights_BT) for batch in batches]
+    assert {(r.shape, r.dtype, w.shape, w.dtype) for r, w in both} == {
+        ((5, T), np.dtype(np.int32), (5, T), np.dtype(np.float32))
     }
-    read = np.concatenate([r[w == 1] for r, w in batches])
+    read = np.concatenate([r[w[:, 0] == 1] for r, w in both])
     np.testing.assert_array_equal(read, rows)
-    assert sum(w.sum() for _, w in batches) == len(rows)
+    assert sum(w.sum() for _, w in both) == rows.size
 
 
 def test_evaluation_stops_after_max_batches(info: DataInfo):
     batches = list(eval_batches(info, "validation", 5, 2))
-    np.testing.assert_array_equal(np.concatenate([r for r, _ in batches]), stored(info, "validation")[:10])
+    np.testing.assert_array_equal(
+        np.concatenate([batch.tokens_BT for batch in batches]), stored(info, "validation")[:10]
+    )
 
 
 def test_evaluation_of_a_batch_larger_than_the_split(info: DataInfo):
     size = 2 * info.rows["validation"]
-    ((rows, weights),) = eval_batches(info, "validation", size, None)
-    assert rows.shape == (size, T)
-    assert weights.sum() == info.rows["validation"]
+    (batch,) = eval_batches(info, "validation", size, None)
+    assert batch.tokens_BT.shape == (size, T)
+    assert batch.weights_BT.sum() == info.rows["validation"] * T
 
 
 def test_processes_share_the_evaluation(info: DataInfo):
@@ -137,9 +140,9 @@ def test_processes_share_the_evaluation(info: DataInfo):
     parts = [list(eval_batches(info, "validation", B, None, np.arange(p, B, 3))) for p in range(3)]
     assert {len(part) for part in parts} == {len(whole)}
     for p, part in enumerate(parts):
-        for (rows, weights), (all_rows, all_weights) in zip(part, whole, strict=True):
-            np.testing.assert_array_equal(rows, all_rows[p::3])
-            np.testing.assert_array_equal(weights, all_weights[p::3])
+        for some, every in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(some.tokens_BT, every.tokens_BT[p::3])
+            np.testing.assert_array_equal(some.weights_BT, every.weights_BT[p::3])
 
 
 def test_unigram_perplexity_is_that_of_the_counted_tokens(info: DataInfo):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import METHODS, DoRA, MoRA
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import LAYOUTS, Llama
 from mora_jax.transform import Methods
 from train.config.sections import Mesh
@@ -80,8 +81,8 @@ def test_each_device_computes_its_own_part(tiny_run):
         mesh = sharding.make_mesh(devices)
         state = abstract_state(config, assign_methods(config), mesh)
         tokens = jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=sharding.batch(mesh))
-        weights = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=sharding.batch(mesh))
-        compiled = eval_step.lower(model, Methods(()), state.params, {}, tokens, weights).compile()
+        weights = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding.batch(mesh))
+        compiled = eval_step.lower(model, Methods(()), state.params, {}, Batch(tokens, weights)).compile()
         flops[devices] = compiled.cost_analysis()["flops"]
     assert 0.2 * flops[1] < flops[4] < 0.4 * flops[1]
 

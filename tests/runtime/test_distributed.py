@@ -310,9 +310,9 @@ def test_a_process_that_is_killed_ends_the_other_one(config: Path):
     processes = launched(config, 2, DEVICES, *words)
     wait_for((folder / "checkpoints/3/manifest.json").exists, processes)
     kill(0, processes)
-    batch_BT = next(train_batches(load_info(settings.data.directory), 4, settings.seed, 0))
+    batch = next(train_batches(load_info(settings.data.directory), 4, settings.seed, 0))
     llama, variables = Llama(settings.model, settings.compute), {"params": params}
-    total, count = llama.apply(variables, batch_BT, np.ones(4, np.float32), method=Llama.loss)
+    total, count = llama.apply(variables, batch, method=Llama.loss)
     np.testing.assert_allclose(losses(folder)[0], float(total / count), rtol=1e-5)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mora_jax import sharding, transform, trees
 from mora_jax.methods import LoRA, Method, MoRA
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Compute, Llama
 from train.config.run import RunConfig
 from train.config.sections import REST, Data, Params, Schedule
@@ -70,7 +71,7 @@ def updated(config: RunConfig, shape: tuple[int, int, int]) -> tuple[float, dict
         state = drawn(config, methods, fresh_state(config, methods, mesh, random_params(config.model)))
         tokens = np.tile(tokens_BT() % 96, (4, 1)).astype(np.int32)
         tokens += np.arange(8)[:, None] * 5
-        on_mesh = jax.device_put(tokens % 96, sharding.batch(mesh))
+        on_mesh = Batch(jax.device_put(tokens % 96, sharding.batch(mesh)))
         after, scalars = train_step(spec_of(config), methods, state, on_mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, methods, mesh))
     assert jax.tree.map(lambda leaf: leaf.sharding, after) == places

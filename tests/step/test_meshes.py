@@ -10,6 +10,7 @@ import pytest
 
 from mora_jax import sharding, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Compute, LlamaConfig
 from train.config.run import RunConfig
 from train.config.sections import Data, Optimizer, Restart, Schedule
@@ -125,7 +126,7 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
                 assert float(cleared) == 1.0
                 assert jax.tree.map(lambda x: x.sharding, state) == places
             tokens_BT = np.random.default_rng(step % 2).integers(0, 60, (8, 16), np.int32)
-            on_mesh = jax.device_put(tokens_BT, sharding.batch(mesh))
+            on_mesh = Batch(jax.device_put(tokens_BT, sharding.batch(mesh)))
             if step in LOOKED_AT:
                 before[step] = jax.tree.map(np.array, state) if one is None else one.before[step]
                 after, _ = train_step(spec_of(config), methods, placed(before[step], abstract), on_mesh)
@@ -235,7 +236,7 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         methods = assign_methods(config)
         state = abstract_state(config, methods, mesh)
         tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
-        compiled = train_step.lower(spec_of(config), methods, state, tokens).compile()
+        compiled = train_step.lower(spec_of(config), methods, state, Batch(tokens)).compile()
     found = collectives(compiled.as_text())
     assert {"all-gather", "all-reduce"} <= {kind for kind, _ in found}
     exchanged = [shape for kind, shape in found if kind in ("all-to-all", "collective-permute")]

@@ -13,6 +13,7 @@ import pytest
 
 from mora_jax import transform, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
 from train.config.sections import BadSteps, Data, Evaluation, Log, Optimizer, Params, Restart, Schedule
@@ -84,7 +85,7 @@ def trained(config: RunConfig, updates: int):
     methods, state = started(config)
     for step in range(updates):
         tokens_BT = tokens(step)[: config.batch_size]
-        state, metrics = train_step(spec_of(config), methods, state, tokens_BT)
+        state, metrics = train_step(spec_of(config), methods, state, Batch(tokens_BT))
     return methods, state, metrics
 
 
@@ -137,8 +138,8 @@ def test_a_bfloat16_base_trains_as_the_same_values_in_float32(name):
     before = jax.tree.map(np.asarray, state.params)
     same = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else jnp.copy(a), state)
     for step in range(2):
-        state, metrics = train_step(spec_of(narrow), methods, state, tokens(step))
-        same, metrics_ = train_step(spec_of(wide), methods, same, tokens(step))
+        state, metrics = train_step(spec_of(narrow), methods, state, Batch(tokens(step)))
+        same, metrics_ = train_step(spec_of(wide), methods, same, Batch(tokens(step)))
         np.testing.assert_allclose(metrics["loss"], metrics_["loss"], rtol=1e-6)
         np.testing.assert_allclose(metrics["grad_norm"], metrics_["grad_norm"], rtol=1e-5)
     moved = {
@@ -161,7 +162,9 @@ def test_frozen_kernels_get_no_gradient_computed():
 
 def flops(config: RunConfig) -> float:
     methods, state = started(config)
-    return train_step.lower(spec_of(config), methods, state, tokens(0)).compile().cost_analysis()["flops"]
+    return (
+        train_step.lower(spec_of(config), methods, state, Batch(tokens(0))).compile().cost_analysis()["flops"]
+    )
 
 
 @pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -181,12 +184,12 @@ def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     config = with_method(name)
     methods, state, _ = trained(config, 3)
     model = Llama(config.model, config.compute)
-    before, _ = eval_step(model, methods, state.params, state.adapters, tokens(7), jnp.ones(4))
+    before, _ = eval_step(model, methods, state.params, state.adapters, Batch(tokens(7)))
     unmerged, _ = eval_step(
-        model, methods, state.params, jax.tree.map(jnp.zeros_like, state.adapters), tokens(7), jnp.ones(4)
+        model, methods, state.params, jax.tree.map(jnp.zeros_like, state.adapters), Batch(tokens(7))
     )
     state, cleared = restart_step(spec_of(config), methods, state)
-    after, _ = eval_step(model, methods.after_restart(), state.params, state.adapters, tokens(7), jnp.ones(4))
+    after, _ = eval_step(model, methods.after_restart(), state.params, state.adapters, Batch(tokens(7)))
     np.testing.assert_allclose(after, before, rtol=1e-5)
     assert abs(float(unmerged) - float(before)) > 1e-3
     assert float(cleared) == 1.0
@@ -251,7 +254,9 @@ def test_dropout_differs_from_microbatch_to_microbatch():
     twice = dataclasses.replace(DROPPING, batch_size=4, microbatches=2)
     rows = tokens(7)[:2]
     losses = [
-        float(train_step(spec_of(config), methods, jax.tree.map(jnp.copy, state), tokens_BT)[1]["loss"])
+        float(
+            train_step(spec_of(config), methods, jax.tree.map(jnp.copy, state), Batch(tokens_BT))[1]["loss"]
+        )
         for config, tokens_BT in ((DROPPING, rows), (twice, jnp.repeat(rows, 2, axis=0)))
     ]
     assert losses[0] != losses[1]
@@ -262,14 +267,12 @@ def test_dropout_differs_from_step_to_step_and_spares_evaluation():
     config = DROPPING
     methods, state, _ = trained(config, 3)
     model = Llama(config.model, config.compute)
-    losses = [
-        eval_step(model, methods, state.params, state.adapters, tokens(7), jnp.ones(4))[0] for _ in range(2)
-    ]
+    losses = [eval_step(model, methods, state.params, state.adapters, Batch(tokens(7)))[0] for _ in range(2)]
     assert float(losses[0]) == float(losses[1])
     seen = []
     for step in (3, 4, 5):
         same = jax.tree.map(jnp.copy, state.replace(step=jnp.int32(step)))
-        _, metrics = train_step(spec_of(config), methods, same, tokens(7)[:2])
+        _, metrics = train_step(spec_of(config), methods, same, Batch(tokens(7)[:2]))
         seen.append(float(metrics["loss"]))
     assert len(set(seen)) == 3
 
@@ -289,7 +292,7 @@ def test_a_bad_step_changes_nothing_but_the_counts(name):
     config = with_method(name)
     methods, state, _ = trained(config, 2)
     before = poisoned(state, ("norm", "scale"))
-    after, metrics = train_step(spec_of(config), methods, jax.tree.map(jnp.asarray, before), tokens(2))
+    after, metrics = train_step(spec_of(config), methods, jax.tree.map(jnp.asarray, before), Batch(tokens(2)))
     assert np.isnan(float(metrics["loss"]))
     assert (int(metrics["skipped_steps"]), int(metrics["bad_in_a_row"]), int(after.step)) == (1, 1, 3)
     for part in ("params", "adapters", "opt_state"):
@@ -307,13 +310,13 @@ def test_a_spike_is_skipped_and_training_goes_on():
     methods, state, _ = trained(config, 2)
     state = state.replace(spikes=state.spikes.replace(norms_W=state.spikes.norms_W / 100))
     before = jax.tree.map(np.asarray, state.adapters)
-    state, metrics = train_step(spec_of(config), methods, state, tokens(2))
+    state, metrics = train_step(spec_of(config), methods, state, Batch(tokens(2)))
     assert int(metrics["skipped_steps"]) == 1
     jax.tree.map(np.testing.assert_array_equal, before, state.adapters)
     state, _ = restart_step(spec_of(config), methods, state)
-    state, metrics = train_step(spec_of(config), methods.after_restart(), state, tokens(3))
+    state, metrics = train_step(spec_of(config), methods.after_restart(), state, Batch(tokens(3)))
     assert (int(metrics["skipped_steps"]), int(metrics["bad_in_a_row"])) == (1, 0)
-    state, metrics = train_step(spec_of(config), methods.after_restart(), state, tokens(4))
+    state, metrics = train_step(spec_of(config), methods.after_restart(), state, Batch(tokens(4)))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(state.adapters))
 
 
@@ -340,7 +343,31 @@ def test_two_hundred_updates_by_either_path_are_one_curve(name):
             if config.restarts_at(step):
                 state, _ = restart_step(spec_of(config), methods, state)
                 methods = methods.after_restart()
-            state, metrics = train_step(spec_of(config), methods, state, tokens(step % 8))
+            state, metrics = train_step(spec_of(config), methods, state, Batch(tokens(step % 8)))
             curves[path].append(float(metrics["loss"]))
     assert curves["merged"][-1] < 0.9 * curves["merged"][0]
     np.testing.assert_allclose(curves["merged"], curves["activation"], rtol=1e-4)
+
+
+def test_the_mean_is_over_the_tokens_that_count_in_all_microbatches():
+    """Microbatches of unequal weight: a mean of means would be another loss and gradient."""
+    methods, state, _ = trained(CONFIG, 2)
+    weights_BT = jnp.asarray(np.random.default_rng(0).uniform(size=tokens(7).shape) < 0.3, jnp.float32)
+    batch = Batch(tokens(7), weights_BT.at[::2].set(0).at[0, 3].set(1))
+    found = []
+    for microbatches in (1, 2):
+        config = dataclasses.replace(CONFIG, microbatches=microbatches)
+        _, metrics = train_step(spec_of(config), methods, jax.tree.map(jnp.copy, state), batch)
+        found.append((metrics["loss"], metrics["grad_norm"]))
+        model = Llama(config.model, config.compute)
+        total, count = eval_step(model, methods, state.params, state.adapters, batch)
+        np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-5)
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def test_a_batch_of_which_nothing_counts_has_no_loss():
+    methods, state, _ = trained(CONFIG, 2)
+    batch = Batch(tokens(7), jnp.zeros(tokens(7).shape))
+    after, metrics = train_step(spec_of(CONFIG), methods, state, batch)
+    assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))

@@ -46,7 +46,7 @@ def train(config: RunConfig, rounds: bool) -> float:
     state = rounded(state, methods) if rounds else state
     rows = np.arange(config.batch_size)
     batches = train_batches(info, config.batch_size, config.seed, 0, rows, config.data.skip_rows)
-    for step, tokens_BT in zip(range(config.steps), batches, strict=False):
+    for step, batch in zip(range(config.steps), batches, strict=False):
         if config.restarts_at(step):
             before = jax.tree.map(np.asarray, base.split(state, methods)[1])
             state, _ = restart_step(spec, methods, state)
@@ -54,7 +54,7 @@ def train(config: RunConfig, rounds: bool) -> float:
             if rounds:
                 report(step, before, base.split(state, methods)[1])
                 state = rounded(state, methods)
-        state, _ = train_step(spec, methods, state, jnp.asarray(tokens_BT))
+        state, _ = train_step(spec, methods, state, batch)
     model = Llama(config.model, config.compute)
     return evaluate(model, methods, state.params, state.adapters, info, config.eval, mesh).perplexity
 

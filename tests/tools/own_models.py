@@ -38,6 +38,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mora_jax import Compute, DoRA, Llama, LlamaConfig, LoRA, MoRA, State, bind, trees, value_and_grad
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import STACKED
 from mora_jax.models.loss import cross_entropy
 from mora_jax.transform import Rules
@@ -339,7 +340,7 @@ def llama(s: Sizes) -> Family:
     looped = Llama(config, Compute(layers="scan", dtype=compute["dtype"]))
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        total, n = model.apply({"params": params}, tokens, jnp.ones(tokens.shape[0]), method=Llama.loss)
+        total, n = model.apply({"params": params}, Batch(tokens), method=Llama.loss)
         return total / n
 
     return Family(

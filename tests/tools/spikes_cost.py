@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import jax.numpy as jnp
 
+from mora_jax.models.batch import Batch
 from train.config import flags
 from train.run.state import assign_methods
 from train.step import spikes, step
@@ -33,14 +34,14 @@ def main(config_path: str, rounds: int = 30) -> None:
     config = flags.read_config(config_path)
     methods, spec = assign_methods(config), spec_of(config)
     shape = (config.batch_size, config.data.sequence_length)
-    tokens_BT = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
+    batch = Batch(jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size))
     steps = {"judged": compiled(spikes.judge), "bare": compiled(all_good)}
     states = {name: init_state(spec, methods, init_params(spec)) for name in steps}
     spent: dict[str, list[list[float]]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name in sorted(steps, reverse=number % 2 == 1):
             before = [clock() for clock in CLOCKS.values()]
-            states[name], _ = jax.block_until_ready(steps[name](spec, methods, states[name], tokens_BT))
+            states[name], _ = jax.block_until_ready(steps[name](spec, methods, states[name], batch))
             after = [clock() for clock in CLOCKS.values()]
             if number >= 2:
                 spent[name].append([b - a for a, b in zip(before, after, strict=True)])
@@ -48,7 +49,7 @@ def main(config_path: str, rounds: int = 30) -> None:
         judged, bare = (statistics.median(row[index] for row in spent[name]) for name in ("judged", "bare"))
         print(f"{clock}: {judged:.4f} s judged, {bare:.4f} s bare, ratio {judged / bare:.4f}")
     costs = {
-        name: steps[name].lower(spec, methods, states[name], tokens_BT).compile().cost_analysis()
+        name: steps[name].lower(spec, methods, states[name], batch).compile().cost_analysis()
         for name in steps
     }
     for what in ("flops", "bytes accessed"):

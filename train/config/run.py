@@ -130,6 +130,10 @@ class RunConfig:
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if self.data.document_mask and extends:
+            raise InputError(
+                "data.document_mask excludes model.rope.type dynamic, which scales by the length of a row"
+            )
         if self.compute.attention == "splash":
             check_splash(self.data.sequence_length)
         if isinstance(self.method, str) and self.method not in WITHOUT_ADAPTERS:

@@ -66,11 +66,14 @@ class Data:
       sequence_length: tokens per row; must be that of the data set.
       skip_rows: rows passed over at the start, in the order of the seed, such as those that the source of a
         warm start has read.
+      document_mask: tokens attend to their own document only, and positions are counted from its start, as
+        if each document were a sequence of its own; for rows of joined documents.
     """
 
     directory: str = "data/c4"
     sequence_length: int = 512
     skip_rows: int = 0
+    document_mask: bool = False
 
     def __post_init__(self) -> None:
         spell_out(self, "data.", "directory")

@@ -78,18 +78,19 @@ def evaluate(
     how = dataclasses.replace(how, batch_size=min(how.batch_size, max(1, -(-rows // shards)) * shards))
     held = sharding.local_rows(mesh, how.batch_size)
     batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None, held)
-    total = count = 0.0
+    total, count, done = 0.0, 0.0, 0
     total_rows = min(rows, how.max_batches * how.batch_size or rows)
     first = jax.process_index() == 0
     shown = progress("evaluating", total_rows, "rows") if first else contextlib.nullcontext(lambda n: None)
     with jax.set_mesh(mesh), shown as advance:
-        for tokens_BT, weights_B in batches:
+        for batch in batches:
             if stopping():
                 raise Abandoned
-            on_device = sharding.to_global(mesh, how.batch_size, tokens_BT, weights_B)
-            loss, predictions = eval_step(model, methods, params, adapters, *on_device)
+            on_device = sharding.to_global(mesh, how.batch_size, batch)
+            loss, predictions = eval_step(model, methods, params, adapters, on_device)
             total, count = total + float(loss), count + float(predictions)
-            advance(int(weights_B.sum()) * how.batch_size / len(held))
+            advance(min(how.batch_size, total_rows - done))
+            done += how.batch_size
     if not count:
         raise InputError(f"{info.directory} has no validation rows")
     return Score(total / count, int(count))

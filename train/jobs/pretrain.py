@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.io import json_text, read_json
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config import run as run_config
@@ -104,8 +104,8 @@ def train(run: Run) -> dict[str, Any]:
                 state, cleared = restart_step(spec, methods, state)
                 methods = methods.after_restart()
                 log.note(step, restart_note(config, methods, step, float(cleared)))
-            tokens_BT, data_wait = next_batch(batches)
-            state, scalars = train_step(spec, methods, state, tokens_BT)
+            batch, data_wait = next_batch(batches)
+            state, scalars = train_step(spec, methods, state, batch)
             log.add(step, scalars, data_wait)
             run.saved.poll()
             score = None  # it was that of the previous state
@@ -141,7 +141,7 @@ def repeats(config: RunConfig, info: DataInfo) -> list[str]:
     return [f"the run reads the {rows:,} training rows {epochs:.2f} times (epochs)"]
 
 
-def batches_on_devices(run: Run, first: int) -> Iterator[jax.Array]:
+def batches_on_devices(run: Run, first: int) -> Iterator[Batch]:
     """Returns the global batches from update `first` on, each moved to the devices one step ahead."""
     rows = run.config.batch_size
     held = sharding.local_rows(run.mesh, rows)
@@ -149,16 +149,16 @@ def batches_on_devices(run: Run, first: int) -> Iterator[jax.Array]:
     return on_devices(train_batches(run.info, rows, run.config.seed, first, held, skip), run.mesh, rows)
 
 
-def on_devices(batches: Iterator[np.ndarray], mesh: Mesh, rows: int) -> Iterator[jax.Array]:
+def on_devices(batches: Iterator[Batch], mesh: Mesh, rows: int) -> Iterator[Batch]:
     """Yields global batches of `rows` sequences on the devices, made of each process's own rows."""
-    ahead: collections.deque[jax.Array] = collections.deque()
-    for batch_BT in batches:
-        ahead += sharding.to_global(mesh, rows, batch_BT)
+    ahead: collections.deque[Batch] = collections.deque()
+    for batch in batches:
+        ahead.append(sharding.to_global(mesh, rows, batch))
         if len(ahead) > 1:
             yield ahead.popleft()
 
 
-def next_batch(batches: Iterator[jax.Array]) -> tuple[jax.Array, float]:
+def next_batch(batches: Iterator[Batch]) -> tuple[Batch, float]:
     """Returns the next batch and the seconds waited for it."""
     asked = time.perf_counter()
     return next(batches), time.perf_counter() - asked

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding, transform, trees
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.step import optim, spikes
@@ -20,16 +21,16 @@ Metrics = dict[str, Array]
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(
-    spec: StepSpec, methods: Methods, state: TrainState, tokens_BT: Int[Array, "B T"]
+    spec: StepSpec, methods: Methods, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """Does one update, or none if the step is bad. The state is donated.
 
     Returns:
-      The next state and scalars: loss (nats a token), grad_norm (before clipping), learning_rate,
+      The next state and scalars: loss (nats a token that counts), grad_norm (before clipping), learning_rate,
       skipped_steps (of the run so far) and bad_in_a_row.
     """
     trainable, frozen = transform.partition(state.params, state.adapters, methods)
-    loss, gradients = _mean_gradient(spec, methods, trainable, frozen, tokens_BT, state.step)
+    loss, gradients = _mean_gradient(spec, methods, trainable, frozen, batch, state.step)
     grad_norm = optax.tree.norm(gradients)
     if spec.optimizer.clip_norm:
         shrink = jnp.minimum(1.0, spec.optimizer.clip_norm / (grad_norm + 1e-6))
@@ -68,10 +69,10 @@ def restart_step(spec: StepSpec, methods: Methods, state: TrainState) -> tuple[T
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def eval_step(
-    model: Llama, methods: Methods, params: Any, adapters: Any, tokens_BT: Int[Array, "B T"], weights_B: Array
+    model: Llama, methods: Methods, params: Any, adapters: Any, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the summed loss (nats) and the number of predictions of a batch; padding sequences weigh 0."""
-    return _loss(model, methods, params, adapters, tokens_BT, weights_B)
+    """Returns the summed loss (nats) of the tokens of a batch that count, and the sum of their weights."""
+    return _loss(model, methods, params, adapters, batch)
 
 
 def _loss(
@@ -79,39 +80,42 @@ def _loss(
     methods: Methods,
     params: Any,
     adapters: Any,
-    tokens_BT: Array,
-    weights_B: Array,
+    batch: Batch,
     rngs: dict[str, PRNGKeyArray] | None = None,
 ) -> Any:
     variables = {"params": transform.bind(params, adapters, methods)}
-    return model.apply(variables, tokens_BT, weights_B, method=Llama.loss, rngs=rngs)
+    return model.apply(variables, batch, method=Llama.loss, rngs=rngs)
 
 
 def _mean_gradient(
-    spec: StepSpec, methods: Methods, trainable: Any, frozen: Any, tokens_BT: Array, step: Array
+    spec: StepSpec, methods: Methods, trainable: Any, frozen: Any, batch: Batch, step: Array
 ) -> tuple[Array, Any]:
-    """Returns the mean loss of the batch and its gradient for the trainable leaves, by microbatches."""
+    """Returns the mean loss of the batch and its gradient for the trainable leaves, by microbatches.
+
+    The mean is over the tokens that count in the batch, however they lie in its microbatches.
+    """
     model = Llama(spec.model, spec.compute)
     key = jax.random.fold_in(key_of(spec, "dropout"), step)
     drops = any(method.dropout for _, method in methods.adapted())
+    count = jnp.maximum(batch.target_weights().sum(), 1)
 
-    def mean_loss(trainable: Any, tokens_BT: Array, part: int | Array) -> Array:
+    def share(trainable: Any, batch: Batch, part: int | Array) -> Array:
         arrays = trees.combine(trainable, frozen)
-        ones_B = jnp.ones(tokens_BT.shape[0])
         rngs = {"dropout": jax.random.fold_in(key, part)} if drops else None
         params, adapters = arrays["params"], arrays.get("adapters", {})
-        total, count = _loss(model, methods, params, adapters, tokens_BT, ones_B, rngs)
+        total, _ = _loss(model, methods, params, adapters, batch, rngs)
         return total / count
 
     if spec.microbatches == 1:
-        return jax.value_and_grad(mean_loss)(trainable, tokens_BT, 0)
+        return jax.value_and_grad(share)(trainable, batch, 0)
 
-    def accumulate(carry: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
-        # Every microbatch has as many predictions, so the mean of means is the mean.
-        part = jax.value_and_grad(mean_loss)(trainable, *inputs)
-        return jax.tree.map(lambda a, b: a + b / spec.microbatches, carry, part), None
+    def accumulate(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(share)(trainable, *inputs)), None
+
+    def parts(rows: Array) -> Array:
+        # Interleaved, so that each microbatch is spread over the devices as the batch is.
+        return rows.reshape(-1, spec.microbatches, *rows.shape[1:]).swapaxes(0, 1)
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-    # Interleaved, so that each microbatch is spread over the devices as the batch is.
-    parts_MBT = tokens_BT.reshape(-1, spec.microbatches, tokens_BT.shape[1]).swapaxes(0, 1)
-    return jax.lax.scan(accumulate, start, (parts_MBT, jnp.arange(spec.microbatches)))[0]
+    inputs = (jax.tree.map(parts, batch), jnp.arange(spec.microbatches))
+    return jax.lax.scan(accumulate, start, inputs)[0]

@@ -10,6 +10,7 @@ import pytest
 from mora_jax import trees
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import STACKED, Compute, Llama, LlamaConfig, abstract_params
 from mora_jax.models.rope import Rope
 from mora_jax.transform import assign, attach, bind, merge
@@ -42,9 +43,9 @@ def logits(params, compute: Compute) -> jax.Array:
     return Llama(GROUPED, compute).apply({"params": params}, TOKENS)
 
 
-def loss(params, compute: Compute, weights_B=None) -> jax.Array:
-    weights_B = jnp.ones(2) if weights_B is None else weights_B
-    total, count = Llama(GROUPED, compute).apply({"params": params}, TOKENS, weights_B, method="loss")
+def loss(params, compute: Compute, weights_BT=None) -> jax.Array:
+    batch = Batch(TOKENS, weights_BT)
+    total, count = Llama(GROUPED, compute).apply({"params": params}, batch, method="loss")
     return total / count
 
 
@@ -104,8 +105,8 @@ def test_the_loss_is_the_mean_of_shifted_predictions(params):
 
 
 def test_rows_of_weight_zero_count_for_nothing(params):
-    first = loss(params, F32, weights_B=jnp.array([1.0, 0.0]))
-    total, count = Llama(GROUPED, F32).apply({"params": params}, TOKENS[:1], jnp.ones(1), method="loss")
+    first = loss(params, F32, weights_BT=jnp.array([[1.0], [0.0]]) * jnp.ones(TOKENS.shape))
+    total, count = Llama(GROUPED, F32).apply({"params": params}, Batch(TOKENS[:1]), method="loss")
     np.testing.assert_allclose(first, total / count, rtol=1e-6)
     assert int(count) == 15
 
@@ -276,7 +277,7 @@ def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
 
     def mean_loss(adapters):
         variables = {"params": bind(params, adapters, methods)}
-        total, count = model.apply(variables, tokens_BT, jnp.ones(4), method="loss")
+        total, count = model.apply(variables, Batch(tokens_BT), method="loss")
         return total / count
 
     @jax.jit

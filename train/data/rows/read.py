@@ -12,9 +12,10 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from mora_jax.errors import InputError
+from mora_jax.models.batch import Batch
 from train.data.rows import layout
 from train.data.rows.info import DataInfo, check_trainable, load_info
 
@@ -32,7 +33,7 @@ def train_batches(
     start_step: int,
     rows: Int[np.ndarray, "R"] | None = None,
     skip: int = 0,
-) -> Iterator[Int[np.ndarray, "B T"]]:
+) -> Iterator[Batch]:
     """Yields batches of training rows without end, in another order every epoch; threads read ahead.
 
     Args:
@@ -44,7 +45,7 @@ def train_batches(
       skip: rows of the order that come before the first batch.
 
     Yields:
-      (R, T), int32.
+      The rows as NumPy arrays: (R, T), int32.
 
     Raises:
       InputError: there is no training split, or it is smaller than the batch; or later, rows are damaged.
@@ -61,7 +62,8 @@ def train_batches(
     def rows_of(step: int) -> list:
         return [order[skip + step * batch_size + int(row)] for row in here]
 
-    return _read(info, "train", grain.MapDataset.range(start_step, sys.maxsize).map(rows_of))
+    steps = grain.MapDataset.range(start_step, sys.maxsize).map(rows_of)
+    return map(_batch, _read(info, "train", steps))
 
 
 def rows_from(rows: int, seed: int, first: int, count: int) -> list[int]:
@@ -76,7 +78,7 @@ def eval_batches(
     batch_size: int,
     max_batches: int | None,
     here: Int[np.ndarray, "R"] | None = None,
-) -> Iterator[tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B"]]]:
+) -> Iterator[Batch]:
     """Yields the rows of a split in order, in batches of one shape.
 
     The number of batches does not depend on `here`: every process yields equally often.
@@ -89,7 +91,7 @@ def eval_batches(
       here: positions in each global batch that this process reads; all by default.
 
     Yields:
-      Rows (R, T), int32, and their weights (R,), float32: 1, or 0 for rows that pad the last batch.
+      The rows as NumPy arrays: (R, T), int32, and weights, float32. Rows that pad the last batch weigh 0.
 
     Raises:
       InputError: there is no such split; or later, rows are damaged or missing.
@@ -99,10 +101,16 @@ def eval_batches(
     count = -(-info.rows[split] // batch_size)
     rows = np.arange(count * batch_size).reshape(count, batch_size)[:max_batches]
     rows = rows if here is None else rows[:, here]
-    weights = (rows < info.rows[split]).astype(np.float32)
+    counts = (rows < info.rows[split]).astype(np.float32)
     rows = np.minimum(rows, info.rows[split] - 1)  # the last row pads the last batch
     steps = grain.MapDataset.range(len(rows)).map(lambda step: rows[step].tolist())
-    return zip(_read(info, split, steps), weights, strict=True)
+    return map(_batch, _read(info, split, steps), counts)
+
+
+def _batch(tokens_RT: np.ndarray, counts_R: np.ndarray | None = None) -> Batch:
+    """Returns rows as a batch of NumPy arrays, of which each counts as often as stated."""
+    weights_RT = None if counts_R is None else np.broadcast_to(counts_R[:, None], tokens_RT.shape)
+    return Batch(tokens_RT, weights_RT)  # pyright: ignore[reportArgumentType]
 
 
 def _order(rows: int, seed: int) -> grain.MapDataset:

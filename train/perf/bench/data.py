@@ -82,7 +82,7 @@ def read_speed(info: DataInfo, batch_size: int, seconds: float = READ_SECONDS) -
         next(batches)
     started, rows = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        rows += len(next(batches))
+        rows += len(next(batches).tokens_BT)
     return rows * info.sequence_length / (time.perf_counter() - started)
 
 

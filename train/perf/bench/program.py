@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import sharding, transform, trees
 from mora_jax.errors import InputError
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
 from train.step.spec import StepSpec
@@ -39,7 +40,7 @@ class Program:
     compiled: Any
     methods: Methods
     state: TrainState
-    batches: list[Array]
+    batches: list[Batch]
     compile_seconds: float
     loss: float = float("nan")
 
@@ -110,9 +111,9 @@ def random_params(spec: StepSpec, methods: Methods) -> Any:
     )
 
 
-def random_batches(spec: StepSpec, shape: tuple[int, int]) -> list[Array]:
+def random_batches(spec: StepSpec, shape: tuple[int, int]) -> list[Batch]:
     """Returns random token batches on the device."""
     draw: Callable[[Any], Array] = jax.jit(
         lambda key: jax.random.randint(key, shape, 0, spec.model.vocab_size, jnp.int32)
     )
-    return [draw(key) for key in jax.random.split(jax.random.key(spec.seed), BATCHES)]
+    return [Batch(draw(key)) for key in jax.random.split(jax.random.key(spec.seed), BATCHES)]

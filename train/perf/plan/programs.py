@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mora_jax import sharding
+from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
@@ -46,8 +48,8 @@ class Program:
 
 def train_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the training step."""
-    tokens_BT = _tokens(config.batch_size, config, mesh)
-    return _compiled(train_step, mesh, config, spec_of(config), methods, state, tokens_BT)
+    batch = Batch(_rows(config.batch_size, config, mesh, jnp.uint16))
+    return _compiled(train_step, mesh, config, spec_of(config), methods, state, batch)
 
 
 def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
@@ -58,19 +60,18 @@ def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh)
 def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the evaluation of a batch."""
     rows = config.eval.batch_size
-    tokens_BT = _tokens(rows, config, mesh)
-    weights_B = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding.batch(mesh))
+    batch = Batch(*(_rows(rows, config, mesh, dtype) for dtype in (jnp.uint16, jnp.float32)))
     model = Llama(config.model, config.compute)
     arrays = (state.params, state.adapters)
-    return _compiled(eval_step, mesh, config, model, methods, *arrays, tokens_BT, weights_B)
+    return _compiled(eval_step, mesh, config, model, methods, *arrays, batch)
 
 
 PROGRAMS = {"train": train_program, "restart": restart_program, "eval": eval_program}
 
 
-def _tokens(rows: int, config: RunConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _rows(rows: int, config: RunConfig, mesh: Mesh, dtype: DTypeLike) -> Any:
     shape = (rows, config.data.sequence_length)
-    return jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=sharding.batch(mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(mesh))
 
 
 def _compiled(function: Any, mesh: Mesh, config: RunConfig, *arguments: Any) -> Program:
