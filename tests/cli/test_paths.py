@@ -25,7 +25,7 @@ WORDS = (
     "stop",
 )  # strings that are no paths
 # Read by the config's reader, before the flags are known.
-READ_FIRST = {"Pretrain": ("config",), "Plan": ("config",)}
+READ_FIRST = dict.fromkeys(("Pretrain", "Finetune", "Plan"), ("config",))
 
 
 def paths_of(command: type) -> list[str]:

@@ -29,7 +29,10 @@ def describe(config: RunConfig) -> tuple[Table, Table]:
 
 
 def print_description(config: RunConfig) -> None:
-    """Prints `describe`."""
+    """Prints `describe`. Raises InputError if epochs are asked for, and there are no rows to count."""
+    if config.epochs:
+        check_trainable(info := load_info(config.data.directory, splits=()))
+        config = config.in_steps(info.rows["train"])
     console().print(*describe(config))
 
 
@@ -69,7 +72,7 @@ def _rows(config: RunConfig) -> str:
     except (InputError, OSError) as error:
         return f"unknown: {error}"
     rows = info.rows["train"]
-    return f"{rows:,}, read {config.epochs(rows):.2f} times (epochs)"
+    return f"{rows:,}, read {config.repeats(rows):.2f} times (epochs)"
 
 
 def _treatment(choice: Choice, shape: tuple[int, ...]) -> str:

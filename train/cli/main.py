@@ -19,13 +19,14 @@ from train.perf.bench.options import BenchData, BenchProfile, BenchReport, Bench
 from train.storage import buckets
 
 # Commands that print a log and write their results to files. All others print their result.
-_WORK = ("prepare-data", "train-tokenizer", "pretrain", "export", "merge", "demo")
+_WORK = ("prepare-data", "train-tokenizer", "pretrain", "finetune", "export", "merge", "demo")
 
 # The functions import what they run, so that `mora --help` is quick.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prepare-data": (data.PrepareData, data.prepare_data),
     "train-tokenizer": (data.TrainTokenizer, data.train_tokenizer),
     "pretrain": (training.Pretrain, training.pretrain),
+    "finetune": (training.Finetune, training.finetune),
     "plan": (training.Plan, training.plan),
     "plan-table": (training.PlanTable, training.plan_table),
     "evaluate": (models.Evaluate, models.evaluate),
@@ -81,7 +82,8 @@ def run(args: list[str]) -> None:
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}{nearest(name, COMMANDS)} (mora --help lists them)")
     command, function = COMMANDS[name]
-    if command in (training.Pretrain, training.Plan) and not {"-h", "--help"} & set(rest[:1]):
+    helped = bool({"-h", "--help"} & set(rest[:1]))
+    if command in (training.Pretrain, training.Finetune, training.Plan) and not helped:
         return function(read_with_config(command, name, rest))
     if command in (BenchProfile, BenchStep, BenchSweep):
         return function(options.read(command, rest, f"mora {name}"))

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 from etils import epath
 
+from mora_jax import hf
 from mora_jax.errors import InputError, located, nearest
+from mora_jax.models.config import LlamaConfig
 from train.config import method as method_flags
 from train.config import old
 from train.config.adapter import with_adapter
@@ -65,6 +67,7 @@ def parse(
     """
     method = _method(default, file, args)
     _check_known(command, method, args)
+    default = _like_source(default, [*(file.words if file else ()), *args])
     # A config's switches take a value, as in YAML: --model.tie-word-embeddings True.
     markers = (tyro.conf.FlagConversionOff,) if command is RunConfig else ()
     words = [*(file.words if file else ()), *args]
@@ -83,6 +86,7 @@ def parse(
         if not stop.code:
             raise
         raise _input_error(stop) or InputError(_one_line(complaint.getvalue())) from None
+    _check_length(made, words)
     return _with_adapter(made, file, args)
 
 
@@ -185,6 +189,44 @@ def _with_adapter(made: Any, file: File | None, args: Sequence[str]) -> Any:
     return config if isinstance(made, RunConfig) else dataclasses.replace(made, run=config)
 
 
+def _check_length(made: Any, words: Sequence[str]) -> None:
+    """Raises InputError if the length of a run is given twice, in steps and in epochs."""
+    config = getattr(made, "run", made)
+    if isinstance(config, RunConfig) and config.epochs and given(words, "steps") is not None:
+        raise InputError(f"give either steps or epochs: epochs is {config.epochs}, and steps is given too")
+
+
+def _like_source(default: Any, words: Sequence[str]) -> Any:
+    """Returns a command, or config, with the model of `init_from`, if no option of the model is given."""
+    config = getattr(default, "run", default)
+    source = given(words, "init-from")
+    if not isinstance(config, RunConfig) or not source or any(word.startswith("--model.") for word in words):
+        return default
+    with located(source, "--init-from"):
+        model = _model_of(source)
+    length = min(config.data.sequence_length, model.max_position_embeddings)
+    data = dataclasses.replace(config.data, sequence_length=length)
+    config = dataclasses.replace(config, model=model, data=data)
+    return config if isinstance(default, RunConfig) else dataclasses.replace(default, run=config)
+
+
+def _model_of(source: str) -> LlamaConfig:
+    """Returns the config of the model in the folder of a run, or of Hugging Face."""
+    folder = hf.local_folder(source)
+    own = str(folder / "config.yaml")
+    return read_config(own).model if _of_a_run(own) else hf.read_config(folder)
+
+
+def given(words: Sequence[str], flag: str) -> str | None:
+    """Returns the value that words of a command line give to `--FLAG` last, None if they do not."""
+    found = None
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == f"--{flag}":
+            found = value if equals else next(iter(words[i + 1 :]), None)
+    return found
+
+
 def _of_a_run(path: str) -> bool:
     """Whether the file is the config that a run wrote into its folder."""
     place = epath.Path(path)
@@ -195,7 +237,7 @@ def _method(default: Any, file: File | None, args: Sequence[str]) -> MethodChoic
     """The method that decides which flags there are, and their defaults."""
     config = getattr(default, "run", default)
     method = config.method if isinstance(config, RunConfig) else RunConfig().method
-    name, operator = (method_flags.chosen(args, key) for key in ("name", "operator"))
+    name, operator = (given(args, f"method.{key}") for key in ("name", "operator"))
     return method_flags.changed_to(method, file.method if file else {}, name, operator)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -67,16 +67,6 @@ def lacks(method: MethodChoice, key: str) -> InputError:
     plain = to_plain(method)
     operator = f" with operator {plain['operator']}" if "operator" in plain else ""
     return no_field(f"method {plain['name']}", key, [name for name in plain if name != "name"], operator)
-
-
-def chosen(args: Sequence[str], key: str) -> str | None:
-    """Returns the value that a command line gives to `--method.KEY` last, None if it does not."""
-    found = None
-    for i, arg in enumerate(args):
-        flag, equals, value = arg.partition("=")
-        if flag == f"--method.{key}":
-            found = value if equals else next(iter(args[i + 1 :]), None)
-    return found
 
 
 def method_rule(default: MethodChoice) -> ConstructorRegistry:

@@ -50,6 +50,7 @@ class RunConfig:
       run_dir: folder that the run is written to, on a disk or in a bucket of gs:// or s3://.
       seed: seed of the initialisation, the order of the data and the restarts.
       steps: optimizer steps of the run.
+      epochs: how often the run reads its training rows, instead of steps; 0 to count steps.
       batch_size: sequences per optimizer step, over all devices.
       microbatches: parts that a batch is computed in, one after another (gradient accumulation).
       init_from: run, Hugging Face folder or id of a model on the Hub (org/name, org/name@revision) to start
@@ -84,6 +85,7 @@ class RunConfig:
     run_dir: str = "runs/run"
     seed: int = 0
     steps: int = 10_000
+    epochs: float = 0.0
     batch_size: int = 1024
     microbatches: int = 1
     init_from: str = ""
@@ -120,7 +122,8 @@ class RunConfig:
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches"
             )
-        if self.schedule.warmup > self.steps:
+        at_least("epochs", self.epochs, 0)
+        if self.schedule.warmup > self.steps and not self.epochs:
             raise InputError(
                 f"schedule.warmup {self.schedule.warmup} is longer than the run of {self.steps} steps"
             )
@@ -224,9 +227,21 @@ class RunConfig:
         """Returns how many rows, in the order of the seed, come before optimizer step `step`."""
         return self.data.skip_rows + step * self.batch_size
 
-    def epochs(self, rows: int) -> float:
+    def repeats(self, rows: int) -> float:
         """Returns how often the run reads a data set of so many training rows."""
         return self.steps * self.batch_size / rows
+
+    def in_steps(self, rows: int) -> "RunConfig":
+        """Returns the config with steps in the place of epochs, for a data set of so many training rows.
+
+        Raises:
+          InputError: as for a config with these steps.
+        """
+        if not self.epochs:
+            return self
+        return dataclasses.replace(
+            self, steps=max(1, round(self.epochs * rows / self.batch_size)), epochs=0.0
+        )
 
     def restarts_before(self, step: int) -> int:
         """Returns the number of restarts before that of optimizer step `step` (from 0), if it has one."""

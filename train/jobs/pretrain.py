@@ -68,6 +68,8 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     info = load_info(config.data.directory)
     agree.check_data(info)
+    check_trainable(info)
+    config = config.in_steps(info.rows["train"])
     check(config, info, mesh)
     check_free(config, resume)
     warn([*config.warnings(), *repeats(config, info)])
@@ -117,7 +119,6 @@ def train(run: Run) -> dict[str, Any]:
 
 def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
     """Raises InputError if config, data and devices do not fit each other."""
-    check_trainable(info)
     check_vocabulary(info, config.model.vocab_size)
     if info.sequence_length != config.data.sequence_length:
         raise InputError(
@@ -135,7 +136,7 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
 
 def repeats(config: RunConfig, info: DataInfo) -> list[str]:
     """Returns a sentence if the run is longer than its data."""
-    rows, epochs = info.rows["train"], config.epochs(info.rows["train"])
+    rows, epochs = info.rows["train"], config.repeats(info.rows["train"])
     if epochs <= 1 or rows < config.batch_size:  # fewer rows than one batch are refused
         return []
     return [f"the run reads the {rows:,} training rows {epochs:.2f} times (epochs)"]
@@ -227,7 +228,7 @@ def conclude(run: Run, score: Score, tokens_per_second: float) -> dict[str, Any]
     summary = {
         "steps": config.steps,
         "tokens": config.steps * config.tokens_per_step(),
-        "epochs": config.epochs(run.info.rows["train"]),
+        "epochs": config.repeats(run.info.rows["train"]),
         "restarts": config.restarts_before(config.steps),
         "validation_loss": score.loss,
         "validation_perplexity": score.perplexity,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from mora_jax.errors import InputError
 from mora_jax.methods import MoRA
 from mora_jax.models.config import LlamaConfig
 from train.cli.commands.arguments import Config
@@ -29,6 +30,26 @@ class Pretrain:
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: bool = True
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune(Pretrain):
+    """Fine-tunes a model on prepared examples or text, or resumes its run. Flags override the file's values.
+
+    The loop is that of mora pretrain. The sizes of the model come from --init-from.
+
+    Attributes:
+      config: YAML file, such as configs/finetune.yaml.
+      resume: resume the run in --run-dir if there is one; with --no-resume such a folder is an error.
+      dry_run: only show shapes, trainable and frozen parameters, tokens and steps.
+    """
+
+
+def finetune(command: Finetune) -> None:
+    """Runs `mora finetune`."""
+    if not command.run.init_from:
+        raise InputError("mora finetune needs a model: --init-from FOLDER, or ORG/NAME of the Hub")
+    pretrain(command)
 
 
 def pretrain(command: Pretrain) -> None:
