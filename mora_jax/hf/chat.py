@@ -1,6 +1,7 @@
 """Chat templates of tokenizer folders: how a conversation becomes the text that a model continues."""
 
-import json
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,8 +11,11 @@ from mora_jax.errors import InputError, reason
 from mora_jax.hf.tokenizer_files import TokenizerFiles
 from mora_jax.io import parse_json
 
-_FILE, _OLD_FILE, _KEY = "chat_template.jinja", "chat_template.json", "chat_template"
+TEMPLATE_FILE = "chat_template.jinja"
+_OLD_FILE, _KEY = "chat_template.json", "chat_template"
 Message = Mapping[str, Any]
+DATE = datetime(2024, 7, 26)  # what a template writes as today's date into data
+_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,14 @@ class ChatTemplate:
         if _OLD_FILE in files.files:
             old = parse_json(files.files[_OLD_FILE], f"{files.place}/{_OLD_FILE}")
             source = old.get(_KEY) if isinstance(old, dict) else None
-        if _FILE in files.files:
-            source = files.files[_FILE].decode(errors="replace")
+        if TEMPLATE_FILE in files.files:
+            source = files.files[TEMPLATE_FILE].decode(errors="replace")
         if isinstance(source, list):
             named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
             source = named.get("default")
         if not isinstance(source, str):
             raise InputError(
-                f"{files.place} has no chat template ({_FILE}, or {_KEY} in tokenizer_config.json)"
+                f"{files.place} has no chat template ({TEMPLATE_FILE}, or {_KEY} in tokenizer_config.json)"
             )
         tokens = {name: files.token(name) for name in config if name.endswith("_token")}
         return cls(files.place, source, {name: token for name, token in tokens.items() if token})
@@ -57,23 +61,55 @@ class ChatTemplate:
         Raises:
           InputError: if the template is wrong, or refuses the messages.
         """
-        import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        return _text(self._render(messages, True, datetime.now()))
 
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
+    def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """Returns a whole conversation as text in parts, each with whether the assistant says it.
 
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.filters["tojson"] = _to_json
-        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        The assistant says what the template marks by `{% generation %}`. Without such marks it says what a
+        turn adds to the prompt for it, up to the end-of-text token. The date is always DATE.
+
+        Args:
+          messages: as those of `render`, with the answers.
+
+        Raises:
+          InputError: if the template is wrong, refuses the messages, or changes earlier turns in later ones.
+        """
+        parts = self._render(messages, False, DATE)
+        return parts if _MARK.search(self.source) else self._by_turns(messages, _text(parts))
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the template."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def _by_turns(self, messages: Sequence[Message], whole: str) -> list[tuple[str, bool]]:
+        parts, end, eos = [], 0, self.tokens.get("eos_token")
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = _text(self._render(messages[:index], True, DATE))
+            said = _text(self._render(messages[: index + 1], False, DATE))
+            if not (said.startswith(prompt) and whole.startswith(said) and len(prompt) >= end):
+                raise InputError(
+                    f"the chat template of {self.place} writes a turn in another way once others follow; "
+                    "mark what the assistant says by {% generation %} in a template of your own"
+                )
+            stop = said.rfind(eos, len(prompt)) if eos else -1
+            stop = len(said) if stop < 0 else stop + len(eos or "")
+            parts += [(whole[end : len(prompt)], False), (whole[len(prompt) : stop], True)]
+            end = stop
+        return [*parts, (whole[end:], False)]
+
+    def _render(self, messages: Sequence[Message], prompt: bool, today: datetime) -> list[tuple[str, bool]]:
+        from mora_jax.hf import jinja
+
         try:
-            template = env.from_string(self.source)
-            return template.render(messages=list(messages), add_generation_prompt=True, **self.tokens)
+            variables = {**self.tokens, "messages": list(messages), "add_generation_prompt": prompt}
+            return jinja.render(self.source, variables, today)
         except Exception as error:  # a template is a program
             raise InputError(f"the chat template of {self.place} fails: {reason(error)}") from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Returns JSON without the escapes for HTML that Jinja's own filter adds."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _text(parts: Sequence[tuple[str, bool]]) -> str:
+    return "".join(text for text, _ in parts)

@@ -21,6 +21,7 @@ WORDS = (
     "axes",
     "case",
     "text_key",
+    "fields",
     "prompt",
     "stop",
 )  # strings that are no paths

@@ -17,7 +17,9 @@ from mora_jax.errors import InputError
 from train.data.rows import shard
 from train.data.rows.build import prepare
 from train.data.rows.info import content_hash, load_info
+from train.data.rows.options import RowOptions
 from train.data.rows.read import eval_batches, train_batches
+from train.data.text.forms import Form
 from train.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -82,7 +84,7 @@ def test_other_keys_of_the_text_are_read_and_are_other_text(text: Path, tmp_path
     write_lines(tmp_path / "b.jsonl", random_texts(30, seed=1))
     prepared(text, tmp_path / "b", source="", validation=str(tmp_path / "b.jsonl"))
     change = {"source": "", "validation": str(tmp_path / "a.jsonl")}
-    info = prepared(text, tmp_path / "a", text_key="body", **change)
+    info = prepared(text, tmp_path / "a", options=RowOptions(Form("text", ("body",))), **change)
     assert info.text_key == "body"
     assert rows(tmp_path / "a", "validation") == rows(tmp_path / "b", "validation")
     with pytest.raises(InputError, match=r"another text_key \(body, now text\)"):
@@ -288,5 +290,5 @@ def test_what_an_error_says_to_change_may_be_changed(text: Path, tmp_path: Path)
     change["validation"] = change["source"]
     with pytest.raises(InputError):
         prepared(text, tmp_path / "d", **change)
-    change |= {"source": "", "text_key": "body"}
+    change |= {"source": "", "options": RowOptions(Form("text", ("body",)))}
     assert prepared(text, tmp_path / "d", **change).rows["validation"] > 0

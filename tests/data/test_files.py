@@ -52,7 +52,7 @@ def test_documents_of_parquet_files(tmp_path: Path, kind: pa.DataType, monkeypat
     path = write_parquet(tmp_path / "A.Parquet", columns, row_group_size=4)
     (shard,) = files.file_shards(str(tmp_path))
     found = list(shard.records(0))
-    assert [record.text for record in found] == TEXTS * 2
+    assert [record.content for record in found] == TEXTS * 2
     positions = [record.position for record in found]
     assert positions == sorted(positions)
     assert positions[-1] == shard.size == path.stat().st_size
@@ -183,7 +183,7 @@ def test_one_bad_line_more_than_allowed(tmp_path: Path):
     path = write(tmp_path / "bad.json", b"x\n", line("one"), b"y\n", b"z\n")
     with pytest.raises(InputError, match="line 4 is not JSON"):
         list(files.documents(path, skip_lines=2))
-    skipped = [record.text is None for record in files.records(epath.Path(path), skip_lines=3)]
+    skipped = [record.content is None for record in files.records(epath.Path(path), skip_lines=3)]
     assert skipped == [True, False, True, True]
 
 

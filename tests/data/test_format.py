@@ -49,6 +49,22 @@ def test_a_data_set_without_a_number_is_read(copied: Path, tiny_text: Path, monk
     assert contents(copied) == before
 
 
+def test_a_data_set_of_format_5_is_read(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch):
+    """It states nothing of forms, and counts less."""
+    info = load_info(str(copied))
+    for name in ("settings.json", "metadata.json"):
+        facts = json.loads((copied / name).read_text())
+        for new in ("form", "fields", "loss", "pack", "overlong", "template_sha256", "validation_share"):
+            del facts[new]
+        for counts in facts.get("splits", {}).values():
+            del counts["loss_tokens"], counts["dropped"], counts["cut"]
+        (copied / name).write_text(json.dumps(facts))
+    state(copied, 5)
+    assert load_info(str(copied)) == info
+    monkeypatch.setattr(workers, "write_shard", None)
+    assert prepared(tiny_text, copied) == info  # has nothing to do
+
+
 def test_a_data_set_of_format_3_is_read(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch):
     """It states neither what begins a document nor its key, and holds its tokenizer among its files."""
     info = load_info(str(copied))

@@ -41,7 +41,7 @@ def a_data_set(folder: Path, feature: str = "text", suffix: str = "array_record"
 
 
 def read(shards) -> list[str]:
-    return [record.text for shard in shards for record in shard.records(0)]
+    return [record.content for shard in shards for record in shard.records(0)]
 
 
 def test_every_document_in_order_by_directory(tmp_path: Path):

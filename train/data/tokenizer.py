@@ -1,5 +1,6 @@
 """Tokenizers: turning documents into one array of tokens, training a SentencePiece model."""
 
+import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from train.storage.lock import lock_output
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, the three special pieces, and one piece to learn
 MAX_VOCAB_SIZE = 1_000_000
 MAX_SENTENCE_BYTES = 16_384
+_BEFORE = "\n"  # text that others follow: a token of its own
 COUNT_EVERY = 1_000  # lines; redrawing the bar for each would take longer than the training
 
 
@@ -72,6 +74,29 @@ class Tokenizer:
         pieces = [part for ids in _encode(self.encoder, texts) for part in (before, ids, after)]
         count = sum(map(len, pieces))
         return np.fromiter(chain.from_iterable(pieces), token_dtype(self.vocab_size), count)
+
+    def encode_parts(self, texts: Sequence[str], begins: Sequence[bool]) -> list[list[int]]:
+        """Returns the tokens of each text, which begins one or follows other text.
+
+        SentencePiece puts a space before a text. There is none before a text that follows another.
+        """
+        if not self._adds_space:
+            return list(_encode(self.encoder, texts))
+        (before,) = _encode(self.encoder, [_BEFORE])
+        whole = [text if first else _BEFORE + text for text, first in zip(texts, begins, strict=True)]
+        found = list(_encode(self.encoder, whole))
+        for index, first in enumerate(begins):
+            if not first and found[index][: len(before)] == before:
+                found[index] = found[index][len(before) :]
+            elif not first:  # the two texts share a token
+                (found[index],) = _encode(self.encoder, [texts[index]])
+        return found
+
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        """Whether a text has other tokens at the beginning than after a line end."""
+        first, before, both = _encode(self.encoder, ["a", _BEFORE, f"{_BEFORE}a"])
+        return both != [*before, *first]
 
 
 def _vocab_size(encoder: spm.SentencePieceProcessor | tokenizers.Tokenizer) -> int:

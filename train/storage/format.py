@@ -3,13 +3,14 @@
 1: no number is stated, as in everything written before there was one. 2: the first that is stated. 3: the
 methods of stacked kernels name the axis of their stack. 4: a data set states what is put around documents and
 where their text was found, and may lack training rows. 5: checkpoints may refer to a base that they share.
+6: the rows of a data set may hold examples, with weights and segments.
 """
 
 from typing import Any
 
 from mora_jax.errors import InputError
 
-FORMAT = 5
+FORMAT = 6
 KEY = "format"
 
 

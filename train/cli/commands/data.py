@@ -1,30 +1,47 @@
 """`mora prepare-data` and `mora train-tokenizer`."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import tyro
 
 from train.config.paths import spell_out
+from train.data.rows.options import Loss, Overlong, RowOptions
+from train.data.text.forms import Form, FormName
+
+if TYPE_CHECKING:
+    from train.data.rows.info import DataInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareData:
-    """Tokenizes text into a data set of token rows.
+    """Tokenizes text, prompts or conversations into a data set of token rows.
 
     Attributes:
       source: training text: a file, a glob or a folder of JSON lines (.jsonl, .json, also .gz or .zst) or
         .parquet (any etils.epath path), or tfds:NAME for a data set that TFDS has prepared (tfds:c4/en or
         tfds:/path/to/it); empty for a data set that mora evaluate can read and mora pretrain cannot.
       validation: validation text, in the same forms; a tfds: source has a validation split of its own.
+      validation_share: fraction of the training text that is the validation text instead, below 1; 0 for
+        none. The hash of an example decides, so equal ones are on one side.
       tokenizer: SentencePiece model (.model), tokenizer.json, or a folder or model of the Hub (org/name) with
         one of them.
       out: folder of the data set; one in gs:// or s3:// is prepared on this machine's disk, in MORA_CACHE or
         ~/.cache/mora_jax, and then uploaded.
       sequence_length: tokens per row.
+      form: what a line of JSON or a row of Parquet holds: text; a prompt and its completion; messages of a
+        conversation; a query and its response, as MetaMathQA.
+      fields: the keys or columns of the form's fields where they have other names, such as
+        prompt=instruction,completion=output.
       text_key: key of the text in a line of JSON, or its column in Parquet, or its feature in TFDS.
-      bos: begin each document with the tokenizer's begin-of-text token.
-      eos: end each document with the tokenizer's end-of-text token.
-      skip_lines: bad lines or rows (not JSON, or without text) that are skipped; one more is an error.
+      template: file with the Jinja template that writes messages as text; empty for the tokenizer's own.
+      loss: what the loss counts: completions (what the assistant says) alone, or all of each example. Text
+        counts as a whole.
+      pack: several examples a row, documents of text joined; --no-pack: one a row, padded.
+      overlong: drop examples longer than a row, or cut their end off. Joined text is never too long.
+      bos: begin each document or prompt with the tokenizer's begin-of-text token.
+      eos: end each document or completion with the tokenizer's end-of-text token. A template writes its own.
+      skip_lines: bad lines or rows (not JSON, or not of the form) that are skipped; one more is an error.
       workers: processes; 0 for one per core.
       tfds_data_dir: folder of the data sets of TFDS; empty for its default.
     """
@@ -33,8 +50,15 @@ class PrepareData:
     out: str
     source: str = ""
     validation: str = ""
+    validation_share: float = 0.0
     sequence_length: int = 512
+    form: FormName = "text"
+    fields: str = ""
     text_key: str = "text"
+    template: str = ""
+    loss: Loss = "completions"
+    pack: bool = True
+    overlong: Overlong = "drop"
     bos: bool = False
     eos: bool = True
     skip_lines: int = 0
@@ -42,13 +66,16 @@ class PrepareData:
     tfds_data_dir: str = ""
 
     def __post_init__(self) -> None:
-        spell_out(self, "--", "tokenizer", "out", optional=("source", "validation", "tfds_data_dir"))
+        spell_out(
+            self, "--", "tokenizer", "out", optional=("source", "validation", "tfds_data_dir", "template")
+        )
 
 
 def prepare_data(command: PrepareData) -> None:
     """Runs `mora prepare-data`."""
     from train.data.rows.build import prepare
 
+    form = Form.of(command.form, command.fields, command.text_key)
     info = prepare(
         command.source,
         command.validation,
@@ -58,12 +85,26 @@ def prepare_data(command: PrepareData) -> None:
         skip_lines=command.skip_lines,
         workers=command.workers,
         tfds_data_dir=command.tfds_data_dir,
-        text_key=command.text_key,
         bos=command.bos,
         eos=command.eos,
+        options=RowOptions(form, command.loss, command.pack, command.overlong),
+        template=command.template,
+        validation_share=command.validation_share,
     )
-    counts = (f"{split} {info.rows[split]:,} rows, {info.tokens[split]:,} tokens" for split in info.rows)
-    print(f"{command.out}: {'; '.join(counts)}")
+    print(f"{command.out}: {'; '.join(_said(info, split) for split in info.rows)}")
+
+
+def _said(info: "DataInfo", split: str) -> str:
+    """Returns what a split holds, in words."""
+    counts = info.counts[split]
+    said = f"{split} {counts.rows:,} rows, {counts.tokens:,} tokens"
+    if info.joined:
+        return said
+    padding = 1 - counts.tokens / (counts.rows * info.sequence_length)
+    said += f" ({counts.loss_tokens:,} count; {padding:.1%} padding)"
+    if counts.dropped:
+        said += f", {counts.dropped:,} of {counts.documents:,} examples dropped (too long, or nothing counts)"
+    return f"{said}, {counts.cut:,} cut" if counts.cut else said
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from train.data.rows import layout
 from train.data.rows import workers as pool
 from train.data.rows.info import DataInfo, load_info
 from train.data.rows.metadata import write_metadata
+from train.data.rows.options import JOINED, RowOptions
 from train.data.rows.settings import (
     HASHED,
     Settings,
@@ -35,8 +36,9 @@ from train.data.rows.settings import (
     start,
 )
 from train.data.rows.shard import Advance, Job
-from train.data.text.entries import TEXT_KEY
-from train.data.text.sources import TextShard, open_text
+from train.data.rows.template import with_template
+from train.data.text.share import TextShard
+from train.data.text.sources import open_text
 from train.data.tokenizer import Tokenizer
 from train.storage import buckets, lock
 from train.storage.buckets import in_bucket
@@ -52,9 +54,11 @@ def prepare(
     skip_lines: int = 0,
     workers: int = 0,
     tfds_data_dir: str = "",
-    text_key: str = TEXT_KEY,
     bos: bool = False,
     eos: bool = True,
+    options: RowOptions = JOINED,
+    template: str = "",
+    validation_share: float = 0.0,
 ) -> DataInfo:
     """Writes the rows of `source` and `validation` into the TFDS data set `out`, or resumes doing so.
 
@@ -69,9 +73,11 @@ def prepare(
       skip_lines: bad lines that may be skipped, over all files together.
       workers: processes; 0 for one a core. The result does not depend on it.
       tfds_data_dir: folder in which `tfds:NAME` is looked up; empty for TFDS's default.
-      text_key: the key, column or feature that holds the text.
       bos: whether each document begins with the tokenizer's begin-of-text token.
-      eos: whether it ends with the end-of-text token.
+      eos: whether it ends with the end-of-text token. A chat template writes both itself.
+      options: what an example is made of, and how rows are made of examples; without a template.
+      template: a file with the chat template; empty for the tokenizer's own.
+      validation_share: fraction of the training text that is the validation text instead; 0 for none.
 
     Returns:
       The facts about the finished data set, as `load_info` does.
@@ -84,12 +90,18 @@ def prepare(
     _check_numbers(sequence_length, skip_lines, workers)
     path_of(out, "--out")
     with located(tokenizer, "--tokenizer"):
-        model = Tokenizer.load(files := hf.read_tokenizer(tokenizer), bos, eos)
+        files = hf.read_tokenizer(tokenizer)
+    files, options = with_template(files, options, template, bos)
+    with located(tokenizer, "--tokenizer"):
+        model = Tokenizer.load(files, bos, eos and options.template is None)
     _warn_of_export(files)
-    text = open_text(source, validation, tfds_data_dir, text_key)
-    settings = settings_of(sequence_length, model, text, text_key)
+    text = open_text(source, validation, tfds_data_dir, options.form, validation_share)
+    settings = settings_of(sequence_length, model, text, options, validation_share)
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
-    jobs = {split: _jobs(folder, split, text[split], model, sequence_length, skip_lines) for split in text}
+    jobs = {
+        split: _jobs(folder, split, text[split], model, sequence_length, skip_lines, options)
+        for split in text
+    }
     held, splits = folder / layout.UNFINISHED / lock.LOCK, () if in_bucket(out) else layout.SPLITS
     if not _is_complete(out, settings):
         with lock.lock_file(held, "--out", out):
@@ -139,6 +151,7 @@ def _jobs(
     model: Tokenizer,
     sequence_length: int,
     skip_lines: int,
+    options: RowOptions,
 ) -> list[Job]:
     return [
         Job(
@@ -148,6 +161,7 @@ def _jobs(
             skip_lines,
             target=folder / layout.shard_file(split, index, len(text)),
             record=folder / layout.UNFINISHED / f"{split}-{index:05d}.json",
+            options=options,
         )
         for index, shard in enumerate(text)
     ]

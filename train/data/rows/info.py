@@ -5,8 +5,8 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mora_jax.errors import InputError
 from mora_jax.hf.tokenizer_files import FOLDER, read_tokenizer
 from mora_jax.io import read_bytes, read_json
 from train.data.rows import layout
+from train.data.rows.counts import Counts
 from train.data.rows.description import check_description
 from train.data.rows.settings import read_settings
 from train.data.rows.staging import staged
@@ -28,7 +29,7 @@ class DataInfo:
     """Facts about a prepared data set.
 
     `rows` and `tokens` (those in rows) are counts by split; a data set may lack the split "train". `bos_id`
-    and `eos_id` were put around each document; None for none.
+    and `eos_id` were put around each document; None for none. For what follows, see `Settings`.
     """
 
     directory: str
@@ -40,6 +41,19 @@ class DataInfo:
     tokens: dict[str, int]
     bos_id: int | None = None
     text_key: str = TEXT_KEY
+    form: str = "text"
+    fields: str = ""
+    loss: str = "completions"
+    pack: bool = True
+    overlong: str = "drop"
+    template_sha256: str = ""
+    validation_share: float = 0.0
+    counts: Mapping[str, Counts] = field(default_factory=dict, compare=False)
+
+    @property
+    def joined(self) -> bool:
+        """Whether rows are cut from joined documents: they have tokens alone, which all count."""
+        return self.form == "text" and self.pack
 
 
 def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataInfo:
@@ -66,7 +80,8 @@ def load_info(directory: str, splits: Collection[str] = layout.SPLITS) -> DataIn
             {split: layout.count(parts[split][what]) for split in there}
             for what in ("rows", "tokens", "file_bytes")
         )
-        info = DataInfo(str(folder), **facts, rows=rows, tokens=tokens)
+        counts = {split: Counts(**parts[split]) for split in there}
+        info = DataInfo(str(folder), **facts, rows=rows, tokens=tokens, counts=counts)
         _check_facts(info, file_bytes)
     except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{directory} is not a data set made by prepare-data; prepare one there") from error
@@ -111,12 +126,17 @@ def content_hash(info: DataInfo) -> str:
 
 def _check_facts(info: DataInfo, file_bytes: dict[str, int]) -> None:
     """Raises InputError for facts that no preparation writes, or that take more memory than the rows."""
+    for counts in info.counts.values():
+        for value in astuple(counts):
+            layout.count(value)
     around = [value for value in (info.bos_id, info.eos_id) if value is not None]
     for value in (info.vocab_size, info.sequence_length, *around):
         layout.count(value)
     right = 2 <= info.sequence_length < 2**31 and info.vocab_size <= layout.MAX_PIECES
     right &= all(value < info.vocab_size for value in around)
-    right &= isinstance(info.tokenizer_sha256, str) and isinstance(info.text_key, str)
+    texts = (info.tokenizer_sha256, info.text_key, info.form, info.fields, info.loss, info.overlong)
+    right &= all(isinstance(value, str) for value in (*texts, info.template_sha256))
+    right &= isinstance(info.pack, bool) and isinstance(info.validation_share, int | float)
     right &= all(info.rows[split] <= file_bytes[split] for split in info.rows)  # a row takes some bytes
     if not right:
         raise InputError("no preparation writes such facts")

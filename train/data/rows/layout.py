@@ -11,11 +11,12 @@ unfinished/                                      records of finished shards, unt
 """
 
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from mora_jax.errors import InputError
 from mora_jax.hf.tokenizer_files import FOLDER
@@ -27,7 +28,12 @@ SETTINGS = "settings.json"
 TEXT = "text.json"
 UNFINISHED = "unfinished"
 DESCRIBED = "dataset_info.json"  # written last: a data set that has it is complete
-FIELD = "tokens"
+# The arrays of a row, (T,) each. Rows of joined documents have tokens alone.
+TOKENS = "tokens"
+WEIGHTS = "weights"  # 1 where the loss counts the token as the one to predict
+SEGMENTS = "segments"  # the example of each token, from 1; 0 for padding
+MAX_SEGMENTS = 2**16 - 1
+Rows = Mapping[str, np.ndarray]  # (R, T) each
 
 UINT16_PIECES = 65_536
 # Far above any tokenizer. A forged file is refused before it takes memory.
@@ -39,10 +45,39 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= UINT16_PIECES else np.uint32
 
 
-def row_features(sequence_length: int, vocab_size: int) -> tfds.features.FeaturesDict:
-    """Returns TFDS's feature of a row, `{"tokens": (T,)}`, stored as raw bytes that decode without a copy."""
-    row = tfds.features.Tensor(shape=(sequence_length,), dtype=token_dtype(vocab_size), encoding="bytes")
-    return tfds.features.FeaturesDict({FIELD: row})
+def row_dtypes(vocab_size: int, joined: bool) -> dict[str, type[np.unsignedinteger]]:
+    """Returns the arrays of a row and their types.
+
+    Args:
+      vocab_size: pieces of the tokenizer.
+      joined: whether rows are cut from joined documents, so that every token counts.
+    """
+    more = {} if joined else {WEIGHTS: np.uint8, SEGMENTS: np.uint16}
+    return {TOKENS: token_dtype(vocab_size), **more}
+
+
+def row_features(sequence_length: int, vocab_size: int, joined: bool) -> tfds.features.FeaturesDict:
+    """Returns TFDS's features of a row, (T,) each, stored as raw bytes that decode without a copy."""
+    shape = (sequence_length,)
+    return tfds.features.FeaturesDict(
+        {
+            name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+            for name, dtype in row_dtypes(vocab_size, joined).items()
+        }
+    )
+
+
+def row_serializer(sequence_length: int, vocab_size: int, joined: bool) -> Callable[[dict], bytes]:
+    """Returns what turns a row, its arrays by name, into the bytes that TFDS reads."""
+    serialize = row_features(sequence_length, vocab_size, joined).serialize_example
+    if joined:
+        return serialize
+
+    def in_order(row: dict) -> bytes:  # otherwise, equal rows may have other bytes in another process
+        example = tf_example_pb2.Example.FromString(serialize(row))  # pyright: ignore[reportAttributeAccessIssue]
+        return example.SerializeToString(deterministic=True)
+
+    return in_order
 
 
 def shard_file(split: str, index: int, count: int) -> str:

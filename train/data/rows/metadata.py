@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 
 from mora_jax.errors import InputError
 from train.data.rows import layout
+from train.data.rows.counts import Counts
 from train.data.rows.settings import Settings
-from train.data.rows.shard import Counts, Job
+from train.data.rows.shard import Job
 
 
 def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Settings) -> None:
@@ -26,7 +27,7 @@ def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Se
       InputError: too many bad lines were skipped, or a split has no row.
     """
     counts = {split: [job.counts() for job in jobs[split]] for split in jobs}
-    sums = {split: _sum(counts[split]) for split in counts}
+    sums = {split: sum(counts[split], Counts()) for split in counts}
     _check_sums(sums, jobs)
     pieces = {split: sum(job.piece_counts() for job in jobs[split]) for split in jobs}
     np.savez_compressed(folder / layout.UNIGRAM, **pieces)  # pyright: ignore[reportArgumentType]
@@ -37,7 +38,7 @@ def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Se
         (folder / jobs[split][0].target.name).touch()
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=layout.row_features(settings.sequence_length, settings.vocab_size),
+        features=layout.row_features(settings.sequence_length, settings.vocab_size, settings.joined),
         split_infos=[
             tfds.core.SplitInfo(
                 name=split, shard_lengths=[c.rows for c in counts[split]], num_bytes=sums[split].file_bytes
@@ -45,13 +46,14 @@ def write_metadata(folder: Path, jobs: Mapping[str, Sequence[Job]], settings: Se
             for split in counts
         ],
         check_data=False,  # would need TensorFlow
-        description=f"Text as rows of {settings.sequence_length} tokens, documents joined.",
+        description=_description(settings),
         metadata=tfds.core.MetadataDict(**facts, splits={split: asdict(sums[split]) for split in sums}),
     )
 
 
-def _sum(counts: Sequence[Counts]) -> Counts:
-    return Counts(*(sum(column) for column in zip(*(asdict(c).values() for c in counts), strict=True)))
+def _description(settings: Settings) -> str:
+    how = "documents joined" if settings.joined else "whole examples" if settings.pack else "one example each"
+    return f"Text as rows of {settings.sequence_length} tokens, {how}."
 
 
 def _check_sums(sums: Mapping[str, Counts], jobs: Mapping[str, Sequence[Job]]) -> None:
@@ -63,10 +65,16 @@ def _check_sums(sums: Mapping[str, Counts], jobs: Mapping[str, Sequence[Job]]) -
             "fix them or raise --skip-lines"
         )
     for split, total in sums.items():
+        job = jobs[split][0]
         if total.documents == 0:
-            raise InputError(f"the {split} text ({jobs[split][0].shard.name}, ...) holds no document")
-        if total.rows == 0:
+            raise InputError(f"the {split} text ({job.shard.name}, ...) holds no document")
+        if total.rows == 0 and job.options.joined:
             raise InputError(
                 f"the {split} text has {total.dropped_tokens} tokens, fewer than a row of "
-                f"{jobs[split][0].sequence_length}; add text or lower --sequence-length"
+                f"{job.sequence_length}; add text or lower --sequence-length"
+            )
+        if total.rows == 0:
+            raise InputError(
+                f"the {split} text has {total.documents} examples, and none is left: they are longer than "
+                f"a row of {job.sequence_length} tokens (see --overlong), or have nothing to predict"
             )

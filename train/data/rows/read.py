@@ -124,7 +124,7 @@ def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.nd
         source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
 
     def fetch(numbers: list[int]) -> np.ndarray:
-        rows_RT = np.stack([row[layout.FIELD] for row in source.__getitems__(numbers)])
+        rows_RT = np.stack([row[layout.TOKENS] for row in source.__getitems__(numbers)])
         if rows_RT.shape != (len(numbers), info.sequence_length):
             raise ValueError(f"not every row has {info.sequence_length} tokens")
         return rows_RT.astype(np.int32)

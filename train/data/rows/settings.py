@@ -13,8 +13,9 @@ from mora_jax.errors import InputError
 from mora_jax.io import read_json, read_object
 from train.console.progress import progress
 from train.data.rows import layout
+from train.data.rows.options import RowOptions
 from train.data.text.entries import TEXT_KEY
-from train.data.text.sources import TextShard
+from train.data.text.share import TextShard
 from train.data.tokenizer import Tokenizer
 from train.storage.files import remove_parts, writable, write_whole
 from train.storage.format import FORMAT, KEY, check_format
@@ -27,7 +28,8 @@ class Settings:
     """What the rows depend on. Those with a default are not stated by earlier versions, which mean it.
 
     `train` and `validation` list the name and size of every shard of text. `bos_id` and `eos_id` are put
-    around each document; None for none.
+    around each document; None for none. `text_key` is of the form "text", `fields` of others; for both, and
+    what follows, see `RowOptions`.
     """
 
     sequence_length: int
@@ -38,12 +40,28 @@ class Settings:
     validation: list[list]
     bos_id: int | None = None
     text_key: str = TEXT_KEY
+    form: str = "text"
+    fields: str = ""
+    loss: str = "completions"
+    pack: bool = True
+    overlong: str = "drop"
+    template_sha256: str = ""
+    validation_share: float = 0.0
+
+    @property
+    def joined(self) -> bool:
+        """Whether rows are cut from joined documents: they have tokens alone, which all count."""
+        return self.form == "text" and self.pack
 
 
 def settings_of(
-    sequence_length: int, tokenizer: Tokenizer, text: Mapping[str, Sequence[TextShard]], key: str
+    sequence_length: int,
+    tokenizer: Tokenizer,
+    text: Mapping[str, Sequence[TextShard]],
+    options: RowOptions,
+    validation_share: float,
 ) -> Settings:
-    """Returns the settings of rows that are made of these shards, read by `key`, with this tokenizer."""
+    """Returns the settings of rows that are made of these shards, in this way, with this tokenizer."""
     train, validation = ([[s.name, s.size] for s in text.get(split, ())] for split in layout.SPLITS)
     return Settings(
         sequence_length=sequence_length,
@@ -53,7 +71,9 @@ def settings_of(
         train=train,
         validation=validation,
         bos_id=tokenizer.bos_id,
-        text_key=key,
+        text_key=options.form.keys[0] if options.form.name == "text" else TEXT_KEY,
+        **options.facts(),
+        validation_share=validation_share,
     )
 
 

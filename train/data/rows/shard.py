@@ -6,10 +6,10 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -17,9 +17,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mora_jax.errors import InputError
 from mora_jax.io import read_bytes, read_json, read_object
 from train.data.rows import layout
-from train.data.rows.layout import FIELD, row_features, token_dtype
-from train.data.text.entries import Record
-from train.data.text.sources import TextShard
+from train.data.rows.counts import Counts
+from train.data.rows.joined import Joined
+from train.data.rows.options import JOINED, RowOptions
+from train.data.rows.packed import Packed
+from train.data.text.entries import Content, Record
+from train.data.text.share import TextShard
 from train.data.tokenizer import Tokenizer
 from train.storage.files import sync, write_whole
 
@@ -36,16 +39,12 @@ class Advance(NamedTuple):
     tokens: int
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What one shard became. `tokens` are those in rows; `dropped_tokens` those of the last partial row."""
+class RowMaker(Protocol):
+    """Turns the records of one shard into rows."""
 
-    documents: int = 0
-    rows: int = 0
-    tokens: int = 0
-    dropped_tokens: int = 0
-    skipped_lines: int = 0
-    file_bytes: int = 0
+    def add(self, block: Sequence[Record]) -> tuple[layout.Rows, Counts]: ...
+
+    def finish(self) -> tuple[layout.Rows, Counts]: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Job:
     skip_lines: int
     target: Path
     record: Path
+    options: RowOptions = JOINED
 
     @property
     def unigram(self) -> Path:
@@ -130,32 +130,39 @@ def write_shard(job: Job, report: Callable[[Advance], None]) -> None:
 
 
 def _write_rows(job: Job, path: Path, report: Callable[[Advance], None]) -> tuple[Counts, np.ndarray]:
-    """Cuts the stream of tokens into rows and writes them. Returns the counts, and those of pieces, (V,)."""
-    serialize = row_features(job.sequence_length, job.tokenizer.vocab_size).serialize_example
+    """Writes the rows of a shard. Returns the counts, and how often the loss counts each piece, (V,)."""
+    maker, size = _row_maker(job), job.tokenizer.vocab_size
+    serialize = layout.row_serializer(job.sequence_length, size, job.options.joined)
     with _system_errors(path):
         writer = ArrayRecordWriter(str(path), "group_size:1")  # one row a group, for random access
-    documents, rows, skipped, position = 0, 0, 0, 0
-    unigram_V = np.zeros(job.tokenizer.vocab_size, np.int64)
-    rest = np.empty(0, token_dtype(job.tokenizer.vocab_size))
-    for block in _blocks(job.shard.records(job.skip_lines)):
-        texts = [record.text for record in block if record.text is not None]
-        tokens = job.tokenizer.encode_documents(texts)
-        tokens_N = np.concatenate([rest, tokens])
-        end = len(tokens_N) // job.sequence_length * job.sequence_length
-        rows_RT, rest = tokens_N[:end].reshape(-1, job.sequence_length), tokens_N[end:]
+    counts, unigram_V, position = Counts(), np.zeros(size, np.int64), 0
+
+    def write(rows: layout.Rows) -> None:
+        nonlocal unigram_V
         with _system_errors(path):
-            for row_T in rows_RT:
-                writer.write(serialize({FIELD: row_T}))
-        unigram_V += np.bincount(rows_RT.ravel(), minlength=len(unigram_V))
-        documents += len(texts)
-        rows += len(rows_RT)
-        skipped += len(block) - len(texts)
-        report(Advance(block[-1].position - position, len(texts), len(tokens)))
+            for index in range(len(rows[layout.TOKENS])):
+                writer.write(serialize({name: rows_RT[index] for name, rows_RT in rows.items()}))
+        tokens_RT, weights_RT = rows[layout.TOKENS], rows.get(layout.WEIGHTS)
+        counted_N = tokens_RT.ravel() if weights_RT is None else tokens_RT[weights_RT > 0]
+        unigram_V += np.bincount(counted_N, minlength=size)
+
+    for block in _blocks(job.shard.records(job.skip_lines)):
+        rows, more = maker.add(block)
+        write(rows)
+        counts += more
+        report(Advance(block[-1].position - position, more.documents, more.tokens + more.dropped_tokens))
         position = block[-1].position
+    rows, more = maker.finish()
+    write(rows)
     with _system_errors(path):
         writer.close()
-    in_rows = rows * job.sequence_length
-    return Counts(documents, rows, in_rows, len(rest), skipped, path.stat().st_size), unigram_V
+    return replace(counts + more, file_bytes=path.stat().st_size), unigram_V
+
+
+def _row_maker(job: Job) -> RowMaker:
+    if job.options.joined:
+        return Joined(job.tokenizer, job.sequence_length)
+    return Packed(job.tokenizer, job.sequence_length, job.options, job.skip_lines)
 
 
 @contextlib.contextmanager
@@ -174,9 +181,16 @@ def _blocks(records: Iterable[Record]) -> Iterator[list[Record]]:
     block, characters = [], 0
     for record in records:
         block.append(record)
-        characters += len(record.text or "")
+        characters += _characters(record.content)
         if characters >= BLOCK_CHARACTERS or len(block) == BLOCK_RECORDS:
             yield block
             block, characters = [], 0
     if block:
         yield block
+
+
+def _characters(content: Content | None) -> int:
+    if isinstance(content, str):
+        return len(content)
+    texts = (message["content"] if isinstance(message, dict) else message for message in content or ())
+    return sum(map(len, texts))

@@ -1,19 +1,29 @@
-"""What every format of text gives: entries, each a text or what is wrong with it."""
+"""What every format of text gives: entries, each an example or what is wrong with it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mora_jax.errors import some
+from mora_jax.errors import InputError
 
 # The longest line of C4 has a million bytes. Parsed JSON may take thirty times its own length in memory.
 MAX_BYTES = 16 * 2**20
 TEXT_KEY = "text"
 
+# A text; a prompt and its completion; or the messages of a conversation.
+Content = str | tuple[str, ...] | list[dict[str, Any]]
+
 
 class Record(NamedTuple):
-    """One entry of a shard: its text, None for a skipped bad one, and where in the shard it ends."""
+    """One entry of a shard.
 
-    text: str | None
+    Attributes:
+      content: its example, None for a skipped bad one.
+      position: where in the shard it ends.
+      place: such as "a.jsonl: line 3", for messages.
+    """
+
+    content: Content | None
     position: int
+    place: str = ""
 
 
 class Entry(NamedTuple):
@@ -21,17 +31,20 @@ class Entry(NamedTuple):
 
     Attributes:
       place: such as "line 3".
-      text: its text, None for a bad entry.
+      content: its example, None for a bad entry.
       wrong: what is wrong with a bad entry.
       position: where in the file it ends, in bytes.
     """
 
     place: str
-    text: str | None
+    content: Content | None
     wrong: str
     position: int
 
 
-def names(keys: list[str]) -> str:
-    """Returns the keys or columns that there are, for a message; names may be long and many."""
-    return f"it has {some([key[:40] for key in keys], 8) or 'none'}; --text-key names the one to read"
+def bad_entry(place: str, wrong: str, skip_lines: int) -> InputError:
+    """Returns the error of a bad entry too many, for example of "a.jsonl: line 3"."""
+    return InputError(
+        f"{place} {wrong}; fix it, or have mora prepare-data skip bad lines "
+        f"with --skip-lines (now {skip_lines})"
+    )

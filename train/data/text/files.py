@@ -9,7 +9,8 @@ from etils import epath
 from mora_jax.errors import InputError, reason
 from mora_jax.io import refuse_lfs_pointer
 from train.data.text import jsonl, parquet
-from train.data.text.entries import TEXT_KEY, Record
+from train.data.text.entries import TEXT_KEY, Record, bad_entry
+from train.data.text.forms import TEXT, Form
 from train.storage.buckets import in_bucket
 from train.storage.files import sha256
 
@@ -24,14 +25,14 @@ class FileShard:
 
     path: epath.Path
     size: int
-    key: str = TEXT_KEY
+    form: Form = TEXT
 
     @property
     def name(self) -> str:
         return self.path.name
 
     def records(self, skip_lines: int) -> Iterator[Record]:
-        return records(self.path, skip_lines, self.key)
+        return records(self.path, skip_lines, self.form)
 
     def sha256(self) -> str:
         """Returns the hash of the file. Raises InputError if it cannot be read."""
@@ -58,9 +59,9 @@ def shards(source: str) -> list[epath.Path]:
     return found
 
 
-def file_shards(source: str, key: str = TEXT_KEY) -> list[FileShard]:
+def file_shards(source: str, form: Form = TEXT) -> list[FileShard]:
     """Returns the files of `source` with their sizes. Raises InputError as `shards` does."""
-    return [FileShard(path, path.stat().length, key) for path in shards(source)]
+    return [FileShard(path, path.stat().length, form) for path in shards(source)]
 
 
 def documents(path: epath.PathLike, skip_lines: int, key: str = TEXT_KEY) -> Iterator[str]:
@@ -69,34 +70,34 @@ def documents(path: epath.PathLike, skip_lines: int, key: str = TEXT_KEY) -> Ite
     Raises:
       InputError: see `records`.
     """
-    return (record.text for record in records(epath.Path(path), skip_lines, key) if record.text is not None)
+    for record in records(epath.Path(path), skip_lines, Form("text", (key,))):
+        if record.content is not None:
+            yield str(record.content)
 
 
-def records(path: epath.Path, skip_lines: int, key: str = TEXT_KEY) -> Iterator[Record]:
+def records(path: epath.Path, skip_lines: int, form: Form = TEXT) -> Iterator[Record]:
     """Yields the entries of one file, in order; skips at most `skip_lines` bad ones.
 
     Args:
       path: a Parquet file, if its name says so; else JSON lines.
       skip_lines: bad lines or rows that may be skipped.
-      key: the key of the text in a line of JSON, or the column of it.
+      form: which keys of a line of JSON, or columns, hold what.
 
     Raises:
-      InputError: the file is missing, truncated or corrupt, or has one bad entry too many (not JSON, no
-        string under `key`). The message names the file and the line or row, from 1.
+      InputError: the file is missing, truncated or corrupt, or has one bad entry too many (not JSON, or not
+        of the form). The message names the file and the line or row, from 1.
     """
     skipped = 0
     try:
         with path.open("rb") as file:
             refuse_lfs_pointer(path, file.read(64))
         reader = parquet if path.name.lower().endswith(PARQUET) else jsonl
-        for entry in reader.entries(path, key):
-            skipped += entry.text is None
+        for entry in reader.entries(path, form):
+            skipped += entry.content is None
+            place = f"{path}: {entry.place}"
             if skipped > skip_lines:
-                raise InputError(
-                    f"{path}: {entry.place} {entry.wrong}; fix it, or have mora prepare-data skip bad lines "
-                    f"with --skip-lines (now {skip_lines})"
-                )
-            yield Record(entry.text, entry.position)
+                raise bad_entry(place, entry.wrong, skip_lines)
+            yield Record(entry.content, entry.position, place)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
 

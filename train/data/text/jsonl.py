@@ -10,18 +10,19 @@ from backports import zstd
 from etils import epath
 
 from mora_jax.errors import InputError, reason
-from train.data.text.entries import MAX_BYTES, Entry, names
+from train.data.text.entries import MAX_BYTES, Content, Entry
+from train.data.text.forms import Form
 
 MAX_BLANK_LINES = 1_000_000  # in a row; in a few bytes of gzip there may be any number
 _PACKED = {".gz": "gzip", ".zst": "Zstandard"}
 
 
-def entries(path: epath.Path, key: str) -> Iterator[Entry]:
+def entries(path: epath.Path, form: Form) -> Iterator[Entry]:
     """Yields the lines of one file, in order; ignores blank lines.
 
     Args:
       path: the file. Its suffix says how it is compressed.
-      key: the key of the text in each line.
+      form: which keys of a line hold what.
 
     Raises:
       InputError: the file is truncated or corrupt, or a line is too long.
@@ -33,7 +34,7 @@ def entries(path: epath.Path, key: str) -> Iterator[Entry]:
         if blank > MAX_BLANK_LINES:
             raise InputError(f"{path}: the {blank:,} lines up to line {number} are blank; this is no text")
         if not blank:
-            yield Entry(f"line {number}", *_parse(line, key), position)
+            yield Entry(f"line {number}", *_parse(line, form), position)
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, bytes, int]]:
@@ -65,24 +66,10 @@ def _decompressed(path: epath.Path, file: IO[bytes], packed: str) -> IO[bytes]:
     return opened[packed]() if packed else file
 
 
-def _parse(line: bytes, key: str) -> tuple[str | None, str]:
-    """Returns the text of a line and "", or None and what is wrong with the line."""
+def _parse(line: bytes, form: Form) -> tuple[Content | None, str]:
+    """Returns the example of a line and "", or None and what is wrong with the line."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # ValueError includes text that is not UTF-8
         return None, "is not JSON"
-    text = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        others = f" ({names(list(value))})" if isinstance(value, dict) and key not in value else ""
-        return None, f"has no string `{key}`{others}"
-    if not text.isascii() and not _is_unicode(text):
-        return None, f"has a `{key}` with a lone surrogate, which is not Unicode"
-    return text, ""
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return form.content(value)

@@ -1,4 +1,4 @@
-"""Parquet files: one text a row, in a column of strings."""
+"""Parquet files: one example a row, in columns of strings, or in one of messages."""
 
 from collections.abc import Iterator
 
@@ -7,18 +7,19 @@ from etils import epath
 from pyarrow import parquet
 
 from mora_jax.errors import InputError, reason
-from train.data.text.entries import MAX_BYTES, Entry, names
+from train.data.text.entries import MAX_BYTES, Entry
+from train.data.text.forms import Form
 
 ROWS_AT_ONCE = 256
 BUFFER_BYTES = 1 << 20
 
 
-def entries(path: epath.Path, key: str) -> Iterator[Entry]:
+def entries(path: epath.Path, form: Form) -> Iterator[Entry]:
     """Yields the rows of one file, in order; reads a few at a time, whatever the size of its row groups.
 
     Args:
       path: the file.
-      key: the name of the column of text.
+      form: which columns hold what.
 
     Raises:
       InputError: the file is corrupt, has no such column, or a row is too long.
@@ -28,16 +29,16 @@ def entries(path: epath.Path, key: str) -> Iterator[Entry]:
     try:
         with path.open("rb") as stream:
             file = parquet.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
-            _check_column(path, file.schema_arrow, key)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[key], use_threads=False):
-                # As bytes, since Python raises for a whole batch if one text is not UTF-8.
-                for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+            for key in form.keys:
+                _check_column(path, file.schema_arrow, key, form)
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(form.keys), use_threads=False):
+                for values in zip(*(_values(batch.column(key)) for key in form.keys), strict=True):
                     number += 1
-                    if value and len(value) > MAX_BYTES:
+                    if any(isinstance(value, bytes) and len(value) > MAX_BYTES for value in values):
                         raise InputError(f"{path}: row {number} is longer than {MAX_BYTES >> 20} MiB")
-                    yield Entry(
-                        f"row {number}", *_decode(value, key), size * number // file.metadata.num_rows
-                    )
+                    row, wrong = _decode(dict(zip(form.keys, values, strict=True)))
+                    found = (None, wrong) if wrong else form.content(row)
+                    yield Entry(f"row {number}", *found, size * number // file.metadata.num_rows)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -46,20 +47,36 @@ def entries(path: epath.Path, key: str) -> Iterator[Entry]:
         ) from error
 
 
-def _check_column(path: epath.Path, schema: pa.Schema, key: str) -> None:
+def _check_column(path: epath.Path, schema: pa.Schema, key: str, form: Form) -> None:
     types = {field.name: field.type for field in schema}
     if key not in types:
-        raise InputError(f"{path} has no column `{key}` ({names(list(types))})")
-    kind = types[key].value_type if pa.types.is_dictionary(types[key]) else types[key]
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise InputError(f"{path}: its column `{key}` holds {types[key]}, not strings ({names(list(types))})")
+        raise InputError(f"{path} has no column `{key}` ({form.names(list(types))})")
+    right, wanted = (_is_text, "strings") if form.name != "messages" else (_is_list, "lists of messages")
+    if not right(types[key]):
+        there = form.names(list(types))
+        raise InputError(f"{path}: its column `{key}` holds {types[key]}, not {wanted} ({there})")
 
 
-def _decode(value: bytes | None, key: str) -> tuple[str | None, str]:
-    """Returns the text of a row and "", or None and what is wrong with the row."""
-    if value is None:
-        return None, f"has no string `{key}`"
-    try:
-        return value.decode(), ""
-    except UnicodeDecodeError:
-        return None, f"has a `{key}` that is not UTF-8"
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+
+
+def _values(column: pa.Array) -> list:
+    """Returns the values of a column: text as bytes, as Python raises for all of them if one is not UTF-8."""
+    return (column.cast(pa.large_binary()) if _is_text(column.type) else column).to_pylist()
+
+
+def _decode(row: dict) -> tuple[dict, str]:
+    """Returns a row with its bytes as text, and what is wrong with it."""
+    for key, value in row.items():
+        if isinstance(value, bytes):
+            try:
+                row[key] = value.decode()
+            except UnicodeDecodeError:
+                return row, f"has a `{key}` that is not UTF-8"
+    return row, ""

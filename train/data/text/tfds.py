@@ -13,7 +13,8 @@ from tensorflow_datasets.core.constants import DATA_DIR
 
 from mora_jax.errors import InputError
 from train.data.rows.description import INFO, check_description
-from train.data.text.entries import TEXT_KEY, Record, names
+from train.data.text.entries import TEXT_KEY, Record
+from train.data.text.forms import TEXT
 
 PREFIX = "tfds:"
 READ_AT_ONCE = 256
@@ -50,7 +51,7 @@ class TfdsShard:
         """Returns the hash of the texts."""
         digest = hashlib.sha256()
         for record in self.records(0):
-            text = (record.text or "").encode()
+            text = str(record.content).encode()
             digest.update(len(text).to_bytes(8, "little") + text)
         return digest.hexdigest()
 
@@ -75,7 +76,7 @@ def tfds_shards(source: str, split: str, data_dir: str, key: str = TEXT_KEY) -> 
     features = builder.info.features
     found = list(features.keys()) if isinstance(features, tfds.features.FeaturesDict) else []
     if key not in found:
-        raise InputError(f"{source} has no feature `{key}` ({names(found)})")
+        raise InputError(f"{source} has no feature `{key}` ({TEXT.names(found)})")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
             f"{source} is not stored as ArrayRecord, and other formats need TensorFlow; prepare it with "

@@ -1,0 +1,42 @@
+"""The chat template that writes conversations as text: the tokenizer's own, or one that the user gives."""
+
+from dataclasses import replace
+
+from mora_jax.errors import InputError
+from mora_jax.hf.chat import TEMPLATE_FILE, ChatTemplate
+from mora_jax.hf.tokenizer_files import JSON, TokenizerFiles
+from mora_jax.io import read_text
+from train.data.rows.options import RowOptions
+
+_TEMPLATE_BYTES = 1 << 20
+
+
+def with_template(
+    files: TokenizerFiles, options: RowOptions, template: str, bos: bool
+) -> tuple[TokenizerFiles, RowOptions]:
+    """Returns a tokenizer with the chat template that is used, and the options with it.
+
+    Args:
+      files: the tokenizer.
+      options: what else the user chose.
+      template: a file that holds the template; empty for the tokenizer's own.
+      bos: whether a begin-of-text token is wanted, which a template writes itself.
+
+    Raises:
+      InputError: there is no template, or it is not for this form.
+    """
+    if options.form.name != "messages":
+        if template:
+            raise InputError(f"--template is for the form messages, not {options.form.name}")
+        return files, options
+    if bos:
+        raise InputError("--bos is not for the form messages: its chat template writes the token")
+    if files.encoder != JSON:
+        raise InputError(
+            f"{files.place} has no {JSON}, which encodes the special tokens of a chat template; let "
+            "transformers write it (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    if template:
+        source = read_text(template, _TEMPLATE_BYTES).encode()
+        files = replace(files, files={**files.files, TEMPLATE_FILE: source})
+    return files, replace(options, template=ChatTemplate.read(files))
