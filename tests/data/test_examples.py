@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tensorflow_datasets as tfds
-from made_text import random_texts
+from made_text import prepared, random_texts
 from made_tokenizers import byte_level, write_folder
 
 from mora_jax.errors import InputError
@@ -14,6 +14,7 @@ from mora_jax.hf.tokenizer_files import read_tokenizer
 from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo
 from train.data.rows.options import RowOptions
+from train.data.rows.read import eval_batches, rows_from, train_batches
 from train.data.text.forms import Form
 from train.data.tokenizer import train_tokenizer
 
@@ -265,3 +266,46 @@ def test_other_options_are_refused(folder: Path, tmp_path: Path):
     for name, value in (("loss", "all"), ("pack", False), ("overlong", "cut")):
         with pytest.raises(InputError, match=f"was prepared with another {name}"):
             made(folder, tmp_path, lines, "prompt", **{name: value})
+
+
+def test_batches_say_what_counts(folder: Path, tmp_path: Path):
+    lines = [{"prompt": f"key {i}:", "completion": f" value {i}"} for i in range(40)]
+    info = made(folder, tmp_path, lines, "prompt")
+    source = tfds.builder_from_directory(info.directory).as_data_source("train")
+    assert info.rows["train"] > 2
+    numbers = rows_from(len(source), 3, 2, 2)
+    batch = next(train_batches(info, 2, seed=3, start_step=1))
+    for name, array, dtype in (
+        ("tokens", batch.tokens_BT, np.int32),
+        ("weights", batch.weights_BT, np.float32),
+        ("segments", batch.segments_BT, np.int32),
+    ):
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, [source[row][name] for row in numbers])
+    (whole,) = eval_batches(info, "train", len(source) + 1, None)
+    np.testing.assert_array_equal(whole.weights_BT[:-1], [row["weights"] for row in source])
+    assert not whole.weights_BT[-1].any()  # a row that pads the batch
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(False, True), (True, False), (True, True)])
+def test_documents_as_segments(text: Path, tmp_path: Path, bos: bool, eos: bool):
+    """Each document of joined ones has its own number in the row, its end-of-text token with it."""
+    info = prepared(text, tmp_path / "data", bos=bos, eos=eos)
+    plain = next(train_batches(info, 8, seed=0, start_step=0))
+    assert plain.segments_BT is None
+    batch = next(train_batches(info, 8, seed=0, start_step=0, document_mask=True))
+    np.testing.assert_array_equal(batch.tokens_BT, plain.tokens_BT)
+    assert batch.weights_BT is None
+    for tokens, segments in zip(batch.tokens_BT.tolist(), batch.segments_BT.tolist(), strict=True):
+        number = 1
+        for at, token in enumerate(tokens):
+            number += at > 0 and (tokens[at - 1] == info.eos_id if eos else token == info.bos_id)
+            assert segments[at] == number
+    assert batch.segments_BT.max() > 1
+    assert next(eval_batches(info, "validation", 4, 1, document_mask=True)).segments_BT.max() > 1
+
+
+def test_documents_without_a_token_between_them_are_no_segments(text: Path, tmp_path: Path):
+    info = prepared(text, tmp_path / "data", eos=False)
+    with pytest.raises(InputError, match=r"data.document_mask: .*data has no token between its documents"):
+        train_batches(info, 1, seed=0, start_step=0, document_mask=True)

@@ -51,6 +51,7 @@ def evaluate(
     info: DataInfo,
     how: Evaluation,
     mesh: Mesh,
+    document_mask: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Returns the mean loss over the validation split, or over its first `how.max_batches` batches.
@@ -63,6 +64,7 @@ def evaluate(
       info: the data set.
       how: batch size and number of batches.
       mesh: the devices.
+      document_mask: whether each document of joined ones is a sequence of its own.
       stopping: called before each batch; whether to give up.
 
     Raises:
@@ -77,7 +79,7 @@ def evaluate(
     shards = sharding.batch_shards(mesh)
     how = dataclasses.replace(how, batch_size=min(how.batch_size, max(1, -(-rows // shards)) * shards))
     held = sharding.local_rows(mesh, how.batch_size)
-    batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None, held)
+    batches = eval_batches(info, "validation", how.batch_size, how.max_batches or None, held, document_mask)
     total, count, done = 0.0, 0.0, 0
     total_rows = min(rows, how.max_batches * how.batch_size or rows)
     first = jax.process_index() == 0

@@ -147,7 +147,8 @@ def batches_on_devices(run: Run, first: int) -> Iterator[Batch]:
     rows = run.config.batch_size
     held = sharding.local_rows(run.mesh, rows)
     skip = run.config.data.skip_rows
-    return on_devices(train_batches(run.info, rows, run.config.seed, first, held, skip), run.mesh, rows)
+    mask = run.config.data.document_mask
+    return on_devices(train_batches(run.info, rows, run.config.seed, first, held, skip, mask), run.mesh, rows)
 
 
 def on_devices(batches: Iterator[Batch], mesh: Mesh, rows: int) -> Iterator[Batch]:
@@ -169,8 +170,9 @@ def score_of(run: Run, methods: Methods, state: TrainState) -> Score | None:
     """Returns the validation score of a state, None if the run was asked to stop meanwhile."""
     config = run.config
     model, arrays = Llama(config.model, config.compute), (state.params, state.adapters)
+    mask, stop = config.data.document_mask, run.stop.asked
     try:
-        return evaluate(model, methods, *arrays, run.info, config.eval, run.mesh, run.stop.asked)
+        return evaluate(model, methods, *arrays, run.info, config.eval, run.mesh, mask, stop)
     except Abandoned:
         return None
 

@@ -19,7 +19,7 @@ from train.run.model import load_model, load_state, widest_mesh
 
 
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
-    """Returns the score of a model on the validation split of a data set.
+    """Returns the score of a model on the validation split of a data set, with a run's document mask.
 
     Model and batches are sharded over all devices, or over as many as divide both.
 
@@ -36,7 +36,8 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     path = str(hf.local_folder(path))
     mesh = widest_mesh(path, how.batch_size)
     model, methods, params, adapters = _loaded(path, info, mesh)
-    score = evaluate(Llama(model, Compute(dtype=dtype)), methods, params, adapters, info, how, mesh)
+    mask = (epath.Path(path) / CONFIG).exists() and read_config(path).data.document_mask
+    score = evaluate(Llama(model, Compute(dtype=dtype)), methods, params, adapters, info, how, mesh, mask)
     if not math.isfinite(score.loss):
         raise InputError(
             f"{path}: the loss on {info.directory} is {score.loss}, so its weights are no model: they hold "

@@ -5,6 +5,7 @@ number of processes and interruptions do not change it.
 """
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mora_jax.errors import InputError
 from mora_jax.models.batch import Batch
@@ -33,6 +34,7 @@ def train_batches(
     start_step: int,
     rows: Int[np.ndarray, "R"] | None = None,
     skip: int = 0,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """Yields batches of training rows without end, in another order every epoch; threads read ahead.
 
@@ -43,12 +45,14 @@ def train_batches(
       start_step: first step to yield. The batch of step s does not depend on it.
       rows: positions in each global batch that this process reads; all by default.
       skip: rows of the order that come before the first batch.
+      document_mask: whether each document of joined ones is a segment. Examples are segments always.
 
     Yields:
-      The rows as NumPy arrays: (R, T), int32.
+      The rows as NumPy arrays: (R, T) each, int32, weights float32. Joined documents have no weights.
 
     Raises:
-      InputError: there is no training split, or it is smaller than the batch; or later, rows are damaged.
+      InputError: there is no training split, it is smaller than the batch, or nothing is put around the
+        documents that should be segments; or later, rows are damaged.
     """
     here = np.arange(batch_size) if rows is None else rows
     check_trainable(info)
@@ -63,7 +67,7 @@ def train_batches(
         return [order[skip + step * batch_size + int(row)] for row in here]
 
     steps = grain.MapDataset.range(start_step, sys.maxsize).map(rows_of)
-    return map(_batch, _read(info, "train", steps))
+    return _read(info, "train", steps, document_mask)
 
 
 def rows_from(rows: int, seed: int, first: int, count: int) -> list[int]:
@@ -78,6 +82,7 @@ def eval_batches(
     batch_size: int,
     max_batches: int | None,
     here: Int[np.ndarray, "R"] | None = None,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """Yields the rows of a split in order, in batches of one shape.
 
@@ -89,12 +94,13 @@ def eval_batches(
       batch_size: rows of a global batch.
       max_batches: batches at most; None for the whole split.
       here: positions in each global batch that this process reads; all by default.
+      document_mask: as for `train_batches`.
 
     Yields:
-      The rows as NumPy arrays: (R, T), int32, and weights, float32. Rows that pad the last batch weigh 0.
+      As `train_batches`, always with weights. Rows that pad the last batch weigh 0.
 
     Raises:
-      InputError: there is no such split; or later, rows are damaged or missing.
+      InputError: there is no such split, or as `train_batches`; or later, rows are damaged or missing.
     """
     if split not in info.rows:
         raise InputError(f"{info.directory} has no split {split!r}; it has {', '.join(info.rows)}")
@@ -104,13 +110,14 @@ def eval_batches(
     counts = (rows < info.rows[split]).astype(np.float32)
     rows = np.minimum(rows, info.rows[split] - 1)  # the last row pads the last batch
     steps = grain.MapDataset.range(len(rows)).map(lambda step: rows[step].tolist())
-    return map(_batch, _read(info, split, steps), counts)
+    return map(_weighed, _read(info, split, steps, document_mask), counts)
 
 
-def _batch(tokens_RT: np.ndarray, counts_R: np.ndarray | None = None) -> Batch:
-    """Returns rows as a batch of NumPy arrays, of which each counts as often as stated."""
-    weights_RT = None if counts_R is None else np.broadcast_to(counts_R[:, None], tokens_RT.shape)
-    return Batch(tokens_RT, weights_RT)  # pyright: ignore[reportArgumentType]
+def _weighed(batch: Batch, counts_R: Float[np.ndarray, "R"]) -> Batch:
+    """Returns a batch in which each row counts as often as stated."""
+    weights_RT = np.broadcast_to(counts_R[:, None], batch.tokens_BT.shape)
+    weights_RT = weights_RT if batch.weights_BT is None else weights_RT * batch.weights_BT
+    return dataclasses.replace(batch, weights_BT=weights_RT)
 
 
 def _order(rows: int, seed: int) -> grain.MapDataset:
@@ -118,22 +125,49 @@ def _order(rows: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
 
 
-def _read(info: DataInfo, split: str, steps: grain.MapDataset) -> Iterator[np.ndarray]:
+def _read(info: DataInfo, split: str, steps: grain.MapDataset, document_mask: bool) -> Iterator[Batch]:
     """Returns an iterator of batches. `steps` holds the row numbers of each, which one call fetches."""
+    if document_mask and info.joined and info.bos_id is None and info.eos_id is None:
+        raise InputError(
+            f"data.document_mask: {info.directory} has no token between its documents; prepare it with --eos"
+        )
     with _as_input_error(info, split):
         source = tfds.builder_from_directory(info.directory).as_data_source(split)  # pyright: ignore[reportCallIssue]
 
-    def fetch(numbers: list[int]) -> np.ndarray:
-        rows_RT = np.stack([row[layout.TOKENS] for row in source.__getitems__(numbers)])
-        if rows_RT.shape != (len(numbers), info.sequence_length):
+    def fetch(numbers: list[int]) -> Batch:
+        rows = source.__getitems__(numbers)
+        arrays = {n: np.stack([row[n] for row in rows]) for n in layout.row_dtypes(1, info.joined)}
+        if any(array_RT.shape != (len(numbers), info.sequence_length) for array_RT in arrays.values()):
             raise ValueError(f"not every row has {info.sequence_length} tokens")
-        return rows_RT.astype(np.int32)
+        return _batch(info, arrays, document_mask)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
     return _checked(info, split, iter(steps.map(fetch).to_iter_dataset(options)))  # pyright: ignore[reportCallIssue]
 
 
-def _checked(info: DataInfo, split: str, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _batch(info: DataInfo, arrays: layout.Rows, document_mask: bool) -> Batch:
+    """Returns rows as they are stored as a batch of NumPy arrays."""
+    tokens_RT = arrays[layout.TOKENS].astype(np.int32)
+    weights_RT = segments_RT = None
+    if not info.joined:
+        weights_RT = arrays[layout.WEIGHTS].astype(np.float32)
+        segments_RT = arrays[layout.SEGMENTS].astype(np.int32)
+    elif document_mask:
+        segments_RT = _documents(info, tokens_RT)
+    return Batch(tokens_RT, weights_RT, segments_RT)  # pyright: ignore[reportArgumentType]
+
+
+def _documents(info: DataInfo, tokens_RT: Int[np.ndarray, "R T"]) -> Int[np.ndarray, "R T"]:
+    """Returns the document of each token, counted from 1 in each row."""
+    begins_RT = np.zeros(tokens_RT.shape, np.int32)
+    if info.eos_id is not None:
+        begins_RT[:, 1:] = tokens_RT[:, :-1] == info.eos_id
+    else:
+        begins_RT[:, 1:] = tokens_RT[:, 1:] == info.bos_id
+    return 1 + np.cumsum(begins_RT, axis=1, dtype=np.int32)
+
+
+def _checked(info: DataInfo, split: str, batches: Iterator[Batch]) -> Iterator[Batch]:
     while True:
         with _as_input_error(info, split):
             batch = next(batches, None)
