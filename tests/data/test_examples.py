@@ -286,6 +286,8 @@ def test_batches_say_what_counts(folder: Path, tmp_path: Path):
     (whole,) = eval_batches(info, "train", len(source) + 1, None)
     np.testing.assert_array_equal(whole.weights_BT[:-1], [row["weights"] for row in source])
     assert not whole.weights_BT[-1].any()  # a row that pads the batch
+    kinds = [len(np.unique(row["segments"])) for row in source]  # with 0, the padding
+    assert batch.most_segments == whole.most_segments == max(kinds) > 2
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(False, True), (True, False), (True, True)])
@@ -302,8 +304,10 @@ def test_documents_as_segments(text: Path, tmp_path: Path, bos: bool, eos: bool)
         for at, token in enumerate(tokens):
             number += at > 0 and (tokens[at - 1] == info.eos_id if eos else token == info.bos_id)
             assert segments[at] == number
-    assert batch.segments_BT.max() > 1
-    assert next(eval_batches(info, "validation", 4, 1, document_mask=True)).segments_BT.max() > 1
+    (whole,) = eval_batches(info, "train", info.rows["train"], None, document_mask=True)
+    assert 1 < whole.segments_BT.max() <= batch.most_segments <= whole.segments_BT.max() + 1
+    assert plain.most_segments == 0
+    assert next(eval_batches(info, "validation", 64, 1, document_mask=True)).segments_BT.max() > 1
 
 
 def test_documents_without_a_token_between_them_are_no_segments(text: Path, tmp_path: Path):

@@ -1,6 +1,6 @@
 """What text became: counts of its documents, rows and tokens."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Counts:
       loss_tokens: those in rows that the loss counts; 0 in data sets of earlier versions.
       dropped: examples in no row: longer than one, or without a token to predict that counts.
       cut: examples longer than a row of which it has the beginning.
+      most_segments: most documents or examples of a row, padding counted as one; 0 if that is not known.
     """
 
     documents: int = 0
@@ -28,6 +29,8 @@ class Counts:
     loss_tokens: int = 0
     dropped: int = 0
     cut: int = 0
+    most_segments: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        sums = Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return replace(sums, most_segments=max(self.most_segments, other.most_segments))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from train.data.rows.counts import Counts
 from train.data.rows.layout import TOKENS, Rows, token_dtype
@@ -36,7 +37,15 @@ class Joined:
             dropped_tokens=len(self._rest_N) - before,
             skipped_lines=len(block) - len(texts),
             loss_tokens=end,
+            most_segments=self._most(rows_RT),
         )
+
+    def _most(self, rows_RT: Int[np.ndarray, "R T"]) -> int:
+        """Returns the most documents that a row has parts of, 0 if nothing is put around them."""
+        around = next((t for t in (self._tokenizer.eos_id, self._tokenizer.bos_id) if t is not None), None)
+        if around is None or not len(rows_RT):
+            return 0
+        return 1 + int(np.count_nonzero(rows_RT == around, axis=1).max())
 
     def finish(self) -> tuple[Rows, Counts]:
         """Returns no row: the last partial one is dropped."""

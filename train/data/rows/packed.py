@@ -56,12 +56,12 @@ class Packed:
             counts += more
             if kept:
                 rows += self._place(kept)
-        return self._stack(rows), replace(counts, rows=len(rows))
+        return self._stack(rows), replace(counts, rows=len(rows), most_segments=self._most(rows))
 
     def finish(self) -> tuple[Rows, Counts]:
         """Returns the rows that are still open."""
         rows, self._open, self._free = self._open, [], []
-        return self._stack(rows), Counts(rows=len(rows))
+        return self._stack(rows), Counts(rows=len(rows), most_segments=self._most(rows))
 
     def _fit(self, example: Example) -> tuple[Example | None, Counts]:
         """Returns what of an example goes into a row, and the counts of it."""
@@ -94,6 +94,11 @@ class Packed:
     def _close(self, at: int) -> list[Example]:
         del self._free[at]
         return self._open.pop(at)
+
+    def _most(self, rows: Sequence[Sequence[Example]]) -> int:
+        """Returns the most segments of a row, with its padding as one."""
+        filled = (sum(len(example.tokens_N) for example in row) for row in rows)
+        return max((len(row) + (n < self._length) for row, n in zip(rows, filled, strict=True)), default=0)
 
     def _stack(self, rows: Sequence[Sequence[Example]]) -> Rows:
         """Returns rows of examples as arrays (R, T) with padding of zeros."""

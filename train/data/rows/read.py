@@ -139,22 +139,24 @@ def _read(info: DataInfo, split: str, steps: grain.MapDataset, document_mask: bo
         arrays = {n: np.stack([row[n] for row in rows]) for n in layout.row_dtypes(1, info.joined)}
         if any(array_RT.shape != (len(numbers), info.sequence_length) for array_RT in arrays.values()):
             raise ValueError(f"not every row has {info.sequence_length} tokens")
-        return _batch(info, arrays, document_mask)
+        return _batch(info, split, arrays, document_mask)
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
     return _checked(info, split, iter(steps.map(fetch).to_iter_dataset(options)))  # pyright: ignore[reportCallIssue]
 
 
-def _batch(info: DataInfo, arrays: layout.Rows, document_mask: bool) -> Batch:
+def _batch(info: DataInfo, split: str, arrays: layout.Rows, document_mask: bool) -> Batch:
     """Returns rows as they are stored as a batch of NumPy arrays."""
     tokens_RT = arrays[layout.TOKENS].astype(np.int32)
-    weights_RT = segments_RT = None
+    weights_RT, segments_RT, most = None, None, 0
     if not info.joined:
         weights_RT = arrays[layout.WEIGHTS].astype(np.float32)
         segments_RT = arrays[layout.SEGMENTS].astype(np.int32)
     elif document_mask:
         segments_RT = _documents(info, tokens_RT)
-    return Batch(tokens_RT, weights_RT, segments_RT)  # pyright: ignore[reportArgumentType]
+    if segments_RT is not None and split in info.counts:
+        most = info.counts[split].most_segments
+    return Batch(tokens_RT, weights_RT, segments_RT, most_segments=most)  # pyright: ignore[reportArgumentType]
 
 
 def _documents(info: DataInfo, tokens_RT: Int[np.ndarray, "R T"]) -> Int[np.ndarray, "R T"]:
