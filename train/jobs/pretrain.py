@@ -125,6 +125,11 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
             f"{info.directory} has rows of {info.sequence_length} tokens, not data.sequence_length "
             f"{config.data.sequence_length}"
         )
+    if not info.joined and info.sequence_length > config.model.max_position_embeddings:
+        raise InputError(
+            f"{info.directory} has examples in rows of {info.sequence_length} tokens, and beyond "
+            f"{config.model.max_position_embeddings} model.rope.type dynamic scales by the length of the row"
+        )
     unigram_perplexity(info)  # the summary needs it: a damaged file is found now and not at the end
     check_mesh(config, mesh)
     platform = mesh.devices.flat[0].platform

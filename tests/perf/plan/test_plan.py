@@ -349,13 +349,13 @@ def test_splash_attention_by_the_tpu_compiler(tiny_yaml, tmp_path):
     words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2", "--compute.dtype", "bfloat16"]
     words += ["--data.sequence-length", "128", "--model.max-position-embeddings", "128"]
     words += ["--model.hidden-size", "96", "--model.intermediate-size", "128"]
+    kernels = {"splash": ["splash"], "xla": ["xla"], "documents": ["splash", "--data.document-mask", "True"]}
     figures = {
-        kernel: planned_for_tpus(
-            str(tiny_yaml), *words, "--compute.attention", kernel, folder=tmp_path / kernel
-        )
-        for kernel in ("splash", "xla")
+        name: planned_for_tpus(str(tiny_yaml), *words, "--compute.attention", *kernel, folder=tmp_path / name)
+        for name, kernel in kernels.items()
     }
     assert figures["splash"]["fits"]
+    assert figures["documents"]["fits"]
     assert figures["splash"]["held"] == figures["xla"]["held"]
     axes = {c["axes"] for c in figures["splash"]["programs"][0]["collectives"]}
     assert axes == {c["axes"] for c in figures["xla"]["programs"][0]["collectives"]}

@@ -1,5 +1,6 @@
 """Compiles a run's programs for devices that need not be present. No parameter is allocated."""
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -11,10 +12,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mora_jax import sharding
+from mora_jax.errors import InputError
 from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
+from train.data.rows.info import load_info
 from train.perf.plan.flops import product_flops
 from train.perf.plan.hlo import Collective, collectives
 from train.step.spec import spec_of
@@ -48,7 +51,7 @@ class Program:
 
 def train_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the training step."""
-    batch = Batch(_rows(config.batch_size, config, mesh, jnp.uint16))
+    batch = _batch(config.batch_size, config, mesh)
     return _compiled(train_step, mesh, config, spec_of(config), methods, state, batch)
 
 
@@ -60,7 +63,7 @@ def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh)
 def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles the evaluation of a batch."""
     rows = config.eval.batch_size
-    batch = Batch(*(_rows(rows, config, mesh, dtype) for dtype in (jnp.uint16, jnp.float32)))
+    batch = _batch(rows, config, mesh, weighted=True)
     model = Llama(config.model, config.compute)
     arrays = (state.params, state.adapters)
     return _compiled(eval_step, mesh, config, model, methods, *arrays, batch)
@@ -69,9 +72,18 @@ def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) ->
 PROGRAMS = {"train": train_program, "restart": restart_program, "eval": eval_program}
 
 
-def _rows(rows: int, config: RunConfig, mesh: Mesh, dtype: DTypeLike) -> Any:
-    shape = (rows, config.data.sequence_length)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(mesh))
+def _batch(rows: int, config: RunConfig, mesh: Mesh, weighted: bool = False) -> Batch:
+    """Returns a batch of the run without values. If its data set is not here, rows are joined documents."""
+    joined, data = True, config.data
+    with contextlib.suppress(InputError, OSError):
+        joined = load_info(data.directory, splits=()).joined
+
+    def array(dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((rows, data.sequence_length), dtype, sharding=sharding.batch(mesh))
+
+    weights = array(jnp.float32) if weighted or not joined else None
+    segments = array(jnp.int32) if data.document_mask or not joined else None
+    return Batch(array(jnp.uint16), weights, segments)
 
 
 def _compiled(function: Any, mesh: Mesh, config: RunConfig, *arguments: Any) -> Program:
