@@ -8,7 +8,7 @@ from mora_jax.hf.hub import is_hub_id, local_folder
 from mora_jax.hf.merge import merge_adapters
 from mora_jax.hf.tokenizer import check_tokenizer, save_tokenizer, special_ids
 from mora_jax.hf.tokenizer_files import TokenizerFiles, read_tokenizer
-from mora_jax.hf.weights import load_hf, save_hf
+from mora_jax.hf.weights import load_hf, save_hf, stored_types
 
 __all__ = [
     "TokenizerFiles",
@@ -28,5 +28,6 @@ __all__ = [
     "save_hf",
     "save_tokenizer",
     "special_ids",
+    "stored_types",
     "whole_folder",
 ]

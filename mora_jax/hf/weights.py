@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -26,7 +27,9 @@ from mora_jax.hf.names import EMBEDDING, HEAD, Place, compare_shapes, parameter_
 from mora_jax.hf.safetensors import Stored
 from mora_jax.io import path_of
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
+from mora_jax.on import On
 from mora_jax.sharding import Box
+from mora_jax.transform import Methods, Tree, adapters_of, effective
 from mora_jax.trees import flatten, unflatten
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -42,6 +45,8 @@ def save_hf(
     dtype: Literal["float32", "bfloat16"] = "float32",
     special_ids: Mapping[str, int] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    adapters: Tree | None = None,
+    methods: Methods = Methods(()),  # noqa: B008 (immutable)
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` of transformers reads.
 
@@ -56,6 +61,8 @@ def save_hf(
       dtype: type of the stored weights.
       special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, those that the tokenizer has.
       max_shard_bytes: weights above this size are split into several files with an index.
+      adapters: adapters that are merged into what is written, in float32 and one layer at a time.
+      methods: what the adapters mean.
 
     Raises:
       InputError: if `path` exists and is not an empty folder, or `params` do not fit `config` or hold NaN or
@@ -77,10 +84,11 @@ def save_hf(
         parameter_shapes(config),
         "the parameters do not fit the config",
     )
+    found = {path: (on, arrays) for path, on, arrays in adapters_of(params, adapters or {}, methods)}
     with whole_folder(path) as folder:
         known = places(config)
         specs = {n: jax.ShapeDtypeStruct(place.shape, jnp.dtype(dtype)) for n, place in known.items()}
-        write_weights(folder, specs, lambda name: _tensor(flat, known[name]), max_shard_bytes)
+        write_weights(folder, specs, lambda name: _tensor(flat, found, known[name]), max_shard_bytes)
         write_json(folder / CONFIG, config_json(config, dtype, special_ids or {}))
 
 
@@ -142,6 +150,19 @@ def read_weights(path: epath.PathLike, config: LlamaConfig) -> dict[str, Stored]
     stored = safetensors.read_headers(folder)
     _check_stored(stored, tensors, config, folder)
     return {name: stored[name] for name in tensors}
+
+
+def stored_types(path: epath.PathLike) -> dict[str, np.dtype]:
+    """Returns a type for each parameter of a model in a folder, by path, that holds it without rounding.
+
+    It is bfloat16 where the files have that, and float32 otherwise.
+    """
+    config, bfloat16 = read_config(path_of(path)), jnp.dtype(jnp.bfloat16)
+    stored, types = read_weights(path, config), {}
+    for name, place in places(config).items():
+        narrow = stored[name].dtype == bfloat16 == types.get(place.path, bfloat16)
+        types[place.path] = bfloat16 if narrow else jnp.dtype(jnp.float32)
+    return types
 
 
 def fingerprint(stored: Mapping[str, Stored]) -> str:
@@ -211,9 +232,27 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _tensor(flat: Mapping[str, Any], place: Place) -> np.ndarray:
-    array = np.asarray(flat[place.path][place.index])
+def _tensor(
+    flat: Mapping[str, Any], adapted: Mapping[str, tuple[On, Mapping[str, Any]]], place: Place
+) -> np.ndarray:
+    """Returns a tensor: a parameter, or one layer of it, with its adapter."""
+    array = flat[place.path]
+    if place.path in adapted:
+        array = _adapted(*adapted[place.path], array, place.index)
+    else:
+        array = array[place.index]
+    array = np.asarray(array)
     return array.T if place.transpose else array
+
+
+def _adapted(on: On, arrays: Mapping[str, Any], w: Any, index: tuple[int, ...]) -> Array:
+    """Returns a kernel, or one layer of it, with its adapter, in float32."""
+    axes, merge = on.axes(w.shape), jax.jit(effective, static_argnums=0)
+    if index and axes.stack[:1] == (0,):
+        # The layers' axis comes first, and is gone in one layer.
+        inputs, stack = (tuple(axis - 1 for axis in of) for of in (axes.inputs, axes.stack[1:]))
+        return merge(On(on.method, inputs, stack), {n: a[index] for n, a in arrays.items()}, w[index])
+    return merge(on, dict(arrays), w)[index]
 
 
 def finite(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

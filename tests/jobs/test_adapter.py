@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hf_folders import CONFIG
@@ -146,3 +147,19 @@ def test_bad_merges_are_one_line(folders, monkeypatch, capfd, words, message):
     assert (status, output, len(messages.splitlines())) == (2, "", 1)
     assert message in messages
     assert {path.name for path in folders.iterdir()} == {"base", "a", "b"}
+
+
+def test_a_base_that_an_old_checkpoint_holds_is_compared(tmp_path, capfd):
+    """Today's checkpoints refer to the files, whose hashes are compared."""
+    made = random_adapted([(UP, LoRA(2)), ("norm/scale", "train"), FROZEN], CONFIG)
+    hf.save_hf(tmp_path / "base", made.base, CONFIG)
+    held = jax.tree.map(jax.numpy.asarray, made.params)  # the norm was trained
+    digest = jobs._hash_of(tmp_path / "base", held, made.methods)
+    assert digest == jobs._hash_of(tmp_path / "base")
+    other = trees.replaced(held, {UP: trees.flatten(held)[UP].at[0, 0, 0].add(1)})
+    with pytest.raises(
+        InputError, match=r"layers\.0\.mlp\.up_proj\.weight in .* is not what the run started"
+    ):
+        jobs._hash_of(tmp_path / "base", other, made.methods)
+    absent = jax.eval_shape(lambda: other)
+    assert jobs._hash_of(tmp_path / "base", absent, made.methods) == digest

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,6 +39,24 @@ def test_bfloat16_gives_nearly_the_same_score(tiny_run, exported):
     exact, rounded = (score_path(exported, data, how, dtype) for dtype in ("float32", "bfloat16"))
     assert rounded.loss != exact.loss
     np.testing.assert_allclose(rounded.loss, exact.loss, rtol=2e-3)
+
+
+def test_weights_in_bfloat16_are_held_so_for_its_products(tiny_run, tmp_path, monkeypatch):
+    export(str(tiny_run.folder), str(tmp_path / "out"), "bfloat16")
+    how, seen = dataclasses.replace(tiny_run.config.eval, max_batches=1), []
+
+    def noted(model, methods, params, *rest):
+        seen.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+        return evaluate(model, methods, params, *rest)
+
+    def score():
+        return score_path(str(tmp_path / "out"), tiny_run.config.data.directory, how, "bfloat16").loss
+
+    monkeypatch.setattr("train.jobs.score.evaluate", noted)
+    held = score()
+    monkeypatch.setattr("mora_jax.hf.stored_types", lambda _: None)
+    assert score() == held
+    assert seen == [{"bfloat16"}, {"float32"}]
 
 
 def test_a_model_is_sharded_over_all_devices(tiny_run, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from states import abstract, bits, files_of
 from tiny_runs import Interrupted, arrays, stop_after, without_times
 
-from mora_jax import hf, sharding
+from mora_jax import hf, sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA
 from train.config.sections import Checkpoint, Evaluation, Params, Restart, Schedule
@@ -31,6 +31,7 @@ from train.run.state import (
     fresh_state,
     methods_at,
     named_base,
+    restore_model,
     restore_state,
 )
 
@@ -236,11 +237,20 @@ def test_a_base_that_init_from_names_is_read_from_there(tuned, tmp_path):
         again, _ = restore_state(tuned, saved, 0, sharding.make_mesh(1, 2))
         assert bits(again) == bits(state)
         assert jax.tree.structure(again) == jax.tree.structure(state)
+        light, _ = restore_model(tuned, saved, 0, mesh, with_base=False)
+        assert (light.opt_state, light.spikes) == (None, None)
+        assert bits((light.adapters, base.split(light, methods)[0].params)) == bits(
+            (state.adapters, rest.params)
+        )
+        kernels = trees.flatten(base.split(light, methods)[1])
+        assert {type(kernel) for kernel in kernels.values()} == {jax.ShapeDtypeStruct}
         flip_a_bit(tmp_path / "model/model.safetensors")
         with pytest.raises(
             InputError, match=r"model\.safetensors in .*/model is not what the run started from"
         ):
             restore_state(tuned, saved, 0, mesh)
+        with pytest.raises(InputError, match="is not what the run started from"):
+            restore_model(tuned, saved, 0, mesh, with_base=False)
 
 
 @pytest.mark.parametrize("kind", ["full", "run"])

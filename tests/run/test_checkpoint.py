@@ -133,3 +133,20 @@ def test_reading_leaves_the_save_of_another_process_alone(directory: Path):
     with Checkpoints(str(directory)) as saved:
         assert saved.latest_good() == (2, [])
     assert (directory / "3.orbax-checkpoint-tmp").exists()
+
+
+def test_a_part_is_restored_and_all_is_verified(tmp_path: Path):
+    with Checkpoints(str(tmp_path)) as saved:
+        saved.save(1, a_state(1), {})
+        saved.wait()
+        part = {"params": abstract(a_state(1)).params}
+        assert bits(saved.restore(1, part, partial=True)) == bits({"params": a_state(1).params})
+        with pytest.raises(InputError, match="and must be absent"):
+            saved.restore(1, part)
+        with pytest.raises(InputError, match="is missing and must be"):
+            saved.restore(1, part | {"more": jax.ShapeDtypeStruct((3,), jnp.float32)}, partial=True)
+        flip_a_bit(
+            next(file for file in sorted((tmp_path / "1").rglob("*")) if file.is_file()), random.Random(0)
+        )
+        with pytest.raises(InputError, match="cannot be restored"):
+            saved.restore(1, part, partial=True)

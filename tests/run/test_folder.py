@@ -239,12 +239,12 @@ def test_a_checkpoint_removed_while_it_is_read_is_replaced_by_a_newer_one(
             shutil.rmtree(path)
     original = getattr(Checkpoints, at)
 
-    def overtaken(self, step, *args):
+    def overtaken(self, step, *args, **kwargs):
         if newer:
             shutil.rmtree(kept / str(step))
             path = newer.pop(0)
             path.rename(kept / path.name.removeprefix("newer_"))
-        return original(self, step, *args)
+        return original(self, step, *args, **kwargs)
 
     monkeypatch.setattr(Checkpoints, at, overtaken)
     model, _ = load_model(str(copy))

@@ -5,12 +5,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+import jax
+import numpy as np
 from etils import epath
 
-from mora_jax import hf
+from mora_jax import hf, trees
 from mora_jax.errors import InputError
 from mora_jax.hf.adapter_config import AdapterConfig
 from mora_jax.hf.adapter_save import RANKS
+from mora_jax.hf.names import places
 from mora_jax.hf.weights import fingerprint, read_weights
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
@@ -67,10 +70,11 @@ def export_adapter(run_dir: str, out: str, how: AdapterOptions) -> AdapterConfig
         base_folder = (
             stack.enter_context(output_folder(how.with_base, "--with-base")) if how.with_base else None
         )
-        config, state, methods = load_state(run_dir, mesh=widest_mesh(run_dir))
+        mesh = widest_mesh(run_dir)
+        config, state, methods = load_state(run_dir, mesh=mesh, with_base=base_folder is not None)
         if base_folder is None:
             _check_base(run_dir, config, int(state.step))
-            base, base_hash = config.init_from, _hash_of(config.init_from)
+            base, base_hash = config.init_from, _hash_of(config.init_from, state.params, methods)
             if config.base_dtype != "float32":
                 warn(
                     [f"the adapter was trained beside {base} in {config.base_dtype}: load that in this type"]
@@ -154,14 +158,34 @@ def _check_base(run_dir: str, config: RunConfig, step: int) -> None:
     )
 
 
-def _hash_of(base: epath.PathLike) -> str:
-    """Returns the hash of a base's weights, or warns that it is not known."""
+def _hash_of(base: epath.PathLike, params: Any = None, methods: Methods = Methods(())) -> str:  # noqa: B008
+    """Returns the hash of a base's weights, or warns that it is not known.
+
+    Args:
+      base: folder of the base, or its id on the Hub.
+      params: what a checkpoint of a run that started from it holds.
+      methods: what the run does with them.
+
+    Raises:
+      InputError: if parameters that the run does not train differ from the base.
+    """
+    folder = hf.local_folder(base)
     try:
-        folder = hf.local_folder(base)
-        return fingerprint(read_weights(folder, hf.read_config(folder)))
+        model = hf.read_config(folder)
+        stored = read_weights(folder, model)
+        digest = fingerprint(stored)
     except (InputError, OSError) as error:
         warn([f"the adapter does not say which weights it belongs to: {error}"])
         return ""
+    flat = trees.flatten(params)
+    for name, place in places(model).items():
+        held = flat.get(place.path)
+        # Checkpoints of older formats hold the base themselves. Others refer to files, which were compared.
+        if isinstance(held, jax.Array) and place.path not in methods.trained():
+            there, here = stored[name].array(), np.asarray(held[place.index])
+            if not np.array_equal(there.astype(here.dtype), here.T if place.transpose else here):
+                raise InputError(f"{name} in {base} is not what the run started from; restore that model")
+    return digest
 
 
 def _without_trained(methods: Methods) -> Methods:

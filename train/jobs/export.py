@@ -10,30 +10,27 @@ from mora_jax import hf
 from mora_jax.errors import InputError
 from mora_jax.hf.tokenizer_files import MODEL
 from mora_jax.models.llama import LlamaConfig
+from mora_jax.transform import Methods
 from train.console.terminal import warn
 from train.run.folder import read_config
-from train.run.model import load_model, widest_mesh
+from train.run.model import load_state, widest_mesh
 from train.run.tokenizer import run_tokenizer
 from train.storage.files import naming_errors
 from train.storage.lock import lock_output
 
 
-def export(
-    run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> tuple[Any, LlamaConfig]:
+def export(run_dir: str, out: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
     """Writes config.json, model.safetensors and the tokenizer's files, from one process.
 
     The run's data set is not needed. A tokenizer that is missing, or that tokenizer.json cannot express
-    exactly, is a warning: the weights are written in any case. The state is sharded over all devices. The
-    host holds one layer of one kernel at a time.
+    exactly, is a warning: the weights are written in any case. The parameters are sharded over all devices,
+    in the types that they are trained in. Adapters are merged as they are written. The host holds one layer
+    of one kernel at a time.
 
     Args:
       run_dir: the run, whose newest good checkpoint is used; its adapters are merged in float32.
       out: the folder to write.
       dtype: type of the stored weights; bfloat16 rounds after merging.
-
-    Returns:
-      The merged parameters and the model's config.
 
     Raises:
       InputError: if another program writes `out`, or `run_dir` holds no run, one without a complete
@@ -41,10 +38,9 @@ def export(
     """
     read_config(run_dir)  # only a run is exported
     with output_folder(out, "OUT") as folder:
-        params, model = load_model(run_dir, mesh=widest_mesh(run_dir))
+        config, state, methods = load_state(run_dir, mesh=widest_mesh(run_dir))
         with naming_errors(out):
-            save_model(folder, params, model, dtype, run_dir)
-    return params, model
+            save_model(folder, state.params, config.model, dtype, run_dir, state.adapters, methods)
 
 
 @contextlib.contextmanager
@@ -61,11 +57,17 @@ def output_folder(path: str, flag: str) -> Iterator[epath.Path]:
 
 
 def save_model(
-    folder: epath.Path, params: Any, model: LlamaConfig, dtype: Literal["float32", "bfloat16"], run_dir: str
+    folder: epath.Path,
+    params: Any,
+    model: LlamaConfig,
+    dtype: Literal["float32", "bfloat16"],
+    run_dir: str,
+    adapters: Any = None,
+    methods: Methods = Methods(()),  # noqa: B008 (immutable)
 ) -> None:
-    """Writes parameters, in the types of `dtype`, and the tokenizer of a run into an empty folder."""
+    """Writes parameters with their adapters, and the tokenizer of a run, into an empty folder."""
     tokenizer = run_tokenizer(run_dir)
-    hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer))
+    hf.save_hf(folder, params, model, dtype, _special_ids(tokenizer), adapters=adapters, methods=methods)
     save_tokenizer(folder, tokenizer, run_dir)
 
 

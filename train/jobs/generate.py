@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mora_jax import hf, transform, trees
 from mora_jax.errors import InputError
 from mora_jax.hf.chat import ChatTemplate
+from mora_jax.hf.names import parameter_shapes
 from mora_jax.io import parse_json, read_bytes
 from mora_jax.models.generate import Sampling, check_prompts, generate
 from mora_jax.models.llama import Compute, Llama
@@ -81,8 +82,9 @@ def load_generator(
     mesh = widest_mesh(path, 1 << (rows - 1).bit_length())  # rows are padded to a power of two
     codec = _codec_of_run(path) if is_run else Codec.of_model(hf.read_tokenizer(path))
     if merged:
-        params, config = load_model(path, mesh=mesh)
-        params = _held(params, Methods(()), dtype)
+        model = read_config(path).model if is_run else hf.read_config(path)
+        types = dict.fromkeys(filter(_is_multiplied, parameter_shapes(model)), dtype)
+        params, config = load_model(path, mesh=mesh, types=types)
     elif is_run:
         run, state, methods = load_state(path, mesh=mesh)
         params, config = _held(state.params, methods, dtype), run.model
@@ -275,9 +277,13 @@ def _held(params: Any, methods: Methods, dtype: str) -> Any:
     wanted = {
         path: array.astype(dtype)
         for path, array in trees.flatten(params).items()
-        if path.endswith(("/kernel", "/embedding")) and path not in exact
+        if _is_multiplied(path) and path not in exact
     }
     return trees.replaced(params, wanted)
+
+
+def _is_multiplied(path: str) -> bool:
+    return path.endswith(("/kernel", "/embedding"))
 
 
 def _with_eos(sampling: Sampling, codec: Codec) -> Sampling:

@@ -35,7 +35,7 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     info = load_info(data, splits=("validation",)) if data else _own_data(path)
     path = str(hf.local_folder(path))
     mesh = widest_mesh(path, how.batch_size)
-    model, methods, params, adapters = _loaded(path, info, mesh)
+    model, methods, params, adapters = _loaded(path, info, mesh, dtype)
     mask = (epath.Path(path) / CONFIG).exists() and read_config(path).data.document_mask
     score = evaluate(Llama(model, Compute(dtype=dtype)), methods, params, adapters, info, how, mesh, mask)
     if not math.isfinite(score.loss):
@@ -46,12 +46,18 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     return score
 
 
-def _loaded(path: str, info: DataInfo, mesh: Mesh) -> tuple[LlamaConfig, Methods, Any, Any]:
+def _loaded(
+    path: str, info: DataInfo, mesh: Mesh, dtype: Literal["bfloat16", "float32"]
+) -> tuple[LlamaConfig, Methods, Any, Any]:
     """Returns config, methods, parameters and adapters: merged, or as a run with a bfloat16 base holds them.
 
-    Merged, such a base would take twice the memory that it was trained in.
+    Merged, such a base would take twice the memory that it was trained in. Weights that a folder has in
+    bfloat16 are held so for products of this type: these are the same.
     """
-    if (epath.Path(path) / CONFIG).exists() and read_config(path).base_dtype != "float32":
+    if not (epath.Path(path) / CONFIG).exists():
+        params, model = load_model(path, info, mesh, hf.stored_types(path) if dtype == "bfloat16" else None)
+        return model, Methods(()), params, {}
+    if read_config(path).base_dtype != "float32":
         config, state, methods = load_state(path, info, mesh)
         return config.model, methods, state.params, state.adapters
     params, model = load_model(path, info, mesh)

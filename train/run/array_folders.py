@@ -146,13 +146,14 @@ class ArrayFolders:
         # In a bucket, an index that cannot be read may be that of a store out of reach.
         return found if found or buckets.in_bucket(folder) else _unrestorable(folder, number)
 
-    def restore(self, name: str, number: int, abstract: Any) -> Any:
+    def restore(self, name: str, number: int, abstract: Any, partial: bool = False) -> Any:
         """Returns the arrays of a folder, bit for bit, with the given shardings. Every process must call it.
 
         Args:
           name: the folder's name.
           number: the number that it must have.
           abstract: pytree of jax.ShapeDtypeStruct with shardings, which may differ from those saved.
+          partial: whether the folder may hold more arrays, which are then verified and not read into memory.
 
         Raises:
           InputError: if any file is damaged, or names, shapes or types of the arrays differ.
@@ -161,9 +162,15 @@ class ArrayFolders:
             problems = _damage(folder, number) if jax.process_index() == 0 else []
             if from_first_process(len(problems)):
                 raise InputError(f"checkpoint {name} cannot be restored: {some(problems) or 'see process 0'}")
-            check_layout(folder, manifest.read(folder, number)["arrays"], layout(abstract))
+            saved, wanted = manifest.read(folder, number)["arrays"], layout(abstract)
+            if partial:
+                saved = {name: text for name, text in saved.items() if name in wanted}
+            check_layout(folder, saved, wanted)
+            context = ocp.Context()
+            context.pytree.loading.partial_load = partial
             try:
-                return ocp.load(folder, abstract)
+                with context:
+                    return ocp.load(folder, abstract)
             # Files made to harm can make orbax and TensorStore raise anything.
             except Exception as error:
                 if exhausted(error):

@@ -201,17 +201,18 @@ class Checkpoints:
             folder = self.base_folder(base)
             check_layout(folder, manifest.read(folder, base.restarts)["arrays"], layout(abstract_base))
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
+    def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Any:
         """Returns the arrays in a checkpoint, bit for bit, with the given shardings.
 
         Args:
           step: one of `steps()`.
           abstract_state: pytree of jax.ShapeDtypeStruct with shardings, which may differ from those saved.
+          partial: whether the checkpoint may hold more arrays. All of its files are verified in any case.
 
         Raises:
           InputError: if any file is damaged, or names, shapes or types of the arrays differ.
         """
-        return self._folders.restore(str(step), step, abstract_state)
+        return self._folders.restore(str(step), step, abstract_state, partial)
 
     def restore_base(self, step: int, abstract_base: Any) -> Any:
         """Returns the arrays of the base that is kept for a checkpoint, as `restore`. Saves then refer to it.

@@ -2,31 +2,35 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
-from mora_jax import hf, sharding, transform
+from mora_jax import hf, sharding, trees
 from mora_jax.errors import InputError, located
 from mora_jax.hf.adapter_load import check_base
 from mora_jax.hf.config import CONFIG as HF_CONFIG
 from mora_jax.hf.names import places
 from mora_jax.hf.tokenizer_files import JSON, MODEL
 from mora_jax.models.llama import LAYOUTS, LlamaConfig, abstract_params
-from mora_jax.transform import Methods
+from mora_jax.on import On
+from mora_jax.transform import Methods, adapters_of, effective
 from train.config.run import RunConfig
 from train.console.terminal import warn
 from train.data.rows.info import DataInfo
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import check_data, read_meta
-from train.run.state import assign_methods, restore_state, state_shapes
+from train.run.state import assign_methods, restore_model, state_shapes
 from train.step.spec import spec_of
 from train.step.state import TrainState, held_types, layouts
 
@@ -42,15 +46,15 @@ def load_model(
     mesh: Mesh | None = None,
     types: Mapping[str, DTypeLike] | None = None,
 ) -> tuple[Any, LlamaConfig]:
-    """Returns the merged float32 parameters of a run's newest good checkpoint, or of a Hugging Face folder.
+    """Returns the merged parameters of a run's newest good checkpoint, or of a Hugging Face folder.
 
-    Each process reads what its devices hold.
+    Each process reads what its devices hold. A run's adapters are merged in float32.
 
     Args:
       path: the folder.
       info: the data set that the model is used with, whose tokenizer must be the model's.
       mesh: the devices that the parameters are sharded over; one device by default.
-      types: types in which parameters of a Hugging Face folder are read, by path; float32 for all others.
+      types: types in which parameters are returned, by path; float32 for all others.
 
     Raises:
       InputError: if the folder holds no model, or one of another tokenizer than that of `info`.
@@ -61,18 +65,30 @@ def load_model(
             _check_tokenizer(path, info)
         return hf.load_hf(path, mesh, types)
     config, state, methods = load_state(path, info, mesh)
-    merge = jax.jit(
-        lambda params, adapters: transform.merge(_in_float32(params), adapters, methods),
-        out_shardings=sharding.shardings(state.params, mesh, LAYOUTS),
-    )
+    flat = trees.flatten(state.params)
+    found = {p: (on, arrays) for p, on, arrays in adapters_of(state.params, state.adapters, methods)}
+    places = trees.flatten(sharding.shardings(state.params, mesh, LAYOUTS))
+    del state  # each kernel is freed once its merged one is there
     with jax.set_mesh(mesh):
-        return merge(state.params, state.adapters), config.model
+        for name, array in flat.items():
+            on, arrays = found.get(name, (None, {}))
+            flat[name] = _merged(
+                array, arrays, on, jnp.dtype((types or {}).get(name, "float32")), places[name]
+            )
+    return trees.unflatten(flat), config.model
+
+
+@functools.partial(jax.jit, static_argnames=("on", "dtype", "place"))
+def _merged(w: Array, arrays: Any, on: On | None, dtype: np.dtype, place: NamedSharding) -> Array:
+    """Returns a kernel with its adapter, computed in float32."""
+    w = effective(on, arrays, w) if on else w
+    return jax.lax.with_sharding_constraint(w.astype(dtype), place)
 
 
 def load_state(
-    path: str, info: DataInfo | None = None, mesh: Mesh | None = None
+    path: str, info: DataInfo | None = None, mesh: Mesh | None = None, with_base: bool = True
 ) -> tuple[RunConfig, TrainState, Methods]:
-    """Returns the config of a run, and the state and methods of its newest good checkpoint.
+    """Returns the config of a run, and the model of its newest good checkpoint as `restore_model` does.
 
     Raises:
       InputError: if the folder holds no run, or one of another tokenizer than that of `info`.
@@ -84,14 +100,9 @@ def load_state(
         def read(step: int) -> tuple[TrainState, Methods]:
             if info:
                 check_data(saved, step, info)
-            return restore_state(config, saved, step, mesh)
+            return restore_model(config, saved, step, mesh, with_base)
 
         return config, *read_newest(saved, path, read)
-
-
-def _in_float32(params: Any) -> Any:
-    """Returns parameters in float32: a base of lower precision would round what is merged into it."""
-    return jax.tree.map(lambda a: a.astype(jnp.float32), params)
 
 
 def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:

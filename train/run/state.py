@@ -14,7 +14,7 @@ from train.config import old
 from train.config.run import RunConfig
 from train.run import base
 from train.run.arrays import check_layout, layout
-from train.run.base import Kept, Named
+from train.run.base import Named
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, check_same_config
 from train.run.meta import check_derived, read_meta
@@ -114,11 +114,10 @@ def check_saved(config: RunConfig, saved: Checkpoints, step: int) -> tuple[dict[
             f"{config.run_dir}: the methods saved at step {step} are not those that the config gives for it"
         )
     check_derived(config, step, found)
-    shapes = _as_saved(state_shapes(config, methods), found[KEY])
+    shapes, shared = state_shapes(config, methods), None
     if saved.base_of(step):
-        saved.check_layout(step, *base.split(shapes, methods))
-    else:
-        saved.check_layout(step, shapes)
+        shapes, shared = base.split(shapes, methods)
+    saved.check_layout(step, _as_saved(shapes, found[KEY]), shared)
     return found, methods
 
 
@@ -130,30 +129,70 @@ def restore_state(config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh) 
         state are not those that the config gives for its step; if it is damaged; or if its base is that of
         `init_from`, and the model there is another one by now.
     """
+    return _restored(config, saved, step, mesh)
+
+
+def restore_model(
+    config: RunConfig, saved: Checkpoints, step: int, mesh: Mesh, with_base: bool = True
+) -> tuple[TrainState, Methods]:
+    """Returns the model of one checkpoint: `restore_state` with None for what only training needs.
+
+    The optimizer state is verified, and not read into memory.
+
+    Args:
+      config: the run's config.
+      saved: the run's checkpoints.
+      step: the checkpoint.
+      mesh: the devices.
+      with_base: whether parameters that are not trained are read, too. Otherwise shapes take their place
+        where checkpoints share them, and the files of the model that `init_from` names are compared alone.
+
+    Raises:
+      InputError: as `restore_state`.
+    """
+    return _restored(config, saved, step, mesh, ("opt_state", "spikes"), with_base)
+
+
+def _restored(
+    config: RunConfig,
+    saved: Checkpoints,
+    step: int,
+    mesh: Mesh,
+    without: tuple[str, ...] = (),
+    with_base: bool = True,
+) -> tuple[TrainState, Methods]:
+    """Returns the state and methods of one checkpoint, without the fields named."""
     found, methods = check_saved(config, saved, step)
-    abstract = abstract_state(config, methods, mesh)
-    match saved.base_of(step):
-        case None:
-            state = _load(saved, step, abstract, found[KEY])
-        case Named() as named:
-            rest, shared = base.split(abstract, methods)
-            state = saved.restore(step, rest)
-            state = base.join(state, _read_named(config, named, shared, mesh))
+    abstract = dataclasses.replace(abstract_state(config, methods, mesh), **dict.fromkeys(without))
+    named = saved.base_of(step)
+    if named is None:
+        state = _load(saved, step, abstract, found[KEY])
+    else:
+        rest, shared = base.split(abstract, methods)
+        state = _load(saved, step, rest, found[KEY])
+        if isinstance(named, Named):
+            shared = _read_named(config, named, shared, mesh, with_base)
             saved.refer_to(named)
-        case Kept():
-            rest, shared = base.split(abstract, methods)
-            state = base.join(saved.restore(step, rest), saved.restore_base(step, shared))
+        elif with_base:
+            shared = saved.restore_base(step, shared)
+        state = base.join(state, shared)
     if int(state.step) != step:
         raise InputError(f"{config.run_dir}: checkpoint {step} holds the state of {int(state.step)} updates")
     return state, methods
 
 
-def _read_named(config: RunConfig, named: Named, abstract: Any, mesh: Mesh) -> Any:
-    """Returns the base that `init_from` names. Raises InputError if it is not what the run started from."""
+def _read_named(config: RunConfig, named: Named, abstract: Any, mesh: Mesh, with_arrays: bool) -> Any:
+    """Returns the base that `init_from` names, or its shapes alone.
+
+    Raises:
+      InputError: if it is not what the run started from.
+    """
     remedy = f"restore it, or, if it was moved, correct init_from in {config.run_dir}/{CONFIG}"
     try:
         if found := base.difference(named, config.init_from):
             raise InputError(found)
+        if not with_arrays:
+            return abstract
         flat = trees.flatten(abstract["params"])
         types = {path: leaf.dtype for path, leaf in flat.items()}
         params = trees.flatten(hf.load_hf(hf.local_folder(config.init_from), mesh, types)[0])
@@ -165,17 +204,19 @@ def _read_named(config: RunConfig, named: Named, abstract: Any, mesh: Mesh) -> A
 
 
 def _load(saved: Checkpoints, step: int, abstract: TrainState, number: int) -> TrainState:
-    """Returns the state in a checkpoint of a format."""
-    arrays = saved.restore(step, _as_saved(abstract, number))
-    if number > 1:
-        return arrays
-    fields = [field.name for field in dataclasses.fields(abstract)]
-    return TrainState(**{name: arrays[old.STATE_FIELDS.get(name, name)] for name in fields})
+    """Returns the fields of a state that `abstract` has, and None for others."""
+    wanted = _as_saved(abstract, number)
+    arrays = saved.restore(step, wanted, partial=len(wanted) < len(dataclasses.fields(abstract)))
+    names = {field.name: _saved_name(field.name, number) for field in dataclasses.fields(abstract)}
+    return TrainState(**{name: arrays.get(saved_name) for name, saved_name in names.items()})
 
 
-def _as_saved(state: TrainState, number: int) -> Any:
-    """Returns a state as a checkpoint of a format holds it: in format 1 some fields have other names."""
-    if number > 1:
-        return state
-    fields = [field.name for field in dataclasses.fields(state)]
-    return {old.STATE_FIELDS.get(name, name): getattr(state, name) for name in fields}
+def _as_saved(state: TrainState, number: int) -> dict[str, Any]:
+    """Returns the fields that a state has, by the names that they have in checkpoints of a format."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {_saved_name(name, number): value for name, value in fields.items() if value is not None}
+
+
+def _saved_name(field: str, number: int) -> str:
+    """Returns the name of a field in a checkpoint: in format 1 some have other names."""
+    return field if number > 1 else old.STATE_FIELDS.get(field, field)

@@ -12,12 +12,14 @@ import safetensors.numpy
 from etils import epath
 from hf_folders import CONFIG, TIED, assert_same, random_params, rewrite_weights
 from jax.sharding import NamedSharding
+from peft_folders import FROZEN, random_adapted
 
-from mora_jax import sharding
+from mora_jax import DoRA, LoRA, On, merge, sharding
 from mora_jax.errors import InputError
 from mora_jax.hf import load_hf, save_hf
 from mora_jax.hf.config import config_json
 from mora_jax.hf.safetensors import Stored, read_headers
+from mora_jax.hf.weights import read_weights, stored_types, write_weights
 from mora_jax.models.llama import LAYOUTS, Compute, Llama, LlamaConfig
 from mora_jax.trees import flatten, unflatten
 
@@ -270,3 +272,34 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
     with pytest.raises(InputError, match=r"^model\.norm\.weight holds NaN or infinity"):
         save_hf(tmp_path / "hf", params, CONFIG, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("axes", ["layers first", "one kernel"])
+def test_adapters_are_merged_as_they_are_written(tmp_path, axes):
+    """Into a bfloat16 base, in float32."""
+    kernel = "layers/mlp/up_proj/kernel"
+    method = On(LoRA(2), (-2,), (0,)) if axes == "layers first" else On(LoRA(2), (0, 1))
+    rules = [(kernel, method), ("lm_head/kernel", DoRA(2)), FROZEN]
+    made = random_adapted(rules, CONFIG)
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), made.params)
+    save_hf(tmp_path / "m", narrow, CONFIG, adapters=made.adapters, methods=made.methods)
+    wide = jax.tree.map(lambda a: a.astype(np.float32), narrow)
+    expected = flatten(merge(wide, made.adapters, made.methods))
+    for path, leaf in flatten(load_hf(tmp_path / "m")[0]).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-6, err_msg=path)
+    assert np.abs(expected[kernel] - flatten(wide)[kernel]).max() > 0.1
+
+
+def test_the_types_that_hold_a_folder_without_rounding(tmp_path):
+    params = random_params(CONFIG)
+    save_hf(tmp_path / "m", params, CONFIG)
+    assert set(stored_types(tmp_path / "m").values()) == {np.dtype(np.float32)}
+    save_hf(tmp_path / "n", params, CONFIG, "bfloat16")
+    stored = read_weights(tmp_path / "n", CONFIG)
+    one = next(name for name in stored if name.endswith("layers.1.mlp.up_proj.weight"))
+    specs = {n: jax.ShapeDtypeStruct(t.shape, "float32" if n == one else t.dtype) for n, t in stored.items()}
+    values = {name: tensor.array() for name, tensor in stored.items()}
+    write_weights(tmp_path / "n", specs, values.__getitem__)
+    types = stored_types(tmp_path / "n")
+    assert {path for path, dtype in types.items() if dtype == np.float32} == {"layers/mlp/up_proj/kernel"}
+    assert flatten(load_hf(tmp_path / "n", types=types)[0])["norm/scale"].dtype == jnp.bfloat16
