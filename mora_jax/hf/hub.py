@@ -1,14 +1,16 @@
-"""Models of the Hugging Face Hub: `org/name` or `org/name@revision` anywhere a folder may stand."""
+"""Models of the Hugging Face Hub, `org/name` or `org/name@revision` where a folder may stand; data sets."""
 
 import errno
 import re
+from collections.abc import Sequence
 
 from etils import epath
 
 from mora_jax.errors import InputError, reason
 from mora_jax.io import path_of
 
-# What is downloaded: weights as safetensors, configs, the tokenizer's files. Pickles never are.
+DATASETS = "hf://datasets/"
+# What is downloaded of models: weights as safetensors, configs, the tokenizer's files. Pickles never are.
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _OTHERS = ("*/*", "consolidated*")  # other formats of the same weights
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -36,35 +38,58 @@ def local_folder(path: epath.PathLike) -> epath.Path:
       >>> is_hub_id("HuggingFaceTB/SmolLM2-135M@main"), is_hub_id("runs/demo/export")
       (True, False)
     """
-    found = _ID.fullmatch(str(path))
-    if not found or not is_hub_id(path):
+    if not is_hub_id(path):
         return path_of(path)
+    return _download(str(path), str(path), "model", _FILES, _OTHERS)
+
+
+def dataset_folder(name: str, patterns: Sequence[str]) -> epath.Path:
+    """Returns the local copy of files of a data set on the Hub, which are downloaded first, as models are.
+
+    Args:
+      name: `org/name`, with `@` and a branch, tag or commit if it is not the default branch.
+      patterns: which files, where `*` stands for anything.
+
+    Raises:
+      InputError: as `local_folder`.
+      OSError: as `local_folder`.
+    """
+    return _download(f"{DATASETS}{name}", name, "dataset", patterns, ())
+
+
+def _download(given: str, name: str, kind: str, allow: Sequence[str], ignore: Sequence[str]) -> epath.Path:
+    """Returns the folder of a downloaded snapshot. `given` is what the user named it."""
+    found = _ID.fullmatch(name)
+    if not found:
+        raise InputError(f"{given} must be org/name or org/name@revision")
     try:
         from huggingface_hub import constants, errors, snapshot_download
     except ImportError as error:
         raise InputError(
-            f"{path} is no folder here; to read it from the Hugging Face Hub: pip install 'mora_jax[hub]'"
+            f"{given} is no folder here; to read it from the Hugging Face Hub: pip install 'mora_jax[hub]'"
         ) from error
-    repo, revision, hub = found["repo"], found["revision"], constants.ENDPOINT
+    repo, revision = found["repo"], found["revision"]
+    hub = constants.ENDPOINT + ("/datasets" if kind == "dataset" else "")
     try:
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_OTHERS)
+            repo, repo_type=kind, revision=revision, allow_patterns=list(allow), ignore_patterns=list(ignore)
         )
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{path} is gated: accept its terms at {hub}/{repo}, then log in (hf auth login, or HF_TOKEN)"
+            f"{given} is gated: accept its terms at {hub}/{repo}, then log in (hf auth login, or HF_TOKEN)"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{path} is no folder here, and {hub} has no model of this name, or it is private (hf auth login)"
+            f"{given} is no folder here, and {hub} has no {kind} of this name, or it is private "
+            "(hf auth login)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{hub}/{repo} has no revision {revision}") from error
     except ValueError as error:  # no valid name
-        raise InputError(f"{path} is no folder here: {reason(error)}") from error
+        raise InputError(f"{given} is no folder here: {reason(error)}") from error
     except Exception as error:  # of the package, and of the one that it sends requests with
         why = f"no folder here, not in the cache, and {hub} cannot be read: {reason(_first(error))}"
-        raise OSError(errno.EIO, why, str(path)) from error
+        raise OSError(errno.EIO, why, given) from error
     return epath.Path(folder)
 
 

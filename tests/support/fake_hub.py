@@ -1,4 +1,4 @@
-"""A server on the loopback address that answers as the Hugging Face Hub does for one model."""
+"""A server on the loopback address that answers as the Hugging Face Hub does for one model or data set."""
 
 import contextlib
 import hashlib
@@ -25,15 +25,17 @@ class Hub(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(folder: Path, repo: str, refuse: str = "") -> Iterator[Hub]:
-    """Serves the files of a folder as the model `repo`, with one commit on the branch `main`.
+def serving(folder: Path, repo: str, refuse: str = "", kind: str = "model") -> Iterator[Hub]:
+    """Serves the files of a folder as the model or data set `repo`, with one commit on the branch `main`.
 
     Args:
-      folder: the model.
+      folder: the files.
       repo: its name.
       refuse: an error code of the Hub, such as GatedRepo, that every request is answered with.
+      kind: "model" or "dataset".
     """
     downloads: list[str] = []
+    files_at = f"/{repo}/resolve/{COMMIT}/" if kind == "model" else f"/datasets/{repo}/resolve/{COMMIT}/"
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -51,13 +53,13 @@ def serving(folder: Path, repo: str, refuse: str = "") -> Iterator[Hub]:
             path = self.path.partition("?")[0]
             if refuse:
                 self.fail(refuse)
-            elif path.startswith(f"/api/models/{repo}/tree/{COMMIT}"):
+            elif path.startswith(f"/api/{kind}s/{repo}/tree/{COMMIT}"):
                 self.reply(json.dumps([_entry(file, folder) for file in _files(folder)]).encode())
-            elif path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/main"):
+            elif path in (f"/api/{kind}s/{repo}", f"/api/{kind}s/{repo}/revision/main"):
                 self.reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
-            elif path.startswith(f"/api/models/{repo}/revision/"):
+            elif path.startswith(f"/api/{kind}s/{repo}/revision/"):
                 self.fail("RevisionNotFound")
-            elif path.startswith(f"/{repo}/resolve/{COMMIT}/"):
+            elif path.startswith(files_at):
                 name = path.partition(f"{COMMIT}/")[2]
                 if self.command == "GET":
                     downloads.append(name)

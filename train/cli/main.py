@@ -24,6 +24,7 @@ _WORK = ("prepare-data", "train-tokenizer", "pretrain", "finetune", "export", "m
 # The functions import what they run, so that `mora --help` is quick.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "prepare-data": (data.PrepareData, data.prepare_data),
+    "show-data": (data.ShowData, data.show_data),
     "train-tokenizer": (data.TrainTokenizer, data.train_tokenizer),
     "pretrain": (training.Pretrain, training.pretrain),
     "finetune": (training.Finetune, training.finetune),

@@ -7,6 +7,7 @@ from mora_jax.io import path_of
 
 # What stands before the name of a data set of TFDS, which may be a path.
 _TFDS = "tfds:"
+_HUB = "hf://datasets/"  # and before that of one on the Hugging Face Hub
 
 
 def spell_out(given: Any, prefix: str, *fields: str, optional: Sequence[str] = ()) -> None:
@@ -32,6 +33,8 @@ def spell_out(given: Any, prefix: str, *fields: str, optional: Sequence[str] = (
 
 
 def _spelled(name: str, path: str) -> str:
+    if path.startswith(_HUB):
+        return path
     start = _TFDS if path.startswith(_TFDS) else ""
     found = path_of(path.removeprefix(start), name)
     return start + str(found) if path.startswith(f"{start}~") else path

@@ -1,11 +1,13 @@
-"""`mora prepare-data` and `mora train-tokenizer`."""
+"""`mora prepare-data`, `mora show-data` and `mora train-tokenizer`."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from train.cli.commands.arguments import Folder
 from train.config.paths import spell_out
+from train.console.terminal import console
 from train.data.rows.options import Loss, Overlong, RowOptions
 from train.data.text.forms import Form, FormName
 
@@ -19,8 +21,9 @@ class PrepareData:
 
     Attributes:
       source: training text: a file, a glob or a folder of JSON lines (.jsonl, .json, also .gz or .zst) or
-        .parquet (any etils.epath path), or tfds:NAME for a data set that TFDS has prepared (tfds:c4/en or
-        tfds:/path/to/it); empty for a data set that mora evaluate can read and mora pretrain cannot.
+        .parquet (any etils.epath path), tfds:NAME for a data set that TFDS has prepared (tfds:c4/en or
+        tfds:/path/to/it), or org/name or hf://datasets/org/name/FILES for one of the Hub; empty for a data
+        set that mora evaluate can read and mora pretrain cannot.
       validation: validation text, in the same forms; a tfds: source has a validation split of its own.
       validation_share: fraction of the training text that is the validation text instead, below 1; 0 for
         none. The hash of an example decides, so equal ones are on one side.
@@ -105,6 +108,37 @@ def _said(info: "DataInfo", split: str) -> str:
     if counts.dropped:
         said += f", {counts.dropped:,} of {counts.documents:,} examples dropped (too long, or nothing counts)"
     return f"{said}, {counts.cut:,} cut" if counts.cut else said
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowData:
+    """Prints rows of a prepared data set as text: each document or example, and what of it the loss counts.
+
+    What counts is green. Without colours, it stands in [[ and ]], unless all of the row counts.
+
+    Attributes:
+      data: folder of the data set.
+      rows: rows to print, from the first.
+      split: train or validation.
+    """
+
+    data: Folder
+    rows: int = 3
+    split: Literal["train", "validation"] = "train"
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "data")
+
+
+def show_data(command: ShowData) -> None:
+    """Runs `mora show-data`."""
+    from train.data.rows.info import load_info
+    from train.data.show import show_rows
+
+    out = console(highlight=False)
+    marks = ("[[", "]]") if out.color_system is None else ("", "")
+    for text in show_rows(load_info(command.data, (command.split,)), command.split, command.rows, marks):
+        out.print(text, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)

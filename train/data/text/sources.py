@@ -1,8 +1,9 @@
-"""The two kinds of text that rows are made of: files, and data sets of TFDS."""
+"""The kinds of text that rows are made of: files, data sets of TFDS, and those of the Hugging Face Hub."""
 
 from mora_jax.errors import InputError
-from train.data.text.files import file_shards
+from train.data.text.files import FileShard, file_shards
 from train.data.text.forms import TEXT, Form
+from train.data.text.hub import hub_files, is_dataset
 from train.data.text.share import Share, TextShard
 from train.data.text.tfds import PREFIX, tfds_shards
 
@@ -13,7 +14,8 @@ def open_text(
     """Returns the shards of the splits "train" and "validation"; without a source, of the latter alone.
 
     Args:
-      source: training text: a glob, a folder, a file (see `files.shards`) or `tfds:NAME`; empty for none.
+      source: training text: a glob, a folder, a file (see `files.shards`), `tfds:NAME`, or a data set of the
+        Hub (see `hub_files`); empty for none.
       validation: validation text, likewise; empty for the validation split of a `tfds:` source.
       tfds_data_dir: folder in which `tfds:NAME` is looked up; empty for TFDS's default.
       form: which keys, columns or features hold what.
@@ -55,4 +57,6 @@ def _shards(source: str, split: str, tfds_data_dir: str, form: Form) -> list[Tex
         if form.name != "text":
             raise InputError(f"{source} holds text alone; for the form {form.name}, name files")
         return [*tfds_shards(source, split, tfds_data_dir, *form.keys)]
+    if is_dataset(source):
+        return [FileShard(path, path.stat().length, form) for path in hub_files(source, split)]
     return [*file_shards(source, form)]
