@@ -33,6 +33,7 @@ ROOMS = (
     ("train.runtime",),
     ("train.run",),
     ("train.jobs",),
+    ("train.tasks",),
     ("train.perf",),
     ("train.cli",),
 )

@@ -72,7 +72,7 @@ def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path):
 def test_smoothing_is_the_mean_of_the_neighbours():
     values = np.random.default_rng(0).normal(size=450)
     values[100] = np.nan
-    smooth = plot._smooth(values)
+    smooth = plot.smooth(values)
     for i in (0, 1, 99, 200, 449):
         np.testing.assert_allclose(smooth[i], np.nanmean(values[max(i - 2, 0) : i + 3]))
     assert np.isnan(smooth[100])

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from mora_jax.errors import InputError, nearest
-from train.cli.commands import bench, data, generate, models, runs, training
+from train.cli.commands import bench, data, generate, models, runs, tasks, training
 from train.cli.explain import explain
 from train.config import flags
 from train.console import streams
@@ -20,6 +20,9 @@ from train.storage import buckets
 
 # Commands that print a log and write their results to files. All others print their result.
 _WORK = ("prepare-data", "train-tokenizer", "pretrain", "finetune", "export", "merge", "demo")
+
+# First words of commands of two words.
+_GROUPS = ("bench", "task")
 
 # The functions import what they run, so that `mora --help` is quick.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -42,6 +45,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench profile": (BenchProfile, bench.bench_profile),
     "bench sweep": (BenchSweep, bench.bench_sweep),
     "bench report": (BenchReport, bench.bench_report),
+    "task uuid-pairs": (tasks.UuidPairs, tasks.uuid_pairs),
+    "task uuid-score": (tasks.UuidScore, tasks.uuid_score),
+    "task uuid-plot": (tasks.UuidPlot, tasks.uuid_plot),
     "demo": (training.Demo, training.demo),
 }
 
@@ -78,7 +84,7 @@ def run(args: list[str]) -> None:
         return print_commands()
     if args[0] == "--version":
         return print_version()
-    words = 2 if args[0] == "bench" else 1
+    words = 2 if args[0] in _GROUPS else 1
     name, rest = " ".join(args[:words]), args[words:]
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}{nearest(name, COMMANDS)} (mora --help lists them)")

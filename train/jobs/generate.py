@@ -64,7 +64,11 @@ class Completion:
 
 
 def load_generator(
-    path: str, merged: bool = True, dtype: Literal["bfloat16", "float32"] = "bfloat16", rows: int = 1
+    path: str,
+    merged: bool = True,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    rows: int = 1,
+    step: int | None = None,
 ) -> Generator:
     """Returns the model of a run or of a Hugging Face folder, sharded over all devices that divide the rows.
 
@@ -73,6 +77,7 @@ def load_generator(
       merged: whether a run's adapters are merged, in float32; otherwise they are computed beside the kernels.
       dtype: type of products, and in which kernels are held.
       rows: prompts that are computed at a time.
+      step: updates of a run's checkpoint; None for its newest good one.
 
     Raises:
       InputError: if the folder holds no model or no tokenizer, or no adapters and `merged` is false.
@@ -84,9 +89,9 @@ def load_generator(
     if merged:
         model = read_config(path).model if is_run else hf.read_config(path)
         types = dict.fromkeys(filter(_is_multiplied, parameter_shapes(model)), dtype)
-        params, config = load_model(path, mesh=mesh, types=types)
+        params, config = load_model(path, mesh=mesh, types=types, step=step)
     elif is_run:
-        run, state, methods = load_state(path, mesh=mesh)
+        run, state, methods = load_state(path, mesh=mesh, step=step)
         params, config = _held(state.params, methods, dtype), run.model
         params = transform.bind(params, state.adapters, methods)
     else:

@@ -65,12 +65,12 @@ def plot_loss(metrics_path: str, png_path: str) -> None:
     Raises:
       InputError: if the metrics cannot be read or hold neither a loss nor an evaluation.
     """
-    curves = _read(metrics_path)
+    curves = read_curves(metrics_path)
     figure, upper, lower = _figure()
     steps, values = curves.loss
     if steps.size:
         upper.plot(steps, values, color=PALE, linewidth=0.8)
-        upper.plot(steps, _smooth(values), color=COLORS[0], linewidth=1.8, label="training loss, smoothed")
+        upper.plot(steps, smooth(values), color=COLORS[0], linewidth=1.8, label="training loss, smoothed")
     if curves.validation[0].size:
         upper.plot(*curves.validation, "o-", color=COLORS[1], markersize=4, label="validation loss")
     lower.plot(*curves.rate, color=COLORS[0], linewidth=1.6)
@@ -90,7 +90,7 @@ def plot_runs(runs: Mapping[str, str], png_path: str) -> None:
     Raises:
       InputError: if the metrics of a run cannot be read or hold neither a loss nor an evaluation.
     """
-    curves = {name: _read(path) for name, path in runs.items()}
+    curves = {name: read_curves(path) for name, path in runs.items()}
     validated = all(c.validation[0].size for c in curves.values())
     figure, upper, lower = _figure()
     for i, (name, c) in enumerate(curves.items()):
@@ -99,13 +99,14 @@ def plot_runs(runs: Mapping[str, str], png_path: str) -> None:
             upper.plot(*c.loss, color=color, linewidth=0.6, alpha=0.25)
             upper.plot(*c.validation, f"o{style}", color=color, markersize=4, label=name)
         else:
-            upper.plot(c.loss[0], _smooth(c.loss[1]), style, color=color, linewidth=1.8, label=name)
+            upper.plot(c.loss[0], smooth(c.loss[1]), style, color=color, linewidth=1.8, label=name)
         lower.plot(*c.rate, style, color=color, linewidth=1.4)
     upper.set_ylabel("validation loss (nats a token)" if validated else "training loss (nats a token)")
     _save(figure, upper, png_path)
 
 
-def _read(path: str) -> Curves:
+def read_curves(path: str) -> Curves:
+    """Returns the curves in a metrics.jsonl. Raises InputError if it has neither a loss nor an evaluation."""
     lines = read_metrics(path)
     restarts = tuple((line["step"], str(line.get("group_type", ""))) for line in lines if "restart" in line)
     loss, validation = _series(lines, "loss"), _series(lines, "validation_loss")
@@ -121,7 +122,7 @@ def _series(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndar
     return steps, np.where(np.isfinite(values), values, np.nan)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Returns means over a centred window of about 1% of the run, shorter at both ends; gaps are ignored."""
     half = len(values) // 200
     known = np.isfinite(values)
@@ -175,6 +176,11 @@ def _save(figure: Figure, upper: Axes, png_path: str) -> None:
     upper.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     upper.yaxis.set_minor_locator(ticker.NullLocator())
     figure.legend(loc="outside upper left", ncols=4, fontsize=11, frameon=False)
+    write_png(figure, png_path)
+
+
+def write_png(figure: Figure, path: str) -> None:
+    """Writes a figure to a PNG file, and makes the file's folder."""
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
-    write_result(png_path, png.getvalue())
+    write_result(path, png.getvalue())

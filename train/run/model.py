@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from mora_jax import hf, sharding, trees
-from mora_jax.errors import InputError, located
+from mora_jax.errors import InputError, located, some
 from mora_jax.hf.adapter_load import check_base
 from mora_jax.hf.config import CONFIG as HF_CONFIG
 from mora_jax.hf.names import places
@@ -45,8 +45,9 @@ def load_model(
     info: DataInfo | None = None,
     mesh: Mesh | None = None,
     types: Mapping[str, DTypeLike] | None = None,
+    step: int | None = None,
 ) -> tuple[Any, LlamaConfig]:
-    """Returns the merged parameters of a run's newest good checkpoint, or of a Hugging Face folder.
+    """Returns the merged parameters of a run's checkpoint, or of a Hugging Face folder.
 
     Each process reads what its devices hold. A run's adapters are merged in float32.
 
@@ -55,6 +56,7 @@ def load_model(
       info: the data set that the model is used with, whose tokenizer must be the model's.
       mesh: the devices that the parameters are sharded over; one device by default.
       types: types in which parameters are returned, by path; float32 for all others.
+      step: updates of the run's checkpoint; None for its newest good one.
 
     Raises:
       InputError: if the folder holds no model, or one of another tokenizer than that of `info`.
@@ -64,7 +66,7 @@ def load_model(
         if info:
             _check_tokenizer(path, info)
         return hf.load_hf(path, mesh, types)
-    config, state, methods = load_state(path, info, mesh)
+    config, state, methods = load_state(path, info, mesh, step=step)
     flat = trees.flatten(state.params)
     found = {p: (on, arrays) for p, on, arrays in adapters_of(state.params, state.adapters, methods)}
     places = trees.flatten(sharding.shardings(state.params, mesh, LAYOUTS))
@@ -86,12 +88,19 @@ def _merged(w: Array, arrays: Any, on: On | None, dtype: np.dtype, place: NamedS
 
 
 def load_state(
-    path: str, info: DataInfo | None = None, mesh: Mesh | None = None, with_base: bool = True
+    path: str,
+    info: DataInfo | None = None,
+    mesh: Mesh | None = None,
+    with_base: bool = True,
+    step: int | None = None,
 ) -> tuple[RunConfig, TrainState, Methods]:
-    """Returns the config of a run, and the model of its newest good checkpoint as `restore_model` does.
+    """Returns the config of a run, and the model of a checkpoint as `restore_model` does.
+
+    The checkpoint is that of `step` updates, and the newest good one by default.
 
     Raises:
-      InputError: if the folder holds no run, or one of another tokenizer than that of `info`.
+      InputError: if the folder holds no run, one of another tokenizer than that of `info`, or no complete
+        checkpoint of the step.
     """
     mesh = mesh or sharding.make_mesh(1)
     config = read_config(path)
@@ -102,7 +111,13 @@ def load_state(
                 check_data(saved, step, info)
             return restore_model(config, saved, step, mesh, with_base)
 
-        return config, *read_newest(saved, path, read)
+        if step is None:
+            return config, *read_newest(saved, path, read)
+        if step not in (there := saved.steps()):
+            raise InputError(
+                f"{path} holds no complete checkpoint {step}; it has {some([*map(str, there)], 12) or 'none'}"
+            )
+        return config, *read(step)
 
 
 def load_initial(config: RunConfig, info: DataInfo, mesh: Mesh) -> Any:
