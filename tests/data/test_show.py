@@ -34,11 +34,11 @@ def test_what_counts_is_marked(prompts: Path, capsys: pytest.CaptureFixture[str]
     cli.main(["show-data", str(prompts)])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "train row 1 of 1: 24 tokens, 14 count, 8 padding",
-        "--- 1 of 2: 12 tokens",
+        "train row 1 of 1: 22 tokens, 14 count, 10 padding",
+        "--- 1 of 2: 11 tokens",
         "Q0: [[A0",
         "é\\x1b<|end|>]]",
-        "--- 2 of 2: 12 tokens",
+        "--- 2 of 2: 11 tokens",
         "Q1: [[A1",
         "é\\x1b<|end|>]]",
         "",

@@ -117,17 +117,17 @@ class ShowData:
     What counts is green. Without colours, it stands in [[ and ]], unless all of the row counts.
 
     Attributes:
-      data: folder of the data set.
+      path: folder of the data set.
       rows: rows to print, from the first.
       split: train or validation.
     """
 
-    data: Folder
+    path: Folder
     rows: int = 3
     split: Literal["train", "validation"] = "train"
 
     def __post_init__(self) -> None:
-        spell_out(self, "", "data")
+        spell_out(self, "", "path")
 
 
 def show_data(command: ShowData) -> None:
@@ -137,7 +137,7 @@ def show_data(command: ShowData) -> None:
 
     out = console(highlight=False)
     marks = ("[[", "]]") if out.color_system is None else ("", "")
-    for text in show_rows(load_info(command.data, (command.split,)), command.split, command.rows, marks):
+    for text in show_rows(load_info(command.path, (command.split,)), command.split, command.rows, marks):
         out.print(text, soft_wrap=True)
 
 
