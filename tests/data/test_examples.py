@@ -314,3 +314,28 @@ def test_documents_without_a_token_between_them_are_no_segments(text: Path, tmp_
     info = prepared(text, tmp_path / "data", eos=False)
     with pytest.raises(InputError, match=r"data.document_mask: .*data has no token between its documents"):
         train_batches(info, 1, seed=0, start_step=0, document_mask=True)
+
+
+@pytest.mark.slow
+def test_conversations_are_those_of_transformers(tmp_path: Path):
+    """Rows hold the conversations whole, and exactly the tokens count that transformers marks."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    texts = random_texts(400, seed=5)
+    tokenizer = write_folder(tmp_path / "t", byte_level(texts), chat_template=MARKED)
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer / "tokenizer.json"), chat_template=MARKED
+    )
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    chats = [turns[i : i + 2 + 2 * (i % 3)] for i in range(0, 360, 6)]
+    info = made(tokenizer, tmp_path, [{"messages": chat} for chat in chats], sequence_length=512)
+    assert info.counts["train"].dropped == 0
+    expected = []
+    for chat in chats:
+        found = reference.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        expected.append((found["input_ids"], found["assistant_masks"]))
+    read = []
+    for row in tfds.builder_from_directory(info.directory).as_data_source("train"):
+        for segment in range(1, row["segments"].max() + 1):
+            here = row["segments"] == segment
+            read.append((row["tokens"][here].tolist(), row["weights"][here].tolist()))
+    assert sorted(read) == sorted(expected)
