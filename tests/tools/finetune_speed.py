@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,11 +213,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64, help="examples of a padded batch")
     parser.add_argument("--new", type=int, default=128, help="new tokens of a prompt")
+    parser.add_argument("--only", default="", help="regex of the names of what is timed")
     parser.add_argument("--compiled", action="store_true", help="time the compiled peer too")
     options = parser.parse_args()
     figures: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
     def note(name: str, measure: Callable[[], Any]) -> None:
+        if not re.search(options.only, name):
+            return
         try:
             figures[name] = measure()
         except Exception as error:  # the others count all the same
