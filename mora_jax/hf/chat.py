@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -62,6 +63,25 @@ class ChatTemplate:
           InputError: if the template is wrong, or refuses the messages.
         """
         return _text(self._render(messages, True, datetime.now()))
+
+    def render_open(self, messages: Sequence[Message]) -> str:
+        """Returns a conversation as text, up to where the content of its last message ends.
+
+        Args:
+          messages: as those of `render`. The last one is to be continued.
+
+        Raises:
+          InputError: if the template is wrong, refuses the messages, or leaves out the last one.
+        """
+        *before, last = messages
+        mark = f"{secrets.token_hex(8)} "  # its space says whether the template strips what is said
+        marked = {**last, "content": last["content"] + mark}
+        text, found, behind = _text(self._render([*before, marked], False, datetime.now())).rpartition(
+            mark.rstrip()
+        )
+        if not found:
+            raise InputError(f"the chat template of {self.place} does not write the last message as it is")
+        return text if behind.startswith(" ") else text.rstrip()
 
     def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """Returns a whole conversation as text in parts, each with whether the assistant says it.

@@ -232,7 +232,7 @@ class Llama(nn.Module):
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
         shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])
-        chunk = shards * _largest_divisor(x_TD.shape[0] // shards, self.compute.loss_chunk)
+        chunk = shards * largest_divisor(x_TD.shape[0] // shards, self.compute.loss_chunk)
         total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk)
         return jnp.asarray(total), weights_BT.sum()
 
@@ -335,5 +335,6 @@ def _rotate(x_BTNH: Array, rope: tuple[Array, Array]) -> Array:
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def _largest_divisor(n: int, limit: int) -> int:
+def largest_divisor(n: int, limit: int) -> int:
+    """Returns the largest divisor of n that is at most `limit`."""
     return max(i for i in range(1, min(n, limit) + 1) if n % i == 0)

@@ -1,5 +1,7 @@
 """Next-token cross-entropy over chunks of tokens: loss and gradient in one pass, without full logits.
 
+`target_scores` are the log-probabilities themselves, without a gradient.
+
 Legend of shapes in names: T tokens, C tokens of a chunk, G shards of a batch, D model width,
 V vocabulary, P vocabulary padded to full tiles of a matrix unit.
 """
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -56,6 +58,34 @@ def cross_entropy(
         return total + jnp.sum(softmax.loss_C * weights_C), None
 
     return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), _chunks(chunk, x_TD, targets_T, weights_T))[0]
+
+
+def target_scores(
+    x_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"], targets_T: Int[Array, "T"], chunk: int
+) -> tuple[Float[Array, "T"], Bool[Array, "T"]]:
+    """Returns log softmax(x @ w)[target] in nats, in float32, and whether the target has the largest logit.
+
+    Args:
+      x_TD: final hidden states, in the type to compute products in.
+      w_DV: the head.
+      targets_T: token to score at each position.
+      chunk: tokens whose logits are held at a time. It must divide T.
+
+    Raises:
+      InputError: if chunk does not divide T.
+    """
+    w_DP = _tiled(w_DV, x_TD)
+
+    def score(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
+        x_CD, targets_C = inputs
+        logits_CP = _logits(x_CD, w_DP, w_DV.shape[1], jnp.float32)
+        target_C = jnp.take_along_axis(logits_CP, targets_C[:, None], axis=-1)[:, 0]
+        log_p_C = target_C - jax.nn.logsumexp(logits_CP, axis=-1)
+        return None, (log_p_C, jnp.argmax(logits_CP, axis=-1) == targets_C)
+
+    scores = jax.lax.scan(score, None, _chunks(chunk, x_TD, targets_T))[1]
+    log_p_T, greedy_T = (a.swapaxes(0, 1).reshape(-1) for a in scores)
+    return log_p_T, greedy_T
 
 
 def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int) -> tuple[Array, Any]:
@@ -116,16 +146,21 @@ class Softmax(NamedTuple):
 
 
 def _softmax(x_CD: Array, w_DP: Array, vocabulary: int, targets_C: Array, dtype: Any) -> Softmax:
-    x_CD = sharding.constrain(x_CD, _TOKENS)
-    logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=dtype)
-    logits_CP = sharding.constrain(logits_CP, _LOGITS).astype(jnp.float32)
-    real_P = jnp.arange(w_DP.shape[1]) < vocabulary
-    logits_CP = jnp.where(real_P[None, :], logits_CP, -jnp.inf)
+    logits_CP = _logits(x_CD, w_DP, vocabulary, dtype)
     max_C = jnp.max(logits_CP, axis=-1)
     exp_CP = jnp.exp(logits_CP - max_C[:, None])
     sum_C = jnp.sum(exp_CP, axis=-1)
     target_C = jnp.take_along_axis(logits_CP, targets_C[:, None], axis=-1)[:, 0] - max_C
     return Softmax(exp_CP, sum_C, jnp.exp(target_C), jnp.log(sum_C) - target_C)
+
+
+def _logits(x_CD: Array, w_DP: Array, vocabulary: int, dtype: Any) -> Array:
+    """Returns the logits in float32, computed in a type; -inf on the padding."""
+    x_CD = sharding.constrain(x_CD, _TOKENS)
+    logits_CP = jnp.matmul(x_CD, w_DP, preferred_element_type=dtype)
+    logits_CP = sharding.constrain(logits_CP, _LOGITS).astype(jnp.float32)
+    real_P = jnp.arange(w_DP.shape[1]) < vocabulary
+    return jnp.where(real_P[None, :], logits_CP, -jnp.inf)
 
 
 def _unscaled_gradient(softmax: Softmax, targets_C: Array, dtype: Any) -> Array:

@@ -24,6 +24,7 @@ WORDS = (
     "fields",
     "prompt",
     "stop",
+    "tasks",
 )  # strings that are no paths
 # Read by the config's reader, before the flags are known.
 READ_FIRST = dict.fromkeys(("Pretrain", "Finetune", "Plan"), ("config",))

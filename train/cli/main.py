@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from mora_jax.errors import InputError, nearest
-from train.cli.commands import bench, data, generate, models, runs, tasks, training
+from train.cli.commands import bench, data, generate, harness, models, runs, tasks, training
 from train.cli.explain import explain
 from train.config import flags
 from train.console import streams
@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "plan-table": (training.PlanTable, training.plan_table),
     "evaluate": (models.Evaluate, models.evaluate),
     "generate": (generate.Generate, generate.generate),
+    "lm-eval": (harness.LmEval, harness.lm_eval),
     "checkpoints": (runs.ListCheckpoints, runs.list_checkpoints),
     "export": (models.Export, models.export),
     "merge": (models.Merge, models.merge),

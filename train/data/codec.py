@@ -47,7 +47,41 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text that is to be continued."""
-        return [*self.bos_ids, *self._tokens(text, self.adds_special)]
+        return self._tokens([text], True)[0]
+
+    def encode_all(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """Returns the tokens of each text, as `encode` does, all at once.
+
+        Args:
+          texts: the texts. Those that begin with the begin-of-text token get no other one.
+          special: whether texts begin with special tokens.
+        """
+        begun, found = self._name(self.prefix_id), {}
+        for whole in (True, False):
+            numbers = [i for i, t in enumerate(texts) if (special and not t.startswith(begun)) is whole]
+            found |= zip(numbers, self._tokens([texts[i] for i in numbers], whole), strict=True)
+        return [found[i] for i in range(len(texts))]
+
+    @property
+    def prefix_id(self) -> int:
+        """The token before a text that has no context: begin-of-text, else end-of-text.
+
+        Runs whose documents do not begin with the former have never seen it.
+        """
+        ids = self.files.special_ids()
+        begins = bool(self.bos_ids) or self.adds_special
+        for role in ("bos_token_id", "eos_token_id")[0 if begins else 1 :]:
+            if role in ids:
+                return ids[role]
+        raise InputError(f"{self.files.place} has neither a begin-of-text nor an end-of-text token")
+
+    def special_id(self, text: str) -> int | None:
+        """Returns the special token that is written as this text, None if there is none."""
+        if isinstance(self.encoder, spm.SentencePieceProcessor):
+            token = self.encoder.piece_to_id(text)
+            return token if self.encoder.is_control(token) else None
+        token = self.encoder.token_to_id(text)
+        return token if token is not None and not self._text([token]) else None
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the answer begins.
@@ -56,21 +90,29 @@ class Codec:
           InputError: if the tokenizer has no chat template, or it refuses the messages.
         """
         # The template writes the special tokens.
-        return self._tokens(ChatTemplate.read(self.files).render(messages), False)
+        return self._tokens([ChatTemplate.read(self.files).render(messages)], False)[0]
 
     def decode(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """Returns the text of tokens that follow those of a prompt, without special tokens."""
         before = list(prompt[-_BEFORE:])
         return self._text([*before, *new])[len(self._text(before)) :]
 
-    def _tokens(self, text: str, add_special: bool) -> list[int]:
+    def _name(self, token: int) -> str:
+        if isinstance(self.encoder, spm.SentencePieceProcessor):
+            return self.encoder.id_to_piece(token)
+        return self.encoder.id_to_token(token)
+
+    def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         try:
-            text.encode()
+            "".join(texts).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"a prompt is not Unicode text: {reason(error)}") from error
         if isinstance(self.encoder, spm.SentencePieceProcessor):
-            return self.encoder.encode(text)
-        return self.encoder.encode(text, add_special_tokens=add_special).ids
+            found = self.encoder.encode(list(texts))
+        else:
+            adds = special and self.adds_special
+            found = [each.ids for each in self.encoder.encode_batch(list(texts), add_special_tokens=adds)]
+        return [[*self.bos_ids, *tokens] for tokens in found] if special else found
 
     def _text(self, tokens: list[int]) -> str:
         if isinstance(self.encoder, spm.SentencePieceProcessor):

@@ -24,7 +24,7 @@ from train.console.terminal import warn
 from train.data.codec import Codec
 from train.data.rows.info import load_info
 from train.run.folder import CONFIG, read_config
-from train.run.model import load_model, load_state, widest_mesh
+from train.run.model import load_merged, load_state, widest_mesh
 from train.run.tokenizer import run_tokenizer
 
 PROMPT_BYTES = 1 << 30  # most of a file of prompts
@@ -40,12 +40,14 @@ class Generator:
       params: its parameters, joined to adapters that are not merged.
       codec: the tokenizer.
       mesh: the devices.
+      step: updates of the run's checkpoint; None if this is no run.
     """
 
     model: Llama
     params: Any = dataclasses.field(repr=False)
     codec: Codec
     mesh: Mesh
+    step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +89,19 @@ def load_generator(
     mesh = widest_mesh(path, 1 << (rows - 1).bit_length())  # rows are padded to a power of two
     codec = _codec_of_run(path) if is_run else Codec.of_model(hf.read_tokenizer(path))
     if merged:
-        model = read_config(path).model if is_run else hf.read_config(path)
-        types = dict.fromkeys(filter(_is_multiplied, parameter_shapes(model)), dtype)
-        params, config = load_model(path, mesh=mesh, types=types, step=step)
+        config = read_config(path).model if is_run else hf.read_config(path)
+        types = dict.fromkeys(filter(_is_multiplied, parameter_shapes(config)), dtype)
+        if is_run:
+            params, config, step = load_merged(path, None, mesh, types, step)
+        else:
+            params, config = hf.load_hf(path, mesh, types)
     elif is_run:
         run, state, methods = load_state(path, mesh=mesh, step=step)
-        params, config = _held(state.params, methods, dtype), run.model
+        params, config, step = _held(state.params, methods, dtype), run.model, int(state.step)
         params = transform.bind(params, state.adapters, methods)
     else:
         raise InputError(f"{path} is no run and has no adapters: leave out --no-merged")
-    return Generator(Llama(config, Compute(dtype=dtype, layers="scan")), params, codec, mesh)
+    return Generator(Llama(config, Compute(dtype=dtype, layers="scan")), params, codec, mesh, step)
 
 
 def complete(
@@ -105,6 +110,7 @@ def complete(
     sampling: Sampling,
     stop: Sequence[str] = (),
     batch_size: int = 8,
+    joined: bool = True,
 ) -> list[Completion]:
     """Returns completions of prompts, longest prompts first, some at a time.
 
@@ -114,6 +120,8 @@ def complete(
       sampling: how tokens are chosen. The tokenizer's end-of-text tokens end a completion in any case.
       stop: texts that end a completion.
       batch_size: prompts that are computed at a time.
+      joined: whether a completion begins as it follows its prompt, with a space where the tokenizer has one;
+        else its tokens are decoded alone, as transformers does.
 
     Raises:
       InputError: if the model cannot continue a prompt.
@@ -125,7 +133,7 @@ def complete(
         for at in range(0, len(order), batch_size):
             numbers = order[at : at + batch_size]
             batch = [prompts[i] for i in numbers]
-            stops = [Stops(generator.codec, prompt, stop) for prompt in batch]
+            stops = [Stops(generator.codec, prompt if joined else (), stop) for prompt in batch]
             new = generate(
                 generator.model,
                 generator.params,

@@ -11,6 +11,7 @@ import json
 import math
 import socket
 import statistics
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from mora_jax.errors import InputError
 from mora_jax.io import is_plain_file, json_text, read_text
 from train.console.progress import Bar
 from train.console.terminal import warn
-from train.storage.files import naming_errors, open_own, writable, write_whole
+from train.storage.files import make_folder, naming_errors, open_own, writable, write_whole
 
 LINES = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -119,6 +120,32 @@ class Metrics:
         # On a full disk, files cannot be closed either. The first error is the one to report.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             self.close()
+
+
+def add_scores(run_dir: str, step: int, values: Values, wandb: str = "") -> None:
+    """Adds scalars to what TensorBoard and Weights & Biases show of a run, which may be training meanwhile.
+
+    TensorBoard's events go to a folder of their own: it reads one growing file of a folder at a time.
+
+    Args:
+      run_dir: the run's folder, on a disk or in a bucket.
+      step: the update, from 0.
+      values: scalars by name, such as "lm_eval/mmlu/acc"; what precedes the first slash names the folder.
+      wandb: the run's project in Weights & Biases; empty for none.
+
+    Raises:
+      InputError: if Weights & Biases is asked for but not installed, or the folder cannot be written to.
+    """
+    with contextlib.ExitStack() as closing:
+        folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
+        with contextlib.ExitStack() as events:
+            _tensorboard(events, folder / EVENTS, None)(step, values)
+        for file in (folder / EVENTS).iterdir():
+            there = epath.Path(run_dir) / EVENTS / next(iter(values)).partition("/")[0]
+            make_folder(there)
+            write_whole(there / file.name, file.read_bytes())
+        if wandb:
+            _wandb(closing, folder, wandb, {}, epath.Path(run_dir))(step, values)
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -218,7 +245,8 @@ def _spans(steps: list[int]) -> str:
     return ", ".join(named) + (" and more" if len(spans) > _NAMED_GAPS else "")
 
 
-def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sink:
+def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int | None) -> Sink:
+    """Returns what writes events; `start` is the first step, from which earlier events are hidden."""
     # tensorboardX's SummaryWriter writes in a thread, which a full disk ends without an error; the run then
     # blocks on its queue. Its EventsWriter leaves the file open if the last flush fails. So only its
     # RecordWriter is used. TensorBoard reads files in the order of their names.
@@ -252,22 +280,30 @@ def _tensorboard(closing: contextlib.ExitStack, folder: Path, start: int) -> Sin
     closing.callback(close)
     put(file_version="brain.Event:2")
     # Makes TensorBoard hide events of an earlier process that are written again.
-    put(step=start, session_log=SessionLog(status=SessionLog.START))
+    if start is not None:
+        put(step=start, session_log=SessionLog(status=SessionLog.START))
     return write
 
 
-def _wandb(closing: contextlib.ExitStack, folder: Path, project: str, config: dict[str, Any]) -> Sink:
+def _wandb(
+    closing: contextlib.ExitStack,
+    folder: Path,
+    project: str,
+    config: dict[str, Any],
+    run_dir: epath.Path | None = None,
+) -> Sink:
+    """Returns what logs to the run whose id is in `run_dir`, by default the folder on this disk."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("--log.wandb needs wandb: pip install 'mora_jax[wandb]'") from error
-    path = folder / _WANDB_ID
+    path = (run_dir or epath.Path(folder)) / _WANDB_ID
     if not path.exists():
         write_whole(path, uuid.uuid4().hex)
     run_id = read_text(path, 1000)
     run = wandb.init(
         project=project,
-        name=folder.name,
+        name=path.parent.name,
         dir=str(folder),
         id=run_id,
         resume="allow",

@@ -66,7 +66,19 @@ def load_model(
         if info:
             _check_tokenizer(path, info)
         return hf.load_hf(path, mesh, types)
+    return load_merged(path, info, mesh, types, step)[:2]
+
+
+def load_merged(
+    path: str,
+    info: DataInfo | None,
+    mesh: Mesh,
+    types: Mapping[str, DTypeLike] | None = None,
+    step: int | None = None,
+) -> tuple[Any, LlamaConfig, int]:
+    """Returns what `load_model` does of a run, and the updates of its checkpoint."""
     config, state, methods = load_state(path, info, mesh, step=step)
+    updates = int(state.step)
     flat = trees.flatten(state.params)
     found = {p: (on, arrays) for p, on, arrays in adapters_of(state.params, state.adapters, methods)}
     places = trees.flatten(sharding.shardings(state.params, mesh, LAYOUTS))
@@ -77,7 +89,7 @@ def load_model(
             flat[name] = _merged(
                 array, arrays, on, jnp.dtype((types or {}).get(name, "float32")), places[name]
             )
-    return trees.unflatten(flat), config.model
+    return trees.unflatten(flat), config.model, updates
 
 
 @functools.partial(jax.jit, static_argnames=("on", "dtype", "place"))
