@@ -241,3 +241,33 @@ def test_the_real_corpus_reads(corpus: Path):
     texts = list(files.documents(corpus / "c4-real-validation.00000-of-00001.json.gz", skip_lines=0))
     assert len(texts) == 2084
     assert all(texts)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_an_array_of_objects(tmp_path: Path, name: str, indent: int | None, monkeypatch: pytest.MonkeyPatch):
+    """As many data sets are published; a part is in memory at a time, wherever it is cut."""
+    rows = [{"text": f"{text} [{i}], {{}}", "other": [{"a": i}]} for i, text in enumerate(TEXTS * 9)]
+    path = write(tmp_path / name, json.dumps(rows, indent=indent, ensure_ascii=False).encode())
+    monkeypatch.setattr(jsonl, "MAX_BYTES", 200)
+    for chunk in (1, 7, 1 << 20):
+        monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+        assert list(files.documents(path, 0)) == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (b'[{"text": "a"}, {"text": 3}]', "element 2 has no string `text`"),
+        (b'[{"text": "a"}, {"text": "b"', "element 2 of its array is not JSON"),
+        (b'[{"text": "a"} "b"} ]', "element 2 has no string `text`"),
+        (b'[{"text": "a"}] {"text": "b"}', "element 2 of its array is not JSON"),
+        (b'[{"text": "a"}', "element 2 of its array is not JSON"),
+        (b'[{"text": "\xff"}]', "is not UTF-8 text"),
+        (b'["a"]', "line 1 has no string `text`"),
+        (b"[]", "line 1 has no string `text`"),
+    ],
+)
+def test_a_bad_array(tmp_path: Path, content: bytes, wrong: str):
+    with pytest.raises(InputError, match=wrong):
+        list(files.documents(write(tmp_path / "a.json", content), 0))
