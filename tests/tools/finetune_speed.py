@@ -28,6 +28,7 @@ from mora_jax.models.generate import Sampling, generate
 from mora_jax.models.llama import STACKED, Compute, Llama
 from train.config.run import RunConfig
 from train.config.sections import LINEARS, Data, Optimizer, Schedule
+from train.runtime import backend
 from train.step.spec import spec_of
 from train.step.state import init_state
 from train.step.step import train_step
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regex of the names of what is timed")
     parser.add_argument("--compiled", action="store_true", help="time the compiled peer too")
     options = parser.parse_args()
+    backend.set_flags(deterministic=False)  # as in a run
     figures: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
     def note(name: str, measure: Callable[[], Any]) -> None:

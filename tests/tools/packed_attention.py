@@ -25,6 +25,7 @@ from mora_jax.models.attention import Visible, attention
 from mora_jax.models.batch import Batch
 from train.config import flags
 from train.perf.bench.program import Program, compile_step, random_state
+from train.runtime import backend
 from train.step.spec import spec_of
 from train.step.step import train_step
 
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--config", default="configs/250m_mora.yaml")
     options = parser.parse_args()
+    backend.set_flags(deterministic=False)  # as in a run
     figures: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     cases = {f"{name}, {t}": functools.partial(compare, s, t) for name, s in SHAPES.items() for t in LENGTHS}
     for name, measure in (cases | {"step, 250M": functools.partial(step_times, options.config)}).items():
