@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -38,12 +39,12 @@ TASKS = {
 }
 
 
-def write_tasks(folder: Path, documents: int = 5, longest: int = 8) -> Path:
+def write_tasks(folder: Path, documents: int = 5, longest: int = 8, known: Sequence[str] = WORDS) -> Path:
     """Writes the tasks and their data, questions of up to so many words and texts of four times as many."""
     rng = random.Random(0)
 
     def words(most: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+        return " ".join(rng.choices(known, k=rng.randint(1, most)))
 
     rows = {
         "choice": lambda: {
