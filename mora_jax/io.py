@@ -44,6 +44,18 @@ def path_of(path: epath.PathLike, name: str = "") -> epath.Path:
     return spelled
 
 
+def is_unicode(value: Any) -> bool:
+    """Returns whether a text, or all text in a value of JSON, is Unicode: it has no lone surrogate.
+
+    Native code fails at those, each library in its own way.
+    """
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
+
+
 def read_bytes(path: epath.PathLike, limit: int) -> bytes:
     """Returns the content of a file.
 

@@ -38,6 +38,8 @@ def read_config(path: epath.PathLike) -> LlamaConfig:
         field that is not known or whose value is not computed.
     """
     file = path_of(path) / CONFIG
+    if not file.exists() and (path_of(path) / "adapter_config.json").exists():
+        raise InputError(f"{path} is an adapter; merge it into its base first: mora merge BASE {path} OUT")
     content = read_object(file)
     try:
         return _config(content)

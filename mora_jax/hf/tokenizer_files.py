@@ -17,7 +17,7 @@ from mora_jax.errors import InputError, reason, some
 from mora_jax.hf.config import CONFIG
 from mora_jax.hf.hub import local_folder
 from mora_jax.hf.tokenizer import converted, pieces, special_ids
-from mora_jax.io import is_plain_file, parse_json, path_of, read_bytes
+from mora_jax.io import is_plain_file, is_unicode, parse_json, path_of, read_bytes
 
 MODEL = "tokenizer.model"
 JSON = "tokenizer.json"
@@ -165,10 +165,8 @@ class TokenizerFiles:
         value = parse_json(self.files[name], f"{self.place}/{name}") if name in self.files else {}
         if not isinstance(value, dict):
             raise InputError(f"{self.place}/{name} must hold a JSON object")
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise InputError(f"{self.place}/{name} is not Unicode text; download it again") from error
+        if not is_unicode(value):
+            raise InputError(f"{self.place}/{name} is not Unicode text; download it again")
         return value
 
 

@@ -109,6 +109,11 @@ def test_pretrain_refuses(refused, tiny_yaml, tmp_path, args, expected):
     assert not (tmp_path / "run" / CONFIG).exists()
 
 
+@pytest.mark.parametrize("command", ["prepare-data --tokenizer t", "train-tokenizer --source s"])
+def test_an_empty_key_of_the_text(refused, command):
+    assert "--text-key is empty" in refused(*command.split(), "--out", "o", "--text-key", "")
+
+
 def test_a_misspelt_key(refused, tiny_yaml, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(tiny_yaml.read_text() + "stepz: 3\n")

@@ -118,6 +118,8 @@ def folders(tmp_path_factory) -> Path:
         if name == "a":
             hf.save_hf(folder / "base", adapted.base, CONFIG)
         save_adapter(folder / name, *adapted[1:], CONFIG, base="base")
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").touch()
     return folder
 
 
@@ -135,9 +137,13 @@ def test_weights_of_adapters(folders, tmp_path, monkeypatch, capfd):
     [
         (["base", "out"], "give a model, an adapter and a folder to write: mora merge BASE ADAPTER OUT"),
         (["base", "a:nan", "out"], "give an adapter and a finite weight"),
-        (["base", "a:x", "out"], "a:x/adapter_config.json is missing"),
+        (["base", "a:x", "out"], "a:x: 'x' is no weight; give a number, such as A:0.5"),
+        (["base", "c:x", "out"], "c:x/adapter_config.json is missing"),
+        (["run", "a", "out"], "run is a run; export it first: mora export RUN OUT"),
+        (["base", "run", "out"], "run is a run; export it first: mora export RUN OUT --adapter"),
         (["base", "base", "out"], "adapter_config.json is missing"),
-        (["a", "a", "out"], "config.json is missing"),
+        (["a", "a", "out"], "a is an adapter; merge it into its base first: mora merge BASE a OUT"),
+        (["c", "a", "out"], "c/config.json is missing"),
         (["base", "a", "b"], "b exists already"),
     ],
 )
@@ -146,7 +152,7 @@ def test_bad_merges_are_one_line(folders, monkeypatch, capfd, words, message):
     status, output, messages = run(capfd, "merge", *words)
     assert (status, output, len(messages.splitlines())) == (2, "", 1)
     assert message in messages
-    assert {path.name for path in folders.iterdir()} == {"base", "a", "b"}
+    assert {path.name for path in folders.iterdir()} == {"base", "a", "b", "run"}
 
 
 def test_a_base_that_an_old_checkpoint_holds_is_compared(tmp_path, capfd):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from mora_jax.errors import InputError
-from mora_jax.io import json_text, path_of, read_bytes, read_object, read_text, refuse_lfs_pointer
+from mora_jax.io import is_unicode, json_text, path_of, read_bytes, read_object, read_text, refuse_lfs_pointer
 
 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path):
@@ -85,3 +85,14 @@ def test_json_has_no_nan():
         "b": ["Infinity", "-Infinity", 1.5],
         "c": {"d": ["NaN", 2]},
     }
+
+
+def test_a_lone_surrogate_is_no_unicode():
+    for value in ("a\ud800", {"a": ["b\udcff"]}, {"\ud800": 1}):
+        assert not is_unicode(value)
+    for value in ("aä😀", {"ä": ["😀", None, 1.5]}):
+        assert is_unicode(value)
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert not is_unicode(deep)

@@ -78,7 +78,7 @@ def test_damage_is_found_and_the_previous_checkpoint_is_used(bucket: str):
             step, problems = saved.latest_good()
             assert step == 1
             assert f"c/2/{name} is" in problems[0]
-            with pytest.raises(InputError, match="checkpoint 2 cannot be restored"):
+            with pytest.raises(InputError, match="/2 cannot be restored"):
                 saved.restore(2, abstract())
             path.write_bytes(content)
         assert saved.latest_good() == (2, [])

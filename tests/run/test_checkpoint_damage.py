@@ -86,10 +86,10 @@ def test_every_random_damage_is_found(tmp_path: Path):
 
 def test_files_of_another_step_are_found(directory: Path):
     (directory / "2" / MANIFEST).write_bytes((directory / "1" / MANIFEST).read_bytes())
-    assert_refused(directory, "it holds the checkpoint of step 1")
+    assert_refused(directory, "it holds what was saved as 1, not 2")
     shutil.rmtree(directory / "2")
     shutil.copytree(directory / "1", directory / "2")
-    assert_refused(directory, "it holds the checkpoint of step 1")
+    assert_refused(directory, "it holds what was saved as 1, not 2")
 
 
 def test_a_file_that_does_not_belong_is_found(directory: Path):

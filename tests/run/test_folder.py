@@ -88,6 +88,14 @@ def test_operational_settings_may_change(tiny_run, copy):
     check_free(dataclasses.replace(config, checkpoint=keep, eval=often), resume=True)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "loss.png"])
+def test_a_folder_in_the_place_of_a_file_that_is_written_last(tiny_run, tmp_path, name):
+    config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path))
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name} is a folder, and a run writes a file of this name"):
+        check_free(config, resume=True)
+
+
 def test_a_folder_that_cannot_be_made(tiny_run, tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "file/run"):

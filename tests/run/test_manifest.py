@@ -38,7 +38,7 @@ def test_a_sealed_folder_is_read(folder: epath.Path):
     assert {name: found[name] for name in CONTENT} == CONTENT
     assert found["files"].keys() == {"a", "inner/b", "inner/c"}
     assert damage(folder) == []
-    with pytest.raises(InputError, match="it holds the checkpoint of step 7"):
+    with pytest.raises(InputError, match="it holds what was saved as 7"):
         manifest.read(folder, 8)
 
 

@@ -64,3 +64,11 @@ def test_a_file_system_that_cannot_sync(tmp_path, monkeypatch):
 def test_bad_places_and_disks_in_trouble(number, kind):
     with pytest.raises(kind, match=os.strerror(number)), files.writable("here", "run_dir cannot be made"):
         raise OSError(number, os.strerror(number))
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_bad_place(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: .*a\.json") as refused:
+        files.write_whole(tmp_path / "a.json", "new")
+    assert files.is_bad_place(refused.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]

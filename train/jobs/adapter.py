@@ -136,8 +136,12 @@ def merge_adapters(base: str, adapters: Sequence[tuple[str, float]], out: str, d
       The number of tensors that were changed.
 
     Raises:
-      InputError: as `mora_jax.hf.merge_adapters` does, and if another program writes `out`.
+      InputError: as `mora_jax.hf.merge_adapters` does, for a run, and if another program writes `out`.
     """
+    for path in (base, *(adapter for adapter, _ in adapters)):
+        if (hf.local_folder(path) / CONFIG).exists():
+            how = "mora export RUN OUT" + (" --adapter" if path != base else "")
+            raise InputError(f"{path} is a run; export it first: {how}")
     with output_folder(out, "OUT") as folder, naming_errors(out):
         return hf.merge_adapters(base, adapters, folder, dtype)
 

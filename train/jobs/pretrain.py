@@ -28,7 +28,7 @@ from train.data.rows.info import DataInfo, check_trainable, load_info, unigram_p
 from train.data.rows.read import train_batches
 from train.jobs.evaluate import Abandoned, Score, check_mesh, check_vocabulary, evaluate
 from train.jobs.plot import plot_loss
-from train.run.folder import absolute, check_free
+from train.run.folder import PICTURE, SUMMARY, absolute, check_free
 from train.run.meta import group_type
 from train.run.metrics import LINES, Metrics, read_metrics
 from train.run.resume import claim_folder, start
@@ -40,8 +40,6 @@ from train.step.state import TrainState
 from train.step.step import restart_step, train_step
 from train.storage import buckets
 from train.storage.files import naming_errors, write_whole
-
-SUMMARY = "summary.json"
 
 
 def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
@@ -253,8 +251,8 @@ def conclude(run: Run, score: Score, tokens_per_second: float) -> dict[str, Any]
 def draw(folder: epath.Path) -> None:
     """Draws loss.png, or warns that the log cannot be read: a finished run needs its summary."""
     try:
-        with naming_errors(folder / "loss.png"):
-            plot_loss(str(folder / LINES), str(folder / "loss.png"))
+        with naming_errors(folder / PICTURE):
+            plot_loss(str(folder / LINES), str(folder / PICTURE))
     except InputError as error:
         warn([f"loss.png is not drawn: {error}"])
 

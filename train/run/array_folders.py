@@ -161,7 +161,8 @@ class ArrayFolders:
         with self._readable(name) as folder:
             problems = _damage(folder, number) if jax.process_index() == 0 else []
             if from_first_process(len(problems)):
-                raise InputError(f"checkpoint {name} cannot be restored: {some(problems) or 'see process 0'}")
+                what = some(problems) or "see process 0"
+                raise InputError(f"{self.directory / name} cannot be restored: {what}")
             saved, wanted = manifest.read(folder, number)["arrays"], layout(abstract)
             if partial:
                 saved = {name: text for name, text in saved.items() if name in wanted}

@@ -157,7 +157,7 @@ class Checkpoints:
         good, problems = -1, []
         for step in reversed(self.folders()) if jax.process_index() == 0 else ():
             found = self.damage(step)
-            problems += found
+            problems += [line for line in found if line not in problems]  # of a base that they share
             if not found:
                 good = step
                 break

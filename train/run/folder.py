@@ -27,6 +27,8 @@ from train.storage.format import FORMAT, KEY
 
 CONFIG = "config.yaml"
 DIVERGED = "diverged.json"
+SUMMARY = "summary.json"
+PICTURE = "loss.png"
 CHECKPOINTS = "checkpoints"
 # What a run fills beside its files.
 FOLDERS = (CHECKPOINTS, EVENTS, CACHE, TOKENIZER)
@@ -39,7 +41,8 @@ def check_free(config: RunConfig, resume: bool) -> None:
 
     Raises:
       InputError: if the folder holds a run of another config, holds any run and `resume` is off, is that of
-        the data set, has a link in the place of a folder that the run fills, or cannot be made.
+        the data set, has a link in the place of a folder that the run fills or a folder in that of a file,
+        or cannot be made.
     """
     folder = epath.Path(config.run_dir)
     if is_within(config.run_dir, config.data.directory):
@@ -58,6 +61,9 @@ def check_free(config: RunConfig, resume: bool) -> None:
             f"{folder} holds checkpoints of an unknown run (its {CONFIG} is missing); "
             "choose another --run-dir"
         )
+    for name in (SUMMARY, PICTURE, DIVERGED, CONFIG):  # most of them are written at the end
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a folder, and a run writes a file of this name; remove it")
     with writable(folder, f"--run-dir {folder} cannot be made"):
         make_folder(folder)
     if not in_bucket(folder):

@@ -120,8 +120,8 @@ def table(entries: list[Entry], title: str) -> Table:
 
 
 def problems(entries: list[Entry]) -> list[str]:
-    """Returns a printable line for each damaged file, whatever its name."""
-    return [spelled_out(problem) for entry in entries for problem in entry.problems]
+    """Returns a printable line for each damaged file, whatever its name. Checkpoints may share one."""
+    return [*dict.fromkeys(spelled_out(problem) for entry in entries for problem in entry.problems)]
 
 
 def _unfinished(step: int, folder: epath.Path) -> Entry | None:

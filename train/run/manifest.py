@@ -48,7 +48,12 @@ def seal(folder: epath.Path, content: Json) -> str:
 
 
 def read(folder: epath.Path, step: int) -> Json:
-    """Returns the manifest. Raises InputError unless it is exactly what was written for this step."""
+    """Returns the manifest. Raises InputError unless it is exactly what was written for this number.
+
+    Args:
+      folder: the folder of a checkpoint or of a base.
+      step: its step, or the restarts of a base.
+    """
     path = folder / MANIFEST
     if is_link(folder):
         raise InputError(f"{folder} is a link, not a folder")
@@ -66,7 +71,7 @@ def read(folder: epath.Path, step: int) -> Json:
     if manifest is None:
         raise InputError(f"{path} is damaged: its content is not what was saved")
     if manifest["step"] != step:
-        raise InputError(f"{folder} is damaged: it holds the checkpoint of step {manifest['step']}")
+        raise InputError(f"{folder} is damaged: it holds what was saved as {manifest['step']}, not {step}")
     return manifest
 
 
@@ -85,7 +90,7 @@ def damage(folder: epath.Path, step: int, advance: Advance) -> list[str]:
 
     Args:
       folder: the folder.
-      step: the step that it must hold.
+      step: the step that it must hold, or the restarts of a base.
       advance: called with the number of bytes of each chunk that was hashed.
     """
     try:

@@ -44,7 +44,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
             with Path(part).open("xb") as file:  # a new file, and never what a link leads to
                 file.write(data)
             sync(part)
-            part.replace(path)
+            Path(part).replace(path)  # epath's error has no number
         finally:
             part.unlink(missing_ok=True)
         sync(path.parent)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from mora_jax.errors import InputError
 from train.cli.commands.arguments import Folder
 from train.config.paths import spell_out
 from train.console.terminal import console
@@ -72,6 +73,7 @@ class PrepareData:
         spell_out(
             self, "--", "tokenizer", "out", optional=("source", "validation", "tfds_data_dir", "template")
         )
+        _check_key(self.text_key)
 
 
 def prepare_data(command: PrepareData) -> None:
@@ -95,6 +97,11 @@ def prepare_data(command: PrepareData) -> None:
         validation_share=command.validation_share,
     )
     print(f"{command.out}: {'; '.join(_said(info, split) for split in info.rows)}")
+
+
+def _check_key(text_key: str) -> None:
+    if not text_key:
+        raise InputError("--text-key is empty; give the key of the text, such as text")
 
 
 def _said(info: "DataInfo", split: str) -> str:
@@ -163,6 +170,7 @@ class TrainTokenizer:
 
     def __post_init__(self) -> None:
         spell_out(self, "--", "source", "out")
+        _check_key(self.text_key)
 
 
 def train_tokenizer(command: TrainTokenizer) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from mora_jax.errors import InputError, check_float32
+from mora_jax.hf.hub import is_hub_id
+from mora_jax.io import path_of
 from train.cli.commands.arguments import Folder, Out
 from train.config.paths import spell_out
 from train.config.sections import Evaluation
@@ -157,7 +159,9 @@ def _weighted(adapter: str) -> tuple[str, float]:
     path, _, weight = adapter.rpartition(":")
     try:
         value = float(weight)
-    except ValueError:
+    except ValueError as error:
+        if path and not path_of(adapter).exists() and (is_hub_id(path) or path_of(path).exists()):
+            raise InputError(f"{adapter}: {weight!r} is no weight; give a number, such as A:0.5") from error
         return adapter, 1.0
     if not path or not math.isfinite(value):
         raise InputError(f"{adapter}: give an adapter and a finite weight, such as A:0.5")

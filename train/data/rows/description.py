@@ -1,6 +1,5 @@
 """Checks TFDS's description of a data set before TFDS reads it, which imports whatever class a file names."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from mora_jax.errors import InputError
-from mora_jax.io import read_json
+from mora_jax.io import is_unicode, read_json
 from train.storage.buckets import in_bucket
 
 FEATURES = "features.json"
@@ -37,10 +36,8 @@ def check_description(folder: epath.PathLike) -> None:
 def _unicode(path: epath.Path) -> Any:
     """Returns the content of a JSON file without lone surrogates, at which protobuf fails."""
     value = read_json(path)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
-        raise InputError(f"{path} is not Unicode text; copy or prepare the data set again") from error
+    if not is_unicode(value):
+        raise InputError(f"{path} is not Unicode text; copy or prepare the data set again")
     return value
 
 

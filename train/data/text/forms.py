@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mora_jax.errors import InputError, nearest, some
+from mora_jax.io import is_unicode
 from train.data.text.entries import TEXT_KEY, Content
 
 FormName = Literal["text", "prompt", "messages", "query"]
@@ -73,7 +74,7 @@ class Form:
             if not isinstance(text, str):
                 others = f" ({self.names(list(row))})" if isinstance(row, dict) and key not in row else ""
                 return None, f"has no string `{key}`{others}"
-            if not _is_unicode(text):
+            if not is_unicode(text):
                 return None, f"has a `{key}` with a lone surrogate, which is not Unicode"
             texts.append(text)
         return texts[0] if len(texts) == 1 else tuple(texts), ""
@@ -111,18 +112,8 @@ def _wrong(message: dict[str, Any]) -> str:
         return f"of the unknown role {str(role)[:40]!r}; known are {', '.join(_ROLES)}"
     if not isinstance(content, str):
         return "without a string `content`"
-    if not _is_unicode(content):
+    if not is_unicode(content):
         return "with a lone surrogate, which is not Unicode"
     if role == "assistant" and not content and "tool_calls" not in message:
         return "of the assistant without text"
     return ""
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
