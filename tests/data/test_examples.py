@@ -1,6 +1,7 @@
 """Examples of prompts and conversations: which tokens they become, which count, what is refused."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_what_does_not_go_together(folder: Path, tmp_path: Path):
         ("--template is for the form messages, not prompt", folder, "prompt", {"template": "x"}),
         ("--bos is not for the form messages", folder, "messages", {"bos": True}),
         ("--overlong is for rows of whole examples", folder, "text", {"overlong": "cut"}),
-        ("--validation-share needs --source, and no --validation", folder, "text", {"validation_share": 0.1}),
+        ("--validation-share needs --source or --mixture, and no", folder, "text", {"validation_share": 0.1}),
         ("must be above 0 and below 1, not 2", folder, "text", {"validation_share": 2, "validation": ""}),
         ("'input=x' is not one of prompt=KEY, completion=KEY", folder, "prompt", {"fields": "input=x"}),
     ):
@@ -339,3 +340,46 @@ def test_conversations_are_those_of_transformers(tmp_path: Path):
             here = row["segments"] == segment
             read.append((row["tokens"][here].tolist(), row["weights"][here].tolist()))
     assert sorted(read) == sorted(expected)
+
+
+def test_a_mixture_reads_each_source_so_often(folder: Path, tmp_path: Path):
+    """Copies of an example lie in other rows."""
+    for name in ("one", "two", "three"):
+        lines = [{"prompt": f"{name} {i}", "completion": "!"} for i in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mixture = [
+        f"{tmp_path}/{name}.jsonl={times}" for name, times in (("one", 2.25), ("two", 0.5), ("three", 1))
+    ]
+    info = made(folder, tmp_path, [lines[0] | {"prompt": "p"}], "prompt", source="", mixture=mixture)
+    rows = [[text for text, _ in row] for row in stored(info)]
+    counts = Counter(text for row in rows for text in row)
+    one, two, three = (
+        Counter(count for text, count in counts.items() if text.startswith(name))
+        for name in ("one", "two", "three")
+    )
+    assert three == {1: 100}
+    assert set(one) == {2, 3}
+    assert 10 < one[3] < 40
+    assert one[2] + one[3] == 100
+    assert set(two) == {1}
+    assert 35 < two[1] < 65
+    assert all(len(set(row)) == len(row) for row in rows)
+    with pytest.raises(InputError, match="was prepared with another train"):
+        made(folder, tmp_path, lines[:1], "prompt", source="", mixture=[*mixture[:2], mixture[2] + "1"])
+    for wrong in ("x", "x=0", "=1", "x=nan"):
+        with pytest.raises(InputError, match="must be SOURCE=TIMES, with times above 0"):
+            made(folder, tmp_path, lines, "prompt", source="", mixture=[wrong])
+    with pytest.raises(InputError, match="--source and --mixture exclude each other"):
+        made(folder, tmp_path, lines, "prompt", mixture=mixture)
+
+
+def test_a_mixture_with_a_validation_share(folder: Path, tmp_path: Path):
+    """A held-out example is in no row of training, however often its source is read; bad lines count once."""
+    lines = [{"prompt": f"{i}", "completion": "!"} for i in range(100)]
+    changes = {"source": "", "validation": "", "validation_share": 0.2, "skip_lines": 1}
+    mixture = [f"{tmp_path}/lines.jsonl=3"]
+    info = made(folder, tmp_path, [*lines, {"bad": 1}], "prompt", mixture=mixture, **changes)
+    train, held_out = (info.counts[split] for split in ("train", "validation"))
+    assert train.documents == 3 * (100 - held_out.documents)
+    assert 8 < held_out.documents < 35
+    assert train.skipped_lines + held_out.skipped_lines == 1

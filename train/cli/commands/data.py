@@ -25,6 +25,9 @@ class PrepareData:
         .parquet (any etils.epath path), tfds:NAME for a data set that TFDS has prepared (tfds:c4/en or
         tfds:/path/to/it), or org/name or hf://datasets/org/name/FILES for one of the Hub; empty for a data
         set that mora evaluate can read and mora pretrain cannot.
+      mixture: one of several sources of training text, in the place of --source, as SOURCE=TIMES: how often
+        each of its examples is in the rows, such as 2, or 0.25 for a quarter of them; may be given several
+        times.
       validation: validation text, in the same forms; a tfds: source has a validation split of its own.
       validation_share: fraction of the training text that is the validation text instead, below 1; 0 for
         none. The hash of an example decides, so equal ones are on one side.
@@ -53,6 +56,7 @@ class PrepareData:
     tokenizer: str
     out: str
     source: str = ""
+    mixture: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     validation: str = ""
     validation_share: float = 0.0
     sequence_length: int = 512
@@ -70,9 +74,8 @@ class PrepareData:
     tfds_data_dir: str = ""
 
     def __post_init__(self) -> None:
-        spell_out(
-            self, "--", "tokenizer", "out", optional=("source", "validation", "tfds_data_dir", "template")
-        )
+        optional = ("source", "mixture", "validation", "tfds_data_dir", "template")
+        spell_out(self, "--", "tokenizer", "out", optional=optional)
         _check_key(self.text_key)
 
 
@@ -95,6 +98,7 @@ def prepare_data(command: PrepareData) -> None:
         options=RowOptions(form, command.loss, command.pack, command.overlong),
         template=command.template,
         validation_share=command.validation_share,
+        mixture=command.mixture,
     )
     print(f"{command.out}: {'; '.join(_said(info, split) for split in info.rows)}")
 

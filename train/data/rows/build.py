@@ -59,6 +59,7 @@ def prepare(
     options: RowOptions = JOINED,
     template: str = "",
     validation_share: float = 0.0,
+    mixture: Sequence[str] = (),
 ) -> DataInfo:
     """Writes the rows of `source` and `validation` into the TFDS data set `out`, or resumes doing so.
 
@@ -78,6 +79,7 @@ def prepare(
       options: what an example is made of, and how rows are made of examples; without a template.
       template: a file with the chat template; empty for the tokenizer's own.
       validation_share: fraction of the training text that is the validation text instead; 0 for none.
+      mixture: in the place of `source`, several, each as SOURCE=TIMES: how often its examples are read.
 
     Returns:
       The facts about the finished data set, as `load_info` does.
@@ -95,7 +97,7 @@ def prepare(
     with located(tokenizer, "--tokenizer"):
         model = Tokenizer.load(files, bos, eos and options.template is None)
     _warn_of_export(files)
-    text = open_text(source, validation, tfds_data_dir, options.form, validation_share)
+    text = open_text(source, validation, tfds_data_dir, options.form, validation_share, mixture)
     settings = settings_of(sequence_length, model, text, options, validation_share)
     folder = buckets.stand_in("prepare", out) if in_bucket(out) else Path(out)
     jobs = {

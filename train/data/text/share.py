@@ -1,4 +1,4 @@
-"""A validation share of the training text: each example belongs to the split that its hash says."""
+"""Parts of text by the hash of each example: a validation share, and how often a source is read."""
 
 import hashlib
 import json
@@ -25,39 +25,61 @@ class TextShard(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """The examples of a shard that belong to one split. Equal examples belong to the same one.
+    """Some of the examples of a shard. The hash of each decides, so equal ones are treated alike.
 
     Attributes:
       shard: the shard.
-      share: the fraction of validation examples.
-      validation: whether these are those. Bad lines belong to the training examples.
+      held_out: the fraction that is validation text.
+      validation: whether these are those of validation text, or the others.
+      taken: the fraction that is taken of these.
+      first: whether bad lines are among these.
     """
 
     shard: TextShard
-    share: float
-    validation: bool
+    held_out: float = 0.0
+    validation: bool = False
+    taken: float = 1.0
+    first: bool = True
 
     @property
     def name(self) -> str:
-        return self.shard.name
+        return self.shard.name if self.taken == 1 else f"{self.taken:g} of {self.shard.name}"
 
     @property
     def size(self) -> int:
         return self.shard.size
 
     def records(self, skip_lines: int) -> Iterator[Record]:
-        """Yields the records of this split."""
+        """Yields the records of this part."""
         for record in self.shard.records(skip_lines):
-            held_out = record.content is not None and _fraction(record.content) < self.share
-            if held_out == self.validation:
+            if self.first if record.content is None else self._has(record.content):
                 yield record
 
     def sha256(self) -> str:
         """Returns the hash of the shard."""
         return self.shard.sha256()
 
+    def _has(self, content: Content) -> bool:
+        if (_fraction(content, b"split") < self.held_out) != self.validation:
+            return False
+        return self.taken == 1 or _fraction(content, b"mixture") < self.taken
 
-def _fraction(content: Content) -> float:
-    """Returns a number in [0, 1) that depends on an example alone."""
+
+def repeated(shard: TextShard, times: float, held_out: float) -> list[TextShard]:
+    """Returns what reads the training examples of a shard so often: 2.5 reads half of them once more.
+
+    Each time is a shard of its own, so that copies of an example are in other rows.
+    """
+    found = []
+    while times > 0:
+        part = Share(shard, held_out, taken=min(1.0, times), first=not found)
+        found.append(shard if part == Share(shard) else part)
+        times = round(times - 1, 9)
+    return found
+
+
+def _fraction(content: Content, purpose: bytes) -> float:
+    """Returns a number in [0, 1) that depends on an example and a purpose alone."""
     text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+    digest = hashlib.blake2b(text.encode(), digest_size=6, person=purpose).digest()
+    return int.from_bytes(digest, "big") / 2**48

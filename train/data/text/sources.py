@@ -1,15 +1,25 @@
 """The kinds of text that rows are made of: files, data sets of TFDS, and those of the Hugging Face Hub."""
 
+import contextlib
+from collections.abc import Sequence
+
 from mora_jax.errors import InputError
 from train.data.text.files import FileShard, file_shards
 from train.data.text.forms import TEXT, Form
 from train.data.text.hub import hub_files, is_dataset
-from train.data.text.share import Share, TextShard
+from train.data.text.share import Share, TextShard, repeated
 from train.data.text.tfds import PREFIX, tfds_shards
+
+MOST_TIMES = 1_000
 
 
 def open_text(
-    source: str, validation: str, tfds_data_dir: str = "", form: Form = TEXT, share: float = 0.0
+    source: str,
+    validation: str,
+    tfds_data_dir: str = "",
+    form: Form = TEXT,
+    share: float = 0.0,
+    mixture: Sequence[str] = (),
 ) -> dict[str, list[TextShard]]:
     """Returns the shards of the splits "train" and "validation"; without a source, of the latter alone.
 
@@ -20,36 +30,46 @@ def open_text(
       tfds_data_dir: folder in which `tfds:NAME` is looked up; empty for TFDS's default.
       form: which keys, columns or features hold what.
       share: fraction of the training text that is the validation text instead; 0 for none.
+      mixture: in the place of `source`, several, each as SOURCE=TIMES: how often its examples are read.
 
     Raises:
       InputError: text is missing, cannot be read, or belongs to both splits.
     """
+    if source and mixture:
+        raise InputError("--source and --mixture exclude each other; a mixture holds all training text")
     if share:
-        return _shared(source, validation, tfds_data_dir, form, share)
-    if not validation and not source.startswith(PREFIX):
+        _check_share(share, validation, source or mixture)
+    elif not validation and not source.startswith(PREFIX):
         raise InputError(
             "--validation is missing, or --validation-share; only a tfds: source has a validation split"
         )
-    text = {"train": _shards(source, "train", tfds_data_dir, form)} if source else {}
-    text |= {"validation": _shards(validation or source, "validation", tfds_data_dir, form)}
-    both = [shard for shard in text.get("train", []) if shard in text["validation"]]
-    if both:
+    sources = {source: 1.0} if source else dict(map(_times, mixture))
+    read = {name: _shards(name, "train", tfds_data_dir, form) for name in sources}
+    train = [shard for shards in read.values() for shard in shards]
+    if share:
+        held_out: list[TextShard] = [Share(shard, share, validation=True, first=False) for shard in train]
+    else:
+        held_out = _shards(validation or source, "validation", tfds_data_dir, form)
+    if both := [shard for shard in train if shard in held_out]:
         raise InputError(f"{both[0].name} is in the training and the validation text; name other files")
-    return text
+    parts = [part for name in read for shard in read[name] for part in repeated(shard, sources[name], share)]
+    return ({"train": parts} if parts else {}) | {"validation": held_out}
 
 
-def _shared(
-    source: str, validation: str, tfds_data_dir: str, form: Form, share: float
-) -> dict[str, list[TextShard]]:
+def _check_share(share: float, validation: str, source: object) -> None:
     if not 0 < share < 1:
         raise InputError(f"--validation-share must be above 0 and below 1, not {share}")
     if validation or not source:
-        raise InputError("--validation-share needs --source, and no --validation")
-    shards = _shards(source, "train", tfds_data_dir, form)
-    return {
-        split: [Share(shard, share, held_out) for shard in shards]
-        for split, held_out in (("train", False), ("validation", True))
-    }
+        raise InputError("--validation-share needs --source or --mixture, and no --validation")
+
+
+def _times(given: str) -> tuple[str, float]:
+    """Returns a source of a mixture, and how often it is read."""
+    source, _, times = given.rpartition("=")
+    with contextlib.suppress(ValueError):
+        if source and 0 < float(times) <= MOST_TIMES:
+            return source, float(times)
+    raise InputError(f"--mixture {given} must be SOURCE=TIMES, with times above 0 and up to {MOST_TIMES}")
 
 
 def _shards(source: str, split: str, tfds_data_dir: str, form: Form) -> list[TextShard]:
