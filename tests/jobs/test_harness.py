@@ -12,7 +12,10 @@ from harness_tasks import write_tasks
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.models.llama import Llama
 from train.cli.main import main
+from train.data.codec import Codec
+from train.jobs.export import export
 from train.jobs.generate import load_generator
 
 lm_eval = pytest.importorskip("lm_eval.tasks", reason="needs the extra eval: pip install 'mora_jax[eval]'")
@@ -97,6 +100,10 @@ def test_what_is_too_long_is_cut_from_the_left_and_counted(generator):
     found = model.loglikelihood(asked("loglikelihood", (context, answer)))[0]
     assert found[0] == pytest.approx(log_p(generator, tokens[-33:], count)[0], abs=1e-5)
     assert model.cut == 1
+    small = dataclasses.replace(generator.model.config, vocab_size=300)
+    other = dataclasses.replace(generator, model=Llama(small, generator.model.compute))
+    with pytest.raises(InputError, match="a vocabulary of 300: the tokenizer is another model's"):
+        HarnessModel(other, 4).loglikelihood(asked("loglikelihood", (context, answer)))
     with pytest.raises(InputError, match=r"a continuation has .* tokens, and the model a context of 32"):
         model.loglikelihood(asked("loglikelihood", ("ij", context)))
     with pytest.raises(InputError, match="a continuation has no token of its own: ''"):
@@ -178,6 +185,42 @@ def test_scores_of_made_up_tasks(tiny_run, generator, tasks, tmp_path, capfd, mo
     events = list((tiny_run.folder / "tensorboard" / "lm_eval").iterdir())
     assert b"lm_eval/choice/acc_norm" in events[0].read_bytes()
     assert "--overwrite" in refused(capfd, tiny_run.folder, *words, "--out", tmp_path / "scores.json")
+
+
+@pytest.mark.slow
+def test_a_run_its_unmerged_adapters_and_its_export_score_alike(tiny_run, tasks, tmp_path):
+    folder = str(tiny_run.folder)
+    export(folder, str(tmp_path / "hf"))
+    asked = harness.Asked(("choice", "text", "answer"), str(tasks))
+    found = []
+    for path, merged in ((folder, True), (folder, False), (str(tmp_path / "hf"), True)):
+        generator = load_generator(path, merged, "float32", 4)
+        # What precedes a text differs: an exported model has a begin-of-text token.
+        codec = Codec.of_run(generator.codec.files, bos=False)
+        generator = dataclasses.replace(generator, codec=codec)
+        scores = harness.run_tasks(generator, harness.load_tasks(asked), asked, 4)
+        found.append({(score.task, score.metric): score.value for score in scores})
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert found[2] == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_examples_are_turns_of_a_conversation(generator, tasks, monkeypatch):
+    files = hf.TokenizerFiles(
+        "here", {**generator.codec.files.files, "chat_template.jinja": TEMPLATE.encode()}
+    )
+    chatting = dataclasses.replace(generator, codec=dataclasses.replace(generator.codec, files=files))
+    seen = []
+    real = HarnessModel.loglikelihood
+    monkeypatch.setattr(
+        HarnessModel,
+        "loglikelihood",
+        lambda self, requests: seen.extend(each.args for each in requests) or real(self, requests),
+    )
+    asked = harness.Asked(("choice",), str(tasks), num_fewshot=2, limit=1, chat=True)
+    harness.run_tasks(chatting, harness.load_tasks(asked), asked, 4)
+    said = [part.partition(">")[0] for part in seen[0][0].split("<")[1:]]
+    assert said == ["user", "assistant", "user", "assistant", "user", "a"]
 
 
 def test_bad_input_is_one_line(tiny_run, generator, tasks, tmp_path, capfd, monkeypatch):

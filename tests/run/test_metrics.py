@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from mora_jax.errors import InputError
 from train.run import metrics as metrics_module
-from train.run.metrics import Metrics, read_metrics
+from train.run.metrics import Metrics, add_scores, read_metrics
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -222,6 +223,28 @@ def test_wandb_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {o["name"] for o in fake.inits} == {"a_run"}
     assert len({o["id"] for o in fake.inits}) == 1
     assert all(o["resume"] == "allow" for o in fake.inits)
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_scores_are_added_to_a_run_that_may_be_training(place, request, tmp_path, monkeypatch):
+    top = tmp_path if place == "disk" else request.getfixturevalue("bucket")
+    run_dir = epath.Path(top) / "a_run"
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    if place == "disk":
+        run_dir.mkdir()
+    (run_dir / "wandb_id.txt").write_text("its-id")
+    add_scores(str(run_dir), 21, {"lm_eval/mmlu/acc": 0.25, "lm_eval/mmlu/f1": math.nan}, "paper")
+    (file,) = (run_dir / "tensorboard" / "lm_eval").iterdir()
+    copy = tmp_path / "copy" / "tensorboard"
+    copy.mkdir(parents=True)
+    (copy / file.name).write_bytes(file.read_bytes())
+    _, event = events_of(tmp_path / "copy")  # the first one is the version
+    assert (event.step, [v.tag for v in event.summary.value]) == (21, ["lm_eval/mmlu/acc"])
+    assert fake.logged[0]["update"] == 21
+    assert fake.logged[0]["lm_eval/mmlu/acc"] == 0.25
+    assert [(o["id"], o["name"], o["project"]) for o in fake.inits] == [("its-id", "a_run", "paper")]
+    assert fake.finished == 1
 
 
 def test_the_bar_shows_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

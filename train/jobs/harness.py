@@ -5,6 +5,7 @@ The harness's own `simple_evaluate` seeds Python's random numbers for good and r
 
 import contextlib
 import dataclasses
+import logging
 import os
 import random
 import sys
@@ -101,7 +102,8 @@ def load_tasks(asked: Asked) -> Any:
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in dict.fromkeys(asked.tasks):
         try:
-            found = manager.load([name])
+            with _without_retries():
+                found = manager.load([name])
         except Exception as error:  # a task is a program
             raise InputError(f"task {name} cannot be loaded, or its data set: {reason(error)}") from error
         for kind, items in loaded.items():
@@ -200,7 +202,19 @@ def keep_scores(
         log(f"scores are in {file}")
     if step is not None and (epath.Path(path) / CONFIG).exists():
         values = {f"lm_eval/{score.task}/{score.metric}": score.value for score in scores}
-        add_scores(path, step, values, read_config(path).log.wandb)
+        add_scores(path, max(step - 1, 0), values, read_config(path).log.wandb)
+
+
+@contextlib.contextmanager
+def _without_retries() -> Iterator[None]:
+    """Lets the library of the Hub say nothing of its retries; the error behind them says enough."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _set_examples(task: Any, num_fewshot: int | None) -> None:
