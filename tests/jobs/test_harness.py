@@ -12,6 +12,7 @@ from harness_tasks import write_tasks
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.models.generate import Sampling, generate
 from mora_jax.models.llama import Llama
 from train.cli.main import main
 from train.data.codec import Codec
@@ -92,6 +93,13 @@ def test_a_continuation_is_scored_behind_the_tokens_of_its_context(generator):
     assert (model.asked, model.cut) == (5, 0)
 
 
+def test_a_continuation_is_greedy_if_each_of_its_tokens_is(generator):
+    answer = generate(generator.model, generator.params, [[5, 6, 7]], Sampling(max_new_tokens=2))[0]
+    other = [answer[0], (answer[1] + 1) % 384]
+    pairs = [([5, 6, 7], tokens) for tokens in (answer, other, [other[1], answer[0]], answer[:1])]
+    assert [greedy for _, greedy in HarnessModel(generator, 4)._scores(pairs)] == [True, False, False, True]
+
+
 def test_what_is_too_long_is_cut_from_the_left_and_counted(generator):
     model, codec = HarnessModel(generator, 4), generator.codec
     context, answer = "abc de fgh " * 12, " ij"
@@ -129,6 +137,13 @@ def test_generation_takes_the_arguments_of_each_request(generator):
     whole, _, short = model.generate_until(asked("generate_until", *requests))
     assert whole.startswith(short)
     assert len(short) < len(whole)
+    contexts = [("abc de", plain), ("fgh", plain), ("hij ga bc ef dd", plain), ("a", plain)]
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda a: rng.normal(0, 0.5, a.shape).astype(a.dtype), generator.params)
+    random_model = HarnessModel(dataclasses.replace(generator, params=drawn), 4)
+    alone = [random_model.generate_until(asked("generate_until", each))[0] for each in contexts]
+    assert random_model.generate_until(asked("generate_until", *contexts)) == alone
+    assert len(set(alone)) == 4
     stop = whole[2]
     stopped = model.generate_until(asked("generate_until", ("abc de", {"until": stop, "max_gen_toks": 8})))
     assert stopped == [whole[:2] if stop not in whole[:2] else whole.partition(stop)[0]]
