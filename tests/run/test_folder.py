@@ -375,6 +375,8 @@ def test_another_data_set_is_refused(tiny_run, copy):
     info = load_info(tiny_run.config.data.directory)
     other_tokenizer = dataclasses.replace(info, tokenizer_sha256="0" * 64)
     more_text = dataclasses.replace(info, rows=info.rows | {"train": info.rows["train"] + 1})
+    fewer = dataclasses.replace(info.counts["train"], loss_tokens=7)
+    other_loss = dataclasses.replace(info, counts=info.counts | {"train": fewer})
     with open_checkpoints(here(tiny_run, copy)) as saved:
         check_data(saved, 22, info, resume=True)
         check_data(saved, 22, more_text)
@@ -382,6 +384,8 @@ def test_another_data_set_is_refused(tiny_run, copy):
             check_data(saved, 22, other_tokenizer)
         with pytest.raises(InputError, match="training rows, not the run's"):
             check_data(saved, 22, more_text, resume=True)
+        with pytest.raises(InputError, match="training tokens that count, not the run's"):
+            check_data(saved, 22, other_loss, resume=True)
     with pytest.raises(InputError, match="another tokenizer"):
         load_model(str(copy), other_tokenizer)
 

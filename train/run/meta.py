@@ -28,6 +28,7 @@ def build_meta(
       evaluation: the score of this very state, if it was evaluated.
     """
     text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
+    text["loss_tokens"] = _loss_tokens(info)
     derived = _derived(config, step, info.rows["train"])
     return derived | {
         KEY: FORMAT,
@@ -71,7 +72,7 @@ def read_meta(saved: Checkpoints, step: int) -> dict[str, Any]:
 
 
 def check_data(saved: Checkpoints, step: int, info: DataInfo, resume: bool = False) -> None:
-    """Raises InputError unless a data set has a checkpoint's tokenizer, and as many rows to resume."""
+    """Raises InputError unless a data set has a checkpoint's tokenizer, and its counts to resume."""
     seen = read_meta(saved, step)["data"]
     if seen["tokenizer_sha256"] != info.tokenizer_sha256:
         raise InputError(f"{info.directory} was made with another tokenizer than the run's data set")
@@ -79,6 +80,9 @@ def check_data(saved: Checkpoints, step: int, info: DataInfo, resume: bool = Fal
         raise InputError(
             f"{info.directory} has {info.rows['train']} training rows, not the run's {seen['rows']}"
         )
+    held, now = seen.get("loss_tokens", 0), _loss_tokens(info)
+    if resume and held and now and held != now:  # earlier versions do not state it
+        raise InputError(f"{info.directory} has {now} training tokens that count, not the run's {held}")
 
 
 def check_derived(config: RunConfig, step: int, found: dict[str, Any]) -> None:
@@ -96,6 +100,11 @@ def check_derived(config: RunConfig, step: int, found: dict[str, Any]) -> None:
 def group_type(methods: Methods) -> str:
     """Returns the patterns that restarts switch, such as MoRA's group type "0", joined by commas."""
     return ", ".join(sorted({method.pattern for _, method in methods.adapted()} - {""}))
+
+
+def _loss_tokens(info: DataInfo) -> int:
+    """Returns how many training tokens the loss counts, 0 if an earlier version prepared them."""
+    return info.counts["train"].loss_tokens if "train" in info.counts else 0
 
 
 def _derived(config: RunConfig, step: int, rows: int) -> dict[str, Any]:
