@@ -13,7 +13,7 @@ HEADER = """\
 # The versions the project is tested with: `pip install -c constraints.txt`. Written by `make constraints`.
 # The CUDA libraries are not pinned: jax and torch require different versions of them.
 """
-EXTRAS = ["cuda13", "tpu", "wandb", "cloud", "eval", "test"]
+EXTRAS = ["cuda13", "tpu", "wandb", "cloud", "hub", "eval", "test"]
 # Parity is resolved and tested on one Python only, with one version of torch.
 PARITY_PYTHON = "3.11"
 PARITY = [".[parity]", "torch==2.13.0"]

@@ -227,7 +227,7 @@ def test_a_global_batch_of_local_rows_is_the_batch():
     rows_BT = np.arange(32, dtype=np.int32).reshape(8, 4)
     held = sharding.local_rows(mesh, 8)
     np.testing.assert_array_equal(held, np.arange(8))
-    (on_mesh,) = sharding.to_global(mesh, 8, rows_BT[held])
+    on_mesh = sharding.to_global(mesh, 8, rows_BT[held])
     np.testing.assert_array_equal(on_mesh, rows_BT)
     assert on_mesh.sharding == sharding.batch(mesh)
 

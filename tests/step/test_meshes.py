@@ -165,7 +165,7 @@ CASES = [
     *(("share, rotate and LoRA", 2, "activation", shape) for shape in MESHES),
     ("share, rotate and LoRA", 2, "compressed", (2, 2, 2)),
 ]
-QUICK = ("share, rotate and LoRA", STEPS, "merged", (2, 2, 2))
+QUICK = ("share", STEPS, "merged", (2, 2, 2))  # a mixture compiles for three times as long
 CASES = [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 SLOW_8 = pytest.param((1, 8, 1), marks=pytest.mark.slow)
 

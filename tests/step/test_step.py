@@ -49,7 +49,7 @@ METHODS = {
 }
 RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
 # All weights, the paper's method, and an adapter with a frozen part. Many tests share their compiled steps.
-QUICK = ("full", "mora", "asylora")
+QUICK = ("full", "mora")
 
 
 def each(names: Iterable[str]) -> list[Any]:

@@ -221,7 +221,7 @@ def rules_of(stack: tuple[int, ...]):
 @pytest.mark.parametrize(
     "ways",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("remat", "scan"),
         pytest.param(("remat",), marks=pytest.mark.slow),
         pytest.param(("jit",), marks=pytest.mark.slow),
@@ -524,8 +524,8 @@ def test_a_hessian_goes_through_two_layers():
     def f(params, x):
         return jnp.sum(jnp.tanh(x @ params["up"]) @ params["down"])
 
-    got = jax.hessian(lambda a: adapted(f, methods)(params, x, adapters=a))(adapters)
-    expected = jax.hessian(lambda a: f(merge(params, a, methods), x))(adapters)
+    got = jax.jit(jax.hessian(lambda a: adapted(f, methods)(params, x, adapters=a)))(adapters)
+    expected = jax.jit(jax.hessian(lambda a: f(merge(params, a, methods), x)))(adapters)
     for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -69,7 +69,13 @@ def cached_logits(model, params, rows: list[list[int]], new: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama, dynamic", "qwen3, biases, window", pytest.param("mistral, window", marks=pytest.mark.slow)],
+    [
+        "llama, dynamic",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3, biases, window", "mistral, window")
+        ),
+    ],
 )
 def test_cached_decoding_is_the_full_forward_pass(name):
     model, params = llama(name)

@@ -133,11 +133,15 @@ def test_no_output_depends_on_a_later_token(params):
 
 
 def head_part(params, table, t):
-    hidden = Llama(GROUPED, F32).apply({"params": params}, jnp.arange(16)[None], method="hidden")
+    hidden = Llama(GROUPED, F32).apply({"params": params}, Batch(jnp.arange(16)[None]), method="hidden")
     return jnp.sum(hidden[0, t] @ table.T * jnp.linspace(-1, 1, GROUPED.vocab_size))
 
 
-@pytest.mark.parametrize("method", [MoRA(4), MoRA(4, Share(1), align=8), LoRA(4)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(MoRA(4), marks=pytest.mark.slow), MoRA(4, Share(1), align=8), LoRA(4)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("layers", "remat"),
     [
