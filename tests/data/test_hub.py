@@ -10,6 +10,7 @@ from made_text import random_texts, write_lines
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
 from train.data.text.hub import hub_files, is_dataset
+from train.data.tokenizer import train_tokenizer
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs huggingface_hub")
 NAME = "org/some-texts"
@@ -72,10 +73,9 @@ def test_files_that_name_no_split_are_training_text(tmp_path: Path, reach):
         assert found(NAME, "train") == ["lines.jsonl"]
         with pytest.raises(InputError, match="has no file of validation text"):
             found(NAME, "validation")
-        from train.data.tokenizer import train_tokenizer
-
         train_tokenizer(str(folder / "lines.jsonl"), str(tmp_path / "t.model"), 300)
-        info = prepare(NAME, "", str(tmp_path / "t.model"), 32, str(tmp_path / "out"), validation_share=0.2)
+        how = {"validation_share": 0.2, "workers": 1}
+        info = prepare(NAME, "", str(tmp_path / "t.model"), 32, str(tmp_path / "out"), **how)
         assert info.rows["train"] > info.rows["validation"] > 0
 
 

@@ -93,7 +93,7 @@ def _messages(row: Any, key: str, form: Form) -> tuple[Content | None, str]:
     if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
         others = f" ({form.names(list(row))})" if isinstance(row, dict) and key not in row else ""
         return None, f"has no list of messages `{key}`{others}"
-    messages = [{name: value for name, value in each.items() if value is not None} for each in found]
+    messages = [_without_nulls(message) for message in found]
     for number, message in enumerate(messages, start=1):
         if wrong := _wrong(message):
             return None, f"has a message {wrong} (message {number} of `{key}`)"
@@ -102,6 +102,12 @@ def _messages(row: Any, key: str, form: Form) -> tuple[Content | None, str]:
     if all(message["role"] != "assistant" for message in messages):
         return None, f"has a conversation without a message of the assistant (`{key}`)"
     return messages, ""
+
+
+def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message as its author wrote it: Parquet fills absent keys with null."""
+    stated = {name: value for name, value in message.items() if value is not None}
+    return stated | {"content": stated.get("content", "")} if "tool_calls" in stated else stated
 
 
 def _wrong(message: dict[str, Any]) -> str:
