@@ -64,6 +64,15 @@ def test_a_base_that_nobody_has_is_refused(tiny_run, tmp_path, capfd):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("out", "base"), [("a", "a"), ("a", "a/base"), ("b/a", "b"), ("a", "./x/../a")])
+def test_an_adapter_and_its_base_are_two_folders(tiny_run, tmp_path, monkeypatch, capfd, out, base):
+    monkeypatch.chdir(tmp_path)
+    status, output, messages = run(capfd, "export", tiny_run.folder, out, "--adapter", "--with-base", base)
+    assert (status, output) == (2, "")
+    assert "must be two folders, neither in the other" in messages
+    assert not list(tmp_path.iterdir())
+
+
 def test_which_bases_others_have(tiny_run, tmp_path):
     public = dataclasses.replace(tiny_run.config, init_from=str(tmp_path))
     jobs._check_base("r", public, 2)  # the first restart, after update 2, follows the checkpoint

@@ -130,6 +130,25 @@ def test_a_base_is_exactly_that_of_the_checkpoint(tmp_path: Path):
             saved.restore_base(1, abstract(a_base(0)))
 
 
+@pytest.mark.parametrize("gone", ["1", "base-0"])
+def test_a_checkpoint_that_a_run_removes_while_it_is_verified(tmp_path: Path, monkeypatch, gone: str):
+    """Its files were good. It has no manifest, or its base has none, by the time that this is read."""
+    with Checkpoints(str(tmp_path)) as saved:
+        save(saved, 1, 0)
+        saved.wait()
+        real = array_folders.ArrayFolders.damage
+
+        def damage(self: Any, name: str, *args: Any) -> list[str]:
+            found = real(self, name, *args)
+            if name == gone:
+                shutil.rmtree(tmp_path / gone)
+            return found
+
+        monkeypatch.setattr(array_folders.ArrayFolders, "damage", damage)
+        (line,) = saved.damage(1)
+        assert line == f"{tmp_path / gone} does not exist"
+
+
 @pytest.mark.parametrize("at", ["before the base is sealed", "after", "the checkpoint is sealed"])
 def test_a_kill_at_any_seal_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str):
     with Checkpoints(str(tmp_path), keep=2) as saved:
