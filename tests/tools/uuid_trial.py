@@ -95,7 +95,8 @@ class Trial:
 
 def mora(words: list[str], log: Path, gpu: str | None = None, limit: float | None = None) -> int | None:
     """Runs a command, whose output is added to `log`. Returns its exit status, None if it was stopped."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "cache")}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "cache")}
     if gpu is None:
         env["JAX_PLATFORMS"] = "cpu"
     else:
