@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "task uuid-pairs": (tasks.UuidPairs, tasks.uuid_pairs),
     "task uuid-score": (tasks.UuidScore, tasks.uuid_score),
     "task uuid-plot": (tasks.UuidPlot, tasks.uuid_plot),
+    "task reading": (tasks.Reading, tasks.reading),
     "demo": (training.Demo, training.demo),
 }
 

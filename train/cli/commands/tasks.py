@@ -117,3 +117,36 @@ def uuid_plot(command: UuidPlot) -> None:
 
     draw(command.runs, command.out, command.overwrite)
     print(f"written: {command.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Appends questions, which each document answers itself, to text: AdaptLLM's reading comprehension.
+
+    The result is plain text for mora prepare-data. Documents in which no question is found stay as they are.
+
+    Attributes:
+      source: text: a file, a glob or a folder, in the formats of mora prepare-data.
+      out: folder of JSON lines to write; a short first line of a document is its title.
+      text_key: key of the text in a line of JSON, or its column in Parquet.
+      questions: questions of a document, at most.
+      seed: seed of the choice of questions and of their wording.
+    """
+
+    source: str
+    out: str
+    text_key: str = "text"
+    questions: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        spell_out(self, "--", "source", "out")
+        at_least("--questions", self.questions, 1)
+
+
+def reading(command: Reading) -> None:
+    """Runs `mora task reading`."""
+    from train.tasks.reading import convert
+
+    read, asked = convert(command.source, command.out, command.text_key, command.seed, command.questions)
+    print(f"written: {command.out} ({read:,} documents, {asked:,} with questions)")
