@@ -120,6 +120,16 @@ def test_conversations(folder: Path, tmp_path: Path, template: str):
     assert read_tokenizer(info.directory).files["chat_template.jinja"] == template.encode()
 
 
+def test_a_template_may_write_prompts(folder: Path, tmp_path: Path):
+    """The tokenizer has one, which is not used unless it is asked for."""
+    (tmp_path / "own.jinja").write_text(MARKED)
+    line = {"query": "a", "response": "b"}
+    info = made(folder, tmp_path, [line], "query", template=str(tmp_path / "own.jinja"))
+    ((text, _),) = stored(info)[0]
+    assert text == "<|start|>user\na<|end|>\n<|start|>assistant\nb<|end|>\n"
+    assert counted(info) == ["b<|end|>"]
+
+
 def test_everything_counts_if_wanted(folder: Path, tmp_path: Path):
     info = made(folder, tmp_path, [{"query": "a", "response": "b"}], "query", loss="all")
     assert counted(info) == ["ab<|end|>"]
@@ -251,8 +261,8 @@ def test_what_does_not_go_together(folder: Path, tmp_path: Path):
     bare = write_folder(tmp_path / "bare", (folder / "tokenizer.json").read_text())
     for wrong, tokenizer, form, changes in (
         ("has no chat template", bare, "messages", {}),
-        ("--template is for the form messages, not prompt", folder, "prompt", {"template": "x"}),
-        ("--bos is not for the form messages", folder, "messages", {"bos": True}),
+        ("--template is for prompts and conversations", folder, "text", {"template": "x"}),
+        ("--bos does not go with a chat template", folder, "messages", {"bos": True}),
         ("--overlong is for rows of whole examples", folder, "text", {"overlong": "cut"}),
         ("--validation-share needs --source or --mixture, and no", folder, "text", {"validation_share": 0.1}),
         ("must be above 0 and below 1, not 2", folder, "text", {"validation_share": 2, "validation": ""}),

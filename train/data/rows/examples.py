@@ -45,7 +45,9 @@ def _parts(content: Content | None, options: RowOptions) -> Parts | str:
     """Returns the parts of an example, or what is wrong with it."""
     if isinstance(content, tuple):
         prompt, completion = content
-        return [(prompt, False), (completion, True)]
+        if options.template is None:
+            return [(prompt, False), (completion, True)]
+        content = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     if not isinstance(content, list):
         return [(content or "", True)]
     assert options.template is not None

@@ -22,7 +22,7 @@ class RowOptions:
       loss: what counts: what is to be answered, or all of each example. A document is all answer.
       pack: whether a row holds several. If not, it holds one, and padding.
       overlong: whether an example longer than a row is dropped or cut.
-      template: writes conversations as text; None for other forms.
+      template: writes conversations as text, and prompts with completions if there is one for them.
     """
 
     form: Form = TEXT

@@ -1,4 +1,7 @@
-"""The chat template that writes conversations as text: the tokenizer's own, or one that the user gives."""
+"""The chat template that writes examples as text: one that the user gives, or the tokenizer's own.
+
+Prompts and completions are written by one only if the user gives it.
+"""
 
 from dataclasses import replace
 
@@ -25,12 +28,12 @@ def with_template(
     Raises:
       InputError: there is no template, or it is not for this form.
     """
-    if options.form.name != "messages":
-        if template:
-            raise InputError(f"--template is for the form messages, not {options.form.name}")
+    if options.form.name == "text" and template:
+        raise InputError("--template is for prompts and conversations, not for the form text")
+    if options.form.name != "messages" and not template:
         return files, options
     if bos:
-        raise InputError("--bos is not for the form messages: its chat template writes the token")
+        raise InputError("--bos does not go with a chat template, which writes the token itself")
     if files.encoder != JSON:
         raise InputError(
             f"{files.place} has no {JSON}, which encodes the special tokens of a chat template; let "
