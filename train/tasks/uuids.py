@@ -17,6 +17,7 @@ from mora_jax.io import json_text, parse_json, read_bytes, read_json
 from mora_jax.models.generate import Sampling
 from train.jobs.generate import complete, load_generator
 from train.run.folder import open_checkpoints, read_config
+from train.run.metrics import add_scores
 from train.storage.files import write_result, write_whole
 
 SCORES = "uuid_accuracy.json"
@@ -99,7 +100,8 @@ def score_run(
 ) -> list[Score]:
     """Generates the values of all keys with a run's checkpoints, and writes `SCORES` into its folder.
 
-    Generation is greedy, and is compiled once for all checkpoints.
+    TensorBoard and, if the run logs there, Weights & Biases show them too. Generation is greedy, and is
+    compiled once for all checkpoints.
 
     Args:
       run_dir: the run's folder.
@@ -111,7 +113,8 @@ def score_run(
     Raises:
       InputError: if the folder holds no run, or lacks a checkpoint.
     """
-    with open_checkpoints(read_config(run_dir)) as saved:
+    config = read_config(run_dir)
+    with open_checkpoints(config) as saved:
         steps = steps or saved.steps()
     if not steps:
         raise InputError(f"{run_dir} holds no complete checkpoint")
@@ -124,6 +127,9 @@ def score_run(
         scores.append(_score(step, pairs, said))
     content = {"pairs": len(pairs), "scores": [dataclasses.asdict(score) for score in scores]}
     write_whole(epath.Path(run_dir) / SCORES, json_text(content, indent=2) + "\n")
+    for score in scores:
+        values = {"uuid/character_accuracy": score.character_accuracy, "uuid/exact": score.exact}
+        add_scores(run_dir, score.step, values, config.log.wandb)
     return scores
 
 

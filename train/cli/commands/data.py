@@ -41,8 +41,8 @@ class PrepareData:
       fields: the keys or columns of the form's fields where they have other names, such as
         prompt=instruction,completion=output.
       text_key: key of the text in a line of JSON, or its column in Parquet, or its feature in TFDS.
-      template: file with the Jinja template that writes messages, or a prompt as a user's and its completion as
-        the assistant's; empty for the tokenizer's own for messages, and for none for prompts.
+      template: file with the Jinja template that writes messages as text, or a prompt as what a user says and
+        its completion as the answer; empty for the tokenizer's own, by which prompts are not written.
       loss: what the loss counts: completions (what the assistant says) alone, or all of each example. Text
         counts as a whole.
       pack: several examples a row, documents of text joined; --no-pack: one a row, padded.

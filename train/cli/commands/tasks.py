@@ -53,7 +53,7 @@ def uuid_pairs(command: UuidPairs) -> None:
 class UuidScore:
     """Lets a run's checkpoints tell the value of every key, and counts the hexadecimal digits that are right.
 
-    The scores are printed and written to uuid_accuracy.json in the run's folder.
+    The scores are printed, written to uuid_accuracy.json in the run's folder, and shown by TensorBoard.
 
     Attributes:
       run_dir: folder of the run.
