@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-TASKS = Path(__file__).parents[2] / "configs/paper/tasks"
+TASKS = Path(__file__).parents[2] / "configs/tasks"
 TEXT = "Zinc in rats\nThe rats of this group were fed with zinc. Therefore, {} of them lived for long years."
 
 
@@ -36,24 +36,28 @@ def document(n: int) -> dict[str, Any]:
 
 # A row of the test split of each kind of task.
 _ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "adapt_choice": lambda n: {"input": f"say {n}:", "options": ["yes", "no"], "gold_index": n % 2},
-    "adapt_ner": lambda n: {"input": f"say {n}:", "label": [f"{n}", "none"]},
-    "adapt_convfinqa": lambda n: {"input": f"say {n}:", "label": f"{n}"},
     "metamath_gsm8k": lambda n: {"question": f"what is {n} + 1?", "answer": f"Add.\n#### {n + 1}"},
     "metamath_math": lambda n: {"problem": "what?", "solution": rf"It is $\boxed{{\frac{{{n}}}{{2}}}}$."},
 }
 
 
-def write_tasks(folder: Path, rows: int) -> Path:
-    """Writes the paper's tasks with made-up rows in the place of those of the Hub."""
+def write_tasks(folder: Path, rows: int = 3) -> Path:
+    """Writes the tasks of mathematics, and `rct`, with made-up rows in the place of those of the Hub."""
     folder.mkdir()
-    for file in TASKS.iterdir():
+    for file in (TASKS / "math").iterdir():
         text = file.read_text().replace("max_gen_toks: 512", "max_gen_toks: 16")
         if "dataset_name:" in text:
-            kind = next((kind for kind in _ROWS if file.stem.startswith(kind)), "adapt_choice")
+            kind = next(kind for kind in _ROWS if file.stem.startswith(kind))
             data = write_lines(folder / f"{kind}.json", map(_ROWS[kind], range(rows)))
-            task = yaml.safe_load(text) | {"dataset_path": "json"}
-            del task["dataset_name"]
-            text = yaml.safe_dump(task | {"dataset_kwargs": {"data_files": {"test": data}}})
+            text = yaml.safe_dump(_over(yaml.safe_load(text), data))
         (folder / file.name).write_text(text)
+    rct = {"include": str(TASKS / "rct.yaml"), "task": "rct", "dataset_name": ""}
+    made = str(Path(__file__).parent / "tasks/rct.json")
+    (folder / "rct.yaml").write_text(yaml.safe_dump(_over(rct, made)))
     return folder
+
+
+def _over(task: dict[str, Any], data: str) -> dict[str, Any]:
+    """Returns a task over a file of JSON lines."""
+    rows = {"data_files": {"test": data}}
+    return task | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": rows}

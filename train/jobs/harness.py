@@ -202,7 +202,7 @@ def keep_scores(
         log(f"scores are in {file}")
     if step is not None and (epath.Path(path) / CONFIG).exists():
         values = {f"lm_eval/{score.task}/{score.metric}": score.value for score in scores}
-        add_scores(path, max(step - 1, 0), values, read_config(path).log.wandb)
+        add_scores(path, [(max(step - 1, 0), values)], read_config(path).log.wandb)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -122,15 +122,15 @@ class Metrics:
             self.close()
 
 
-def add_scores(run_dir: str, step: int, values: Values, wandb: str = "") -> None:
+def add_scores(run_dir: str, scores: Sequence[tuple[int, Values]], wandb: str = "") -> None:
     """Adds scalars to what TensorBoard and Weights & Biases show of a run, which may be training meanwhile.
 
     TensorBoard's events go to a folder of their own: it reads one growing file of a folder at a time.
 
     Args:
       run_dir: the run's folder, on a disk or in a bucket.
-      step: the update, from 0.
-      values: scalars by name, such as "lm_eval/mmlu/acc"; what precedes the first slash names the folder.
+      scores: updates, from 0, and scalars by name, such as "lm_eval/mmlu/acc"; what precedes the first slash
+        names the folder.
       wandb: the run's project in Weights & Biases; empty for none.
 
     Raises:
@@ -139,13 +139,18 @@ def add_scores(run_dir: str, step: int, values: Values, wandb: str = "") -> None
     with contextlib.ExitStack() as closing:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         with contextlib.ExitStack() as events:
-            _tensorboard(events, folder / EVENTS, None)(step, values)
+            write = _tensorboard(events, folder / EVENTS, None)
+            for step, values in scores:
+                write(step, values)
+        names = scores[0][1]
         for file in (folder / EVENTS).iterdir():
-            there = epath.Path(run_dir) / EVENTS / next(iter(values)).partition("/")[0]
+            there = epath.Path(run_dir) / EVENTS / next(iter(names)).partition("/")[0]
             make_folder(there)
             write_whole(there / file.name, file.read_bytes())
         if wandb:
-            _wandb(closing, folder, wandb, {}, epath.Path(run_dir))(step, values)
+            write = _wandb(closing, folder, wandb, {}, epath.Path(run_dir))
+            for step, values in scores:
+                write(step, values)
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:

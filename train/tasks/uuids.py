@@ -127,9 +127,11 @@ def score_run(
         scores.append(_score(step, pairs, said))
     content = {"pairs": len(pairs), "scores": [dataclasses.asdict(score) for score in scores]}
     write_whole(epath.Path(run_dir) / SCORES, json_text(content, indent=2) + "\n")
-    for score in scores:
-        values = {"uuid/character_accuracy": score.character_accuracy, "uuid/exact": score.exact}
-        add_scores(run_dir, score.step, values, config.log.wandb)
+    shown = [
+        (max(s.step - 1, 0), {"uuid/character_accuracy": s.character_accuracy, "uuid/exact": s.exact})
+        for s in scores
+    ]
+    add_scores(run_dir, shown, config.log.wandb)
     return scores
 
 

@@ -1,4 +1,4 @@
-"""The paper's tasks for the harness: what they ask, and which answers are right."""
+"""MetaMath's tasks of the harness: which answers are right."""
 
 import pytest
 from paper_data import TASKS, write_tasks
@@ -10,12 +10,9 @@ datasets = pytest.importorskip("datasets")
 harness = pytest.importorskip("train.jobs.harness")
 HarnessModel = pytest.importorskip("train.jobs.harness_model").HarnessModel
 
-GROUPS = ("adapt_finance", "adapt_medicine", "metamath_gsm8k", "metamath_math")
+GROUPS = ("metamath_gsm8k", "metamath_math")
 # What the model says to each prompt, most of it right.
 SAID = {
-    "say 0:": " 0\n",
-    "say 1:": " 1 ",
-    "say 2:": " no idea",
     "what is 0 + 1?": " Add.\nThe answer is: $1$.",
     "what is 1 + 1?": " The answer is: 3. Or not.\nThe answer is 2",
     "what is 2 + 1?": " It is 3",
@@ -28,22 +25,13 @@ def test_answers_are_right_or_wrong(tiny_run, tmp_path, monkeypatch):
     datasets.disable_progress_bars()
     for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
         monkeypatch.setattr(datasets.config, name, tmp_path / "cache")
-    chosen = {" yes": -1.0, " no": -2.0}
     monkeypatch.setattr(
         HarnessModel, "generate_until", lambda _, asked: [SAID[each.args[0]] for each in asked]
     )
-    monkeypatch.setattr(
-        HarnessModel, "loglikelihood", lambda _, asked: [(chosen[each.args[1]], False) for each in asked]
-    )
-    asked = harness.Asked(GROUPS, str(write_tasks(tmp_path / "tasks", rows=3)))
+    asked = harness.Asked(GROUPS, str(write_tasks(tmp_path / "tasks")))
     generator = load_generator(str(tiny_run.folder), dtype="float32", rows=4)
     found = harness.run_tasks(generator, harness.load_tasks(asked), asked, 4)
     scores = {(score.task, score.metric): score.value for score in found}
-    tasks = {file.stem.removesuffix(".yaml") for file in TASKS.glob("*.yaml")} - {*GROUPS[:2], GROUPS[3]}
-    assert {task for task, _ in scores} - set(GROUPS) | {GROUPS[2]} == tasks
-    for name in ("fpb", "fiqa_sa", "headline", "pubmedqa", "rct", "usmle"):
-        assert scores["adapt_" + name, "acc"] == pytest.approx(2 / 3)  # "yes" is right of rows 0 and 2
-    assert scores["adapt_ner", "exact_match"] == pytest.approx(2 / 3)
-    assert scores["adapt_convfinqa", "exact_match"] == pytest.approx(2 / 3)
+    assert {task for task, _ in scores} == {file.stem for file in (TASKS / "math").glob("*.yaml")}
     assert scores["metamath_gsm8k", "exact_match"] == pytest.approx(2 / 3)
     assert scores["metamath_math", "exact_match"] == pytest.approx(1 / 3)  # of 0, 1/2 and 2/2
