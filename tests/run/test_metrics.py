@@ -234,14 +234,16 @@ def test_scores_are_added_to_a_run_that_may_be_training(place, request, tmp_path
     if place == "disk":
         run_dir.mkdir()
     (run_dir / "wandb_id.txt").write_text("its-id")
-    add_scores(str(run_dir), 21, {"lm_eval/mmlu/acc": 0.25, "lm_eval/mmlu/f1": math.nan}, "paper")
+    scores = {"lm_eval/mmlu/acc": 0.25, "lm_eval/mmlu/f1": math.nan}
+    add_scores(str(run_dir), [(21, scores), (23, {"lm_eval/mmlu/acc": 0.5})], "paper")
     (file,) = (run_dir / "tensorboard" / "lm_eval").iterdir()
     copy = tmp_path / "copy" / "tensorboard"
     copy.mkdir(parents=True)
     (copy / file.name).write_bytes(file.read_bytes())
-    _, event = events_of(tmp_path / "copy")  # the first one is the version
-    assert (event.step, [v.tag for v in event.summary.value]) == (21, ["lm_eval/mmlu/acc"])
-    assert fake.logged[0]["update"] == 21
+    _, *events = events_of(tmp_path / "copy")  # the first one is the version
+    found = [(event.step, [v.tag for v in event.summary.value]) for event in events]
+    assert found == [(step, ["lm_eval/mmlu/acc"]) for step in (21, 23)]
+    assert [logged["update"] for logged in fake.logged] == [21, 23]
     assert fake.logged[0]["lm_eval/mmlu/acc"] == 0.25
     assert [(o["id"], o["name"], o["project"]) for o in fake.inits] == [("its-id", "a_run", "paper")]
     assert fake.finished == 1
