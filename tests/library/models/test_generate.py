@@ -196,3 +196,19 @@ def test_a_prompt_that_cannot_be_continued(prompts, message):
 def test_an_impossible_option(field):
     with pytest.raises(InputError, match=next(iter(field))):
         Sampling(**field)
+
+
+def test_the_cache_ends_where_the_context_does(monkeypatch):
+    """Whatever number of new tokens is asked for."""
+    seen = []
+
+    def prefill(model, params, how, tokens_BT, starts_B, slots):
+        seen.append(slots)
+        raise InputError("enough")
+
+    monkeypatch.setattr(generation, "prefill", prefill)
+    model, params = llama()
+    for most in (NEW, 10**6):
+        with pytest.raises(InputError, match="enough"):
+            generate(model, params, [[1, 2, 3]], Sampling(max_new_tokens=most))
+    assert seen == [32, 64]  # powers of two above 16 + 11, and 16 + 29 up to the context of 32
