@@ -4,6 +4,7 @@ The tasks are made up unless named: multiple choice, rolling log-likelihood, gen
 twice, so that the second time has no compilation in it. The script needs the extras `eval` and `parity`.
 
     python tests/tools/lm_eval_speed.py FOLDER                                    # float32: compares scores
+    python tests/tools/lm_eval_speed.py FOLDER --their-dtype float64              # nearer the truth
     python tests/tools/lm_eval_speed.py FOLDER --dtype bfloat16 --device cuda --batch-size 64 --documents 500
     python tests/tools/lm_eval_speed.py FOLDER --tasks fpb --include-path configs/tasks --limit 100
 """
@@ -75,14 +76,14 @@ def difference(method: str, peers: Peers) -> tuple[float, float]:
     return float(np.abs(np.subtract(ours, theirs)).max()), float(np.mean(np.equal(greedy, their_greedy)))
 
 
-def both(folder: str, dtype: str, device: str, batch_size: int) -> tuple[Any, Any]:
-    """Returns our backend and the harness's own, on one model."""
+def both(folder: str, dtype: str, device: str, batch_size: int, their_dtype: str = "") -> tuple[Any, Any]:
+    """Returns our backend and the harness's own, on one model; theirs in our type unless it is named."""
     from lm_eval.models.huggingface import HFLM
 
     from train.jobs.generate import load_generator
     from train.jobs.harness_model import HarnessModel
 
-    theirs = HFLM(pretrained=folder, dtype=dtype, device=device, batch_size=batch_size)
+    theirs = HFLM(pretrained=folder, dtype=their_dtype or dtype, device=device, batch_size=batch_size)
     return HarnessModel(load_generator(folder, True, dtype, batch_size), batch_size), theirs
 
 
@@ -99,6 +100,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="Hugging Face folder")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--their-dtype", default="", help="of hf, such as float64; --dtype by default")
     parser.add_argument("--device", default="cpu", help="of torch; JAX takes its own default")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--documents", type=int, default=40, help="of each made-up task")
@@ -113,7 +115,7 @@ def main() -> None:
         if not given.tasks:
             write_tasks(Path(scratch), given.documents, given.words, TEXT.split())
         requests = requests_of(names, given.include_path or scratch, given.limit)
-    ours, theirs = both(given.folder, given.dtype, given.device, given.batch_size)
+    ours, theirs = both(given.folder, given.dtype, given.device, given.batch_size, given.their_dtype)
     for method, peers in compared(ours, theirs, requests, given.times).items():
         worst, same = difference(method, peers)
         line = {
