@@ -284,3 +284,22 @@ print(jax.numpy.ones(2).sum())
     )
     assert (known.returncode, known.stdout) == (0, "2.0\n"), known.stderr
     assert unknown.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "width", "dtype", "kernel"),
+    [
+        ("gpu", 64, "bfloat16", "cudnn"),
+        ("gpu", 64, "float32", "xla"),
+        ("gpu", 20, "bfloat16", "xla"),
+        ("gpu", 256, "bfloat16", "xla"),
+        ("cpu", 64, "bfloat16", "xla"),
+    ],
+)
+def test_the_attention_kernel_of_full_sequences(monkeypatch, platform, width, dtype, kernel):
+    class Device:
+        pass
+
+    Device.platform = platform
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert backend.attention_here(width, dtype) == kernel

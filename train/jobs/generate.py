@@ -26,6 +26,7 @@ from train.data.rows.info import load_info
 from train.run.folder import CONFIG, read_config
 from train.run.model import load_merged, load_state, widest_mesh
 from train.run.tokenizer import run_tokenizer
+from train.runtime.backend import attention_here
 
 PROMPT_BYTES = 1 << 30  # most of a file of prompts
 STREAMED = 4  # tokens of an answer that are shown at a time
@@ -101,7 +102,9 @@ def load_generator(
         params = transform.bind(params, state.adapters, methods)
     else:
         raise InputError(f"{path} is no run and has no adapters: leave out --no-merged")
-    return Generator(Llama(config, Compute(dtype=dtype, layers="scan")), params, codec, mesh, step)
+    kernel = attention_here(config.head_width, dtype)  # for scores; a cache is read by XLA
+    compute = Compute(dtype=dtype, attention=kernel, layers="scan")
+    return Generator(Llama(config, compute), params, codec, mesh, step)
 
 
 def complete(

@@ -16,6 +16,7 @@ from train.data.rows.info import DataInfo, load_info
 from train.jobs.evaluate import Score, evaluate
 from train.run.folder import CONFIG, read_config
 from train.run.model import load_model, load_state, widest_mesh
+from train.runtime.backend import attention_here
 
 
 def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16", "float32"]) -> Score:
@@ -37,7 +38,8 @@ def score_path(path: str, data: str, how: Evaluation, dtype: Literal["bfloat16",
     mesh = widest_mesh(path, how.batch_size)
     model, methods, params, adapters = _loaded(path, info, mesh, dtype)
     mask = (epath.Path(path) / CONFIG).exists() and read_config(path).data.document_mask
-    score = evaluate(Llama(model, Compute(dtype=dtype)), methods, params, adapters, info, how, mesh, mask)
+    compute = Compute(dtype=dtype, attention=attention_here(model.head_width, dtype))
+    score = evaluate(Llama(model, compute), methods, params, adapters, info, how, mesh, mask)
     if not math.isfinite(score.loss):
         raise InputError(
             f"{path}: the loss on {info.directory} is {score.loss}, so its weights are no model: they hold "

@@ -71,6 +71,15 @@ def set_flags(deterministic: bool) -> None:
         )
 
 
+def attention_here(head_width: int, dtype: str) -> Literal["xla", "cudnn"]:
+    """Returns the attention kernel that full sequences of a model are computed with outside of a run.
+
+    XLA's holds the scores of whole sequences. cuDNN's is for NVIDIA GPUs and bfloat16, and holds none.
+    """
+    fits = dtype == "bfloat16" and head_width % 8 == 0 and head_width <= 128
+    return "cudnn" if fits and jax.devices()[0].platform == "gpu" else "xla"
+
+
 @contextlib.contextmanager
 def compiled_programs(config: RunConfig) -> Iterator[None]:
     """Keeps programs compiled inside in the folder of `compilation.cache`, and loads them from there.
