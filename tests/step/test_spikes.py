@@ -73,6 +73,21 @@ def test_going_on_in_the_middle_of_bad_steps_gives_no_patience_back():
     assert int(spikes.with_patience(HOW, seen).in_a_row) == 2
 
 
+def test_a_gradient_that_stays_high_at_an_ordinary_loss_is_a_new_level():
+    """Half of a patience of 6 is skipped; a window of 4 must fill again before another spike is seen."""
+    how, high = BadSteps(window=4, factor=3.0, patience=6), [(2.0, 50.0)] * 7
+    verdicts, seen = run([*GOOD, *high, (2.0, 500.0)], how)
+    assert verdicts == [False] * 4 + [True] * 3 + [False] * 4 + [True]
+    np.testing.assert_array_equal(seen.norms_W, np.float32([50.0] * 4))
+    np.testing.assert_array_equal(seen.losses_W, np.float32([2.0] * 4))
+
+
+def test_a_gradient_that_stays_high_at_a_high_loss_is_no_level():
+    how = BadSteps(window=4, factor=3.0, patience=6)
+    assert run([*GOOD, *[(9.0, 50.0)] * 8], how)[0] == [False] * 4 + [True] * 8
+    assert run([*GOOD, *[(2.0, np.inf)] * 8], how)[0] == [False] * 4 + [True] * 8
+
+
 def test_a_restart_forgets_gradients_and_not_losses():
     _, seen = run(GOOD)
     seen = spikes.after_restart(HOW, seen)

@@ -176,7 +176,8 @@ class BadSteps:
       window: number of preceding good steps whose median is compared with; no spike is detected before there
         are as many (for gradients, since the last restart). 0 detects no spikes.
       factor: a spike is a perplexity or a gradient norm above this multiple of the median.
-      patience: consecutive bad steps that stop the run.
+      patience: consecutive bad steps that stop the run. After half of them, a gradient that is still high, at
+        an ordinary loss, counts as a new level.
     """
 
     window: int = 100

@@ -47,17 +47,22 @@ def judge(
     """Returns whether a step is bad, and the history after it.
 
     A spike is one of perplexity or of the gradient norm. None is detected before the window is full: its
-    median is NaN until then, and nothing is above NaN. Once the patience is exhausted every step is bad, so
-    that the final state does not depend on how soon the run stops.
+    median is NaN until then, and nothing is above NaN. A gradient that stays high after half of the patience,
+    at an ordinary loss, is no spike of a batch but a new level, such as that at the end of a plateau: the
+    step is good, and earlier norms are forgotten. Once the patience is exhausted every step is bad, so that
+    the final state does not depend on how soon the run stops.
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    bad = ~finite | exhausted(config, history)
+    norms_W = history.norms_W
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm)) | exhausted(config, history)
     if config.window:
         bad |= loss > jnp.median(history.losses_W) + math.log(config.factor)
-        bad |= norm > jnp.median(history.norms_W) * config.factor
+        steep = norm > jnp.median(norms_W) * config.factor
+        level = steep & ~bad & (history.in_a_row >= max(1, config.patience // 2))
+        norms_W = jnp.where(level, _unseen(config), norms_W)
+        bad |= steep & ~level
     return bad, History(
         losses_W=_remember(history.losses_W, loss, bad),
-        norms_W=_remember(history.norms_W, norm, bad),
+        norms_W=_remember(norms_W, norm, bad),
         in_a_row=jnp.where(bad, history.in_a_row + 1, 0),
         skipped=history.skipped + bad,
     )
