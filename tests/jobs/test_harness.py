@@ -243,6 +243,8 @@ def test_bad_input_is_one_line(tiny_run, generator, tasks, tmp_path, capfd, monk
     monkeypatch.setattr("train.jobs.harness.TaskManager", _own_tasks_alone)
     given = (tiny_run.folder, "--include-path", tasks, "--tasks")
     assert "there is no task 'choise'; did you mean choice?" in refused(capfd, *given, "choise")
+    few = "task choice has 4 examples, too few for prompts with 5 (--num-fewshot)"
+    assert few in refused(capfd, *given, "choice", "--num-fewshot", "5")
     assert "--tasks must be names" in refused(capfd, *given, "choice,")
     assert "--limit must be at least 0" in refused(capfd, *given, "choice", "--limit", -1)
     assert "has no chat template" in refused(capfd, *given, "choice", "--chat")

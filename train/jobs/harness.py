@@ -108,8 +108,9 @@ def load_tasks(asked: Asked) -> Any:
             raise InputError(f"task {name} cannot be loaded, or its data set: {reason(error)}") from error
         for kind, items in loaded.items():
             items |= found.get(kind, {})
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
         _set_examples(task, asked.num_fewshot)
+        _check_examples(name, task)
     return loaded
 
 
@@ -225,6 +226,15 @@ def _set_examples(task: Any, num_fewshot: int | None) -> None:
     elif own is None:
         task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(_EXAMPLES_SEED)
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """Raises InputError if a task has too few examples for its prompts, besides the one that is asked."""
+    count = task.get_config("num_fewshot")
+    there = list(task.fewshot_docs()) if count else []
+    left = len(there) - (len(there) == count and there == list(task.eval_docs))
+    if count and left < count:
+        raise InputError(f"task {name} has {left} examples, too few for prompts with {count} (--num-fewshot)")
 
 
 def _unreadable(folder: str) -> str:
