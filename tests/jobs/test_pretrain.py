@@ -80,6 +80,7 @@ def test_the_meta_of_a_checkpoint(tiny_run):
         meta = {step: saved.read_meta(step) for step in (3, 6, 9)}
     info = load_info(tiny_run.config.data.directory)
     text = {"tokenizer_sha256": info.tokenizer_sha256, "rows": info.rows["train"]}
+    text["loss_tokens"] = info.counts["train"].loss_tokens
     rows = meta[6]["data"].pop("next_rows")
     assert meta[6]["data"] == {"step": 6, "seed": 0, **text}
     assert len(rows) == 4

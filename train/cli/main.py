@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (models.Export, models.export),
     "merge": (models.Merge, models.merge),
     "plot": (runs.Plot, runs.plot),
+    "spectrum": (runs.ShowSpectrum, runs.show_spectrum),
     "methods": (training.SurveyMethods, training.survey_methods),
     "bench data": (BenchData, bench.bench_data),
     "bench step": (BenchStep, bench.bench_step),

@@ -1,4 +1,4 @@
-"""`mora checkpoints` and `mora plot`."""
+"""`mora checkpoints`, `mora plot` and `mora spectrum`."""
 
 import dataclasses
 from typing import Annotated
@@ -67,3 +67,50 @@ def plot(command: Plot) -> None:
     from train.jobs.plot import draw_runs
 
     print(f"written: {draw_runs(command.runs, command.out, command.overwrite)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowSpectrum:
+    """Prints the singular values of what a run changed: the rank that its method used.
+
+    The updates are those of the newest good checkpoint since the start, adapters merged, over all restarts.
+
+    Attributes:
+      path: folder of a run, Hugging Face folder, or id of a model on the Hub.
+      before: what it is compared with, likewise; by default what the run started from.
+      out: JSON file for all singular values; empty for none.
+      picture: PNG file for the counts above 0.1 over the layers; empty for none.
+      overwrite: replace files that are there; otherwise they are an error.
+    """
+
+    path: Folder
+    before: str = ""
+    out: str = ""
+    picture: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def __post_init__(self) -> None:
+        spell_out(self, "", "path")
+        spell_out(self, "--", optional=("before", "out", "picture"))
+
+
+def show_spectrum(command: ShowSpectrum) -> None:
+    """Runs `mora spectrum`."""
+    from rich.table import Table
+
+    from train.console.terminal import console
+    from train.jobs.spectrum import ABOVE, by_kernel, spectra, write_spectra
+    from train.storage.files import check_free
+
+    for flag, place in (("--out", command.out), ("--picture", command.picture)):
+        check_free(place, flag, command.overwrite)
+    found = spectra(command.path, command.before)
+    heads = ("kernel", "layers", "largest", f"above {ABOVE}, mean", "rank, mean", "at most")
+    table = Table(*heads, title="singular values of the update")
+    for kernel, layers in by_kernel(found):
+        above = sum(each.above for each in layers) / len(layers)
+        rank = sum(each.rank for each in layers) / len(layers)
+        largest, most = max(s.values_R[0] for s in layers), len(layers[0].values_R)
+        table.add_row(kernel, f"{len(layers)}", f"{largest:.3g}", f"{above:.1f}", f"{rank:.1f}", f"{most}")
+    console().print(table)
+    write_spectra(found, command.out, command.picture)
