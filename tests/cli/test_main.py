@@ -386,6 +386,20 @@ def test_ctrl_c_is_ignored_once_the_command_is_done(monkeypatch, words):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize(("command", "seen"), [("export", ""), ("evaluate", "done\n")])
+def test_what_work_prints_is_shown_once_ctrl_c_is_ignored(monkeypatch, capsys, command, seen):
+    shown = []
+
+    def run(_):
+        print("done", flush=True)
+        shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(cli, "run", run)
+    cli.main([command])
+    assert shown == [seen]
+    assert capsys.readouterr().out == "done\n".removeprefix(seen)
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_a_finished_preparation_exits(prepare, good, tmp_path):
     """Python takes a while to exit, and a signal then killed it without a line."""

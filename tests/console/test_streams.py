@@ -128,6 +128,17 @@ def test_output_that_is_read_arrives(capsys, result):
     assert capsys.readouterr() == ("out\n", "err")
 
 
+def test_held_output_is_written_at_the_end(capsys):
+    """So nobody reads it while Ctrl-C still stops the command."""
+    with lossy_output(held=True):
+        print("out", flush=True)
+        Console(file=sys.stdout).print("drawn")
+        sys.stdout.flush()
+        print("err", file=sys.stderr)
+        assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "out\ndrawn\n"
+
+
 @needs_full
 def test_a_result_that_cannot_be_written_is_an_error(monkeypatch):
     with replaced(monkeypatch, FULL.open("w")), lossy_output(result=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from made_text import npy, random_texts, write_lines
 
 from mora_jax.errors import InputError
@@ -326,3 +327,15 @@ def test_rows_can_be_skipped(info):
     np.testing.assert_array_equal(shifted.reshape(-1, T)[:-1], whole[:4].reshape(-1, T)[1:])
     order = rows_from(info.rows["train"], 3, 4, 3)
     np.testing.assert_array_equal(stored(info, "train")[order], whole.reshape(-1, T)[4:7])
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, KeyError, ParseError])
+def test_what_libraries_raise_for_damaged_rows_is_one_line(info, monkeypatch, error):
+    """array_record raises the first three, TFDS the others."""
+
+    def broken(*_):
+        raise error("Corrupted\nblock")
+
+    monkeypatch.setattr(tfds, "builder_from_directory", broken)
+    with pytest.raises(InputError, match=r"cannot be read: '?Corrupted(\\n| )block'?; copy or prepare"):
+        next(train_batches(info, 4, 0, 0))

@@ -182,3 +182,21 @@ def test_a_file_in_the_place_of_the_model_is_replaced_only_if_asked(text, tmp_pa
     train_tokenizer(str(text / "train.0*"), str(out), 300, overwrite=True)
     assert Tokenizer.load(out).vocab_size == 300
     assert [path.name for path in tmp_path.iterdir()] == ["t.model"]
+
+
+@pytest.mark.parametrize(("step", "trained"), [("_sample", False), ("_train", True)])
+def test_a_file_is_kept_before_the_text_is_read_and_after(text, tmp_path, monkeypatch, step, trained):
+    """Nothing is read if the file is there from the start; nor is one replaced that appeared meanwhile."""
+    out, calls = tmp_path / "t.model", []
+    if not trained:
+        out.touch()
+
+    def record(*_):
+        calls.append(step)
+        out.touch()
+        return b"a model"
+
+    monkeypatch.setattr(f"train.data.tokenizer.{step}", record)
+    with pytest.raises(InputError, match=r"t\.model exists already"):
+        train_tokenizer(str(text / "train.0*"), str(out), 300)
+    assert (bool(calls), out.read_bytes()) == (trained, b"")

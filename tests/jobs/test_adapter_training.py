@@ -31,12 +31,14 @@ LORA = LoRA(4, alpha=8, rslora=True, dropout=0.1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base, adapters of it, and a config without a method."""
+    """A base, adapters of it, a run, and a config without a method."""
     folder = tmp_path_factory.mktemp("adapters")
     plain = yaml.safe_load(TINY) | {"data": {"sequence_length": 32}, "init_from": str(folder / "base")}
     plain["schedule"] = {"kind": "cosine", "warmup": 1}
     del plain["method"], plain["restart"]
     (folder / "c.yaml").write_text(yaml.safe_dump(plain))
+    (folder / "run").mkdir()
+    (folder / "run/config.yaml").write_text("steps: 1")
     for name, rules in {
         "lora": [(K, LORA), (UP, dataclasses.replace(LORA, rank=2)), (".*norm/scale", "train")],
         "mora": [(K, MoRA(4, Share((0, 1), "wrap")))],
@@ -102,6 +104,7 @@ def methods_of(folder, name, *words):
         ("lora", ["--params.train", ""], "--adapter says what is adapted and trained: leave out params"),
         ("lora", ["--init-from", ""], "adapter needs init_from, the model that the adapter belongs to"),
         ("base", [], "adapter_config.json is missing"),
+        ("run", [], "run is a run; export it first: mora export RUN OUT --adapter"),
         ("lora", ["--model.intermediate-size", "64"], "do not fit the base or their config"),
     ],
 )

@@ -163,6 +163,15 @@ def test_templates_and_what_they_refuse(generator):
         template()
 
 
+def test_a_file_is_replaced_only_if_asked(tmp_path, capfd):
+    out = tmp_path / "answers"
+    out.write_text("years of work")
+    words = (tmp_path / "no model", "--prompt", "a", "--out", out)
+    assert "answers exists already; " in refused(capfd, *words)  # before anything is loaded
+    assert "no model" in refused(capfd, *words, "--overwrite")
+    assert out.read_text() == "years of work"
+
+
 def test_bad_input_is_one_line(tiny_run, generator, tmp_path, capfd, monkeypatch):
     folder = tiny_run.folder
     assert "or --chat alone" in refused(capfd, folder)

@@ -69,6 +69,13 @@ def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path):
     assert 0.9 * whole < gap < whole
 
 
+def test_infinite_losses_are_gaps_too(tmp_path: Path):
+    lines = [{"step": n, "loss": loss} for n, loss in enumerate([2.0, "Infinity", "-Infinity", "NaN", 1.0])]
+    log = tmp_path / "m.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    np.testing.assert_array_equal(plot.read_curves(str(log)).loss[1], [2, np.nan, np.nan, np.nan, 1])
+
+
 def test_smoothing_is_the_mean_of_the_neighbours():
     values = np.random.default_rng(0).normal(size=450)
     values[100] = np.nan

@@ -415,6 +415,11 @@ def test_checkpoints_of_an_unknown_run_are_refused(tiny_run, tmp_path):
     config = dataclasses.replace(tiny_run.config, run_dir=str(tmp_path / "run"))
     with pytest.raises(InputError, match="checkpoints of an unknown run"):
         check_free(config, resume=True)
+    (tmp_path / "run" / "checkpoints").rmdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    check_free(config, resume=True)  # it holds nothing
+    with pytest.raises(InputError, match="checkpoints is not a folder; remove it"):
+        open_checkpoints(config)
 
 
 @pytest.mark.parametrize(

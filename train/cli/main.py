@@ -59,7 +59,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command. Errors become one line on stderr and an exit status of `train.console.exits`."""
     words = sys.argv[1:] if args is None else list(args)
     buckets.configure()
-    with streams.lossy_output(result=not set(words[:1]) & set(_WORK)), one_line_warnings():
+    work = bool(set(words[:1]) & set(_WORK))
+    # What work prints says that it is done: Ctrl-C must change nothing from then on.
+    with streams.lossy_output(result=not work, held=work), one_line_warnings():
         try:
             with interruptible(ends=args is None):
                 run(words)

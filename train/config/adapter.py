@@ -21,8 +21,8 @@ def with_adapter(config: RunConfig, given: Mapping[str, Any] | None = None) -> R
         method that are not the defaults.
 
     Raises:
-      InputError: if the adapter does not fit the model, the file contradicts what is given, or `params` says
-        what is adapted or trained.
+      InputError: if the adapter is a run or does not fit the model, the file contradicts what is given, or
+        `params` says what is adapted or trained.
     """
     if not config.adapter or config.rules:
         return config
@@ -31,6 +31,8 @@ def with_adapter(config: RunConfig, given: Mapping[str, Any] | None = None) -> R
     if given is None:
         given = {} if config.method == DEFAULT_METHOD else _plain(config.method)
     with located(config.adapter, "--adapter"):
+        if (hf.local_folder(config.adapter) / "config.yaml").exists():
+            raise InputError(f"{config.adapter} is a run; export it first: mora export RUN OUT --adapter")
         found = hf.read_adapter(
             config.adapter, {name: place.shape for name, place in places(config.model).items()}
         )

@@ -18,16 +18,17 @@ _BUFFERED = 1 << 16
 
 
 @contextlib.contextmanager
-def lossy_output(result: bool = False) -> Iterator[None]:
+def lossy_output(result: bool = False, held: bool = False) -> Iterator[None]:
     """Drops output that its reader does not accept within `PATIENCE`, instead of failing or waiting.
 
     Args:
       result: whether standard output is the result of the command and not a log. If so, writing waits for
         the reader without limit, and flushing raises the error of a failed write, unless the reader left.
+      held: whether standard output is a few lines that are written when the block ends.
     """
     _open_standard_files()
     with Path(os.devnull).open("w") as nowhere:
-        out = LossyStream(sys.stdout or nowhere, None if result else PATIENCE)
+        out = LossyStream(sys.stdout or nowhere, None if result else PATIENCE, held)
         err = LossyStream(sys.stderr or nowhere, PATIENCE)
         with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err)):
             try:
@@ -67,11 +68,14 @@ class LossyStream:
     thread exists only while there is something to write.
     """
 
-    def __init__(self, stream: TextIO, patience: float | None) -> None:
-        """Wraps a stream. With a `patience` (seconds) of None, it waits without limit and raises errors."""
+    def __init__(self, stream: TextIO, patience: float | None, held: bool = False) -> None:
+        """Wraps a stream. With a `patience` (seconds) of None, it waits without limit and raises errors.
+
+        One that is `held` writes nothing before it is drained.
+        """
         with contextlib.suppress(OSError):
             stream.flush()
-        self._stream, self._patience = stream, patience
+        self._stream, self._patience, self._held = stream, patience, held
         self._changed = threading.Condition()  # guards all below
         self._buffer = self._line = ""
         self._writing = self._stalled = False
@@ -81,7 +85,7 @@ class LossyStream:
         """Buffers the text, and writes it when a line is complete. Returns the number of characters."""
         with self._changed:
             self._line += text
-            if "\n" in text:
+            if "\n" in text and not self._held:
                 self._start_writing()
             full = self._patience is None or len(self._buffer) > _BUFFERED
         if full:
@@ -90,7 +94,8 @@ class LossyStream:
 
     def flush(self) -> None:
         """Waits until all is written or dropped. Raises the OSError of a result that was not written."""
-        self.drain(self._patience)
+        if not self._held:
+            self.drain(self._patience)
         error, self._error = self._error, None
         if error and self._patience is None and not isinstance(error, BrokenPipeError):
             raise error

@@ -56,7 +56,7 @@ def check_free(config: RunConfig, resume: bool) -> None:
                 f"{folder} already holds a run; remove --no-resume to resume it, or choose another --run-dir"
             )
         check_same_config(run_config.to_plain(read_config(config.run_dir)), config, f"{folder} holds a run")
-    elif (folder / CHECKPOINTS).exists():
+    elif (folder / CHECKPOINTS).is_dir():
         raise InputError(
             f"{folder} holds checkpoints of an unknown run (its {CONFIG} is missing); "
             "choose another --run-dir"
