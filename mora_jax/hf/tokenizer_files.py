@@ -181,7 +181,7 @@ def read_tokenizer(path: epath.PathLike) -> TokenizerFiles:
       InputError: if there is none, or a file cannot be read.
     """
     place = path_of(path)
-    if place.suffix.lower() in (".json", ".model") or is_plain_file(place):
+    if (place.suffix.lower() in (".json", ".model") and not place.is_dir()) or is_plain_file(place):
         if place.name != JSON:
             name = JSON if place.suffix.lower() == ".json" else MODEL
             return TokenizerFiles(str(place), {name: read_bytes(place, LIMIT)})

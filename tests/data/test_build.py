@@ -227,11 +227,16 @@ def test_numbers_out_of_range_are_refused(text: Path, tmp_path: Path, name: str,
         prepared(text, tmp_path / "d", **{name: value})
 
 
-def test_validation_text_is_required_and_differs_from_training_text(text: Path, tmp_path: Path):
+def test_validation_text_is_required_and_differs_from_training_text(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(InputError, match="--validation is missing"):
         prepared(text, tmp_path / "d", validation="")
     with pytest.raises(InputError, match=r"train\.1\.json\.gz is in the training and the validation text"):
         prepared(text, tmp_path / "d", validation=str(text / "train.1.json.gz"))
+    monkeypatch.chdir(text)
+    with pytest.raises(InputError, match="in the training and the validation text"):
+        prepared(text, tmp_path / "d", validation="train.1.json.gz")  # another name of the same file
     assert not (tmp_path / "d").exists()
 
 

@@ -387,6 +387,9 @@ def test_a_mixture_reads_each_source_so_often(folder: Path, tmp_path: Path):
             made(folder, tmp_path, lines, "prompt", source="", mixture=[wrong])
     with pytest.raises(InputError, match="--source and --mixture exclude each other"):
         made(folder, tmp_path, lines, "prompt", mixture=mixture)
+    for again in (mixture[2], f"{tmp_path}/t*.jsonl=2"):
+        with pytest.raises(InputError, match=r"t\w+\.jsonl is in the training text twice"):
+            made(folder, tmp_path, lines, "prompt", source="", mixture=[*mixture, again])
 
 
 def test_a_mixture_with_a_validation_share(folder: Path, tmp_path: Path):

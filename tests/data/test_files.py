@@ -243,12 +243,16 @@ def test_the_real_corpus_reads(corpus: Path):
     assert all(texts)
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_an_array_of_objects(tmp_path: Path, name: str, indent: int | None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("name", "indent", "encoding"),
+    [("a.json", None, "utf-8"), ("a.json", 2, "utf-8-sig"), ("a.json.gz", None, "utf-8-sig")],
+)
+def test_an_array_of_objects(
+    tmp_path: Path, name: str, indent: int | None, encoding: str, monkeypatch: pytest.MonkeyPatch
+):
     """As many data sets are published; a part is in memory at a time, wherever it is cut."""
     rows = [{"text": f"{text} [{i}], {{}}", "other": [{"a": i}]} for i, text in enumerate(TEXTS * 9)]
-    path = write(tmp_path / name, json.dumps(rows, indent=indent, ensure_ascii=False).encode())
+    path = write(tmp_path / name, json.dumps(rows, indent=indent, ensure_ascii=False).encode(encoding))
     monkeypatch.setattr(jsonl, "MAX_BYTES", 200)
     for chunk in (1, 7, 1 << 20):
         monkeypatch.setattr(jsonl, "_CHUNK", chunk)

@@ -93,3 +93,4 @@ def test_files_are_read_and_written(tmp_path, capsys):
         convert(str(tmp_path / "in"), str(out), "body")
     with pytest.raises(InputError, match="has no string `text`"):
         convert(str(tmp_path / "in"), str(tmp_path / "other"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

@@ -38,6 +38,7 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
         ("", "has no pair"),
         ('{"prompt": "a"}', "line 1 has no strings"),
         ('{"prompt": "a", "completion": ""}', "line 1 has no strings"),
+        ('{"prompt": "a", "completion": "--"}', "line 1 has no strings"),
         ('{"prompt": "a", "completion": "b"}\n[]', "line 2 has no strings"),
         ("{", "line 1"),
     ],

@@ -8,10 +8,9 @@ a model is trained on as a whole.
 import random
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from mora_jax.errors import InputError
+from mora_jax.hf.folder import whole_folder
 from mora_jax.io import json_text
 from train.console.progress import progress
 from train.data.text.entries import TEXT_KEY
@@ -130,20 +129,14 @@ def convert(
     Raises:
       InputError: bad text (see `documents`), or a folder that is not empty.
     """
-    folder, files = Path(out), shards(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{out} exists already; choose another folder, or remove it")
-    read = asked = 0
-    with naming_errors(out), progress("reading", len(files), "files") as advance:
-        folder.mkdir(parents=True, exist_ok=True)
+    files, read, asked = shards(source), 0, 0
+    with naming_errors(out), whole_folder(out) as folder, progress("reading", len(files), "files") as advance:
         for number, file in enumerate(files):
-            part = folder / f"{number:05}.part"
-            with part.open("w", encoding="utf-8") as lines:
+            with (folder / f"{number:05}.jsonl").open("w") as lines:
                 for text in documents(file, 0, key):
                     made = comprehension(text, seed, most)
                     lines.write(json_text({TEXT_KEY: made}) + "\n")
                     read, asked = read + 1, asked + (made != text.rstrip())
-            part.rename(part.with_suffix(".jsonl"))
             advance(1)
     return read, asked
 

@@ -7,7 +7,6 @@ import dataclasses
 import random
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from etils import epath
@@ -72,10 +71,12 @@ def read_pairs(path: str) -> list[Pair]:
     for number, line in enumerate(read_bytes(epath.Path(path), FILE_BYTES).splitlines(), 1):
         value = parse_json(line, f"{path}: line {number}")
         match value:
-            case {"prompt": str(prompt), "completion": str(completion)} if completion:
+            case {"prompt": str(prompt), "completion": str(completion)} if _places(completion):
                 pairs.append(Pair(prompt, completion))
             case _:
-                raise InputError(f"{path}: line {number} has no strings `prompt` and `completion`")
+                raise InputError(
+                    f"{path}: line {number} has no strings `prompt` and `completion`, with digits"
+                )
     if not pairs:
         raise InputError(f"{path} has no pair")
     return pairs
@@ -87,7 +88,7 @@ def character_accuracy(value: str, said: str) -> float:
     >>> character_accuracy("12-34", "12-44")
     0.75
     """
-    places = [at for at, character in enumerate(value) if character.isalnum()]
+    places = _places(value)
     return sum(said[at : at + 1] == value[at] for at in places) / len(places)
 
 
@@ -137,14 +138,19 @@ def score_run(
 
 def read_scores(run_dir: str) -> list[Score]:
     """Returns what `score_run` wrote into a run's folder. Raises InputError if it has not been called."""
-    path = Path(run_dir, SCORES)
+    path = epath.Path(run_dir) / SCORES
     if not path.exists():
         raise InputError(f"{run_dir} has no scores: mora task uuid-score {run_dir} computes them")
-    content: Any = read_json(epath.Path(path))
+    content: Any = read_json(path)
     try:
         return [Score(**score) for score in content["scores"]]
     except (LookupError, TypeError) as error:
         raise InputError(f"{path} is damaged: run mora task uuid-score again") from error
+
+
+def _places(value: str) -> list[int]:
+    """Returns where a value has letters and digits."""
+    return [at for at, character in enumerate(value) if character.isalnum()]
 
 
 def _score(step: int, pairs: Sequence[Pair], said: Sequence[str]) -> Score:

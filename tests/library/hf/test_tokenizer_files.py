@@ -54,6 +54,9 @@ def test_a_folder_and_its_file_are_one_tokenizer(folder: Path, bpe: str):
     assert whole.sha256 == file.sha256 == hashlib.sha256(bpe.encode()).hexdigest()
     assert whole.has_hash(whole.sha256)
     assert not whole.has_hash("0" * 64)
+    for name in ("data.json", "data.MODEL"):  # a folder may have any name
+        folder = folder.rename(folder.with_name(name))
+        assert read_tokenizer(folder).files == whole.files
 
 
 def test_texts_are_neither_cut_nor_padded_nor_begun(folder: Path):

@@ -1,4 +1,4 @@
-"""`mora pretrain`, `mora plan`, `mora plan-table`, `mora methods` and `mora demo`."""
+"""`mora pretrain`, `mora finetune`, `mora plan`, `mora plan-table`, `mora methods` and `mora demo`."""
 
 import dataclasses
 from typing import Annotated
@@ -39,7 +39,7 @@ class Finetune(Pretrain):
     The loop is that of mora pretrain. The sizes of the model come from --init-from.
 
     Attributes:
-      config: YAML file, such as configs/finetune.yaml.
+      config: YAML file, such as configs/paper/tulu_mora_r8.yaml.
       resume: resume the run in --run-dir if there is one; with --no-resume such a folder is an error.
       dry_run: only show shapes, trainable and frozen parameters, tokens and steps.
     """

@@ -18,7 +18,7 @@ from train.data.text.forms import Form
 
 MAX_BLANK_LINES = 1_000_000  # in a row; in a few bytes of gzip there may be any number
 _CHUNK = 1 << 20  # bytes
-_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")  # how an array of objects begins
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")  # how an array of objects begins
 _BETWEEN = re.compile(r"[\s,]*")  # its elements
 _PACKED = {".gz": "gzip", ".zst": "Zstandard"}
 
@@ -58,7 +58,7 @@ def _elements(
     path: epath.Path, start: bytes, stream: IO[bytes], file: IO[bytes], form: Form
 ) -> Iterator[Entry]:
     """Yields the objects of an array that begins with `start`, of which a few are in memory at a time."""
-    decode, parse = codecs.getincrementaldecoder("utf-8")().decode, json.JSONDecoder().raw_decode
+    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
     text, at, number, more = decode(start).lstrip().removeprefix("["), 0, 0, True
     while True:
         begin = _BETWEEN.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,7 +1,9 @@
 """The kinds of text that rows are made of: files, data sets of TFDS, and those of the Hugging Face Hub."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from mora_jax.errors import InputError
 from train.data.text.files import FileShard, file_shards
@@ -43,16 +45,19 @@ def open_text(
         raise InputError(
             "--validation is missing, or --validation-share; only a tfds: source has a validation split"
         )
-    sources = {source: 1.0} if source else dict(map(_times, mixture))
-    read = {name: _shards(name, "train", tfds_data_dir, form) for name in sources}
-    train = [shard for shards in read.values() for shard in shards]
+    sources = [(source, 1.0)] if source else list(map(_times, mixture))
+    read = [(times, _shards(name, "train", tfds_data_dir, form)) for name, times in sources]
+    train = [shard for _, shards in read for shard in shards]
+    if twice := [shard for shard, count in Counter(map(_place, train)).items() if count > 1]:
+        raise InputError(f"{twice[0]} is in the training text twice; state by --mixture how often it is read")
     if share:
         held_out: list[TextShard] = [Share(shard, share, validation=True, first=False) for shard in train]
     else:
         held_out = _shards(validation or source, "validation", tfds_data_dir, form)
-    if both := [shard for shard in train if shard in held_out]:
+    places = set(map(_place, held_out))
+    if both := [shard for shard in train if _place(shard) in places]:
         raise InputError(f"{both[0].name} is in the training and the validation text; name other files")
-    parts = [part for name in read for shard in read[name] for part in repeated(shard, sources[name], share)]
+    parts = [part for times, shards in read for shard in shards for part in repeated(shard, times, share)]
     return ({"train": parts} if parts else {}) | {"validation": held_out}
 
 
@@ -61,6 +66,11 @@ def _check_share(share: float, validation: str, source: object) -> None:
         raise InputError(f"--validation-share must be above 0 and below 1, not {share}")
     if validation or not source:
         raise InputError("--validation-share needs --source or --mixture, and no --validation")
+
+
+def _place(shard: TextShard) -> object:
+    """Returns what identifies the text of a shard, however the path of its file is written."""
+    return Path(shard.path).absolute() if isinstance(shard, FileShard) else shard
 
 
 def _times(given: str) -> tuple[str, float]:
