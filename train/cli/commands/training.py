@@ -39,7 +39,7 @@ class Finetune(Pretrain):
     The loop is that of mora pretrain. The sizes of the model come from --init-from.
 
     Attributes:
-      config: YAML file, such as configs/paper/tulu_mora_r8.yaml.
+      config: YAML file, such as configs/finetune.yaml.
       resume: resume the run in --run-dir if there is one; with --no-resume such a folder is an error.
       dry_run: only show shapes, trainable and frozen parameters, tokens and steps.
     """
