@@ -1,9 +1,10 @@
 """Chat templates of tokenizer folders: how a conversation becomes the text that a model continues."""
 
+import contextlib
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -35,7 +36,11 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, files: TokenizerFiles) -> "ChatTemplate":
-        """Returns the template of a tokenizer, the default of several. Raises InputError if it has none."""
+        """Returns the template of a tokenizer, the default of several.
+
+        Raises:
+          InputError: if it has none, or one that is no Jinja.
+        """
         config = files.config
         source = config.get(_KEY)
         if _OLD_FILE in files.files:
@@ -51,7 +56,10 @@ class ChatTemplate:
                 f"{files.place} has no chat template ({TEMPLATE_FILE}, or {_KEY} in tokenizer_config.json)"
             )
         tokens = {name: files.token(name) for name in config if name.endswith("_token")}
-        return cls(files.place, source, {name: token for name, token in tokens.items() if token})
+        made = cls(files.place, source, {name: token for name, token in tokens.items() if token})
+        with made._errors():
+            _jinja().compiled(source)
+        return made
 
     def render(self, messages: Sequence[Message]) -> str:
         """Returns a conversation as text, up to where the assistant's answer begins.
@@ -122,13 +130,22 @@ class ChatTemplate:
         return [*parts, (whole[end:], False)]
 
     def _render(self, messages: Sequence[Message], prompt: bool, today: datetime) -> list[tuple[str, bool]]:
-        from mora_jax.hf import jinja
+        variables = {**self.tokens, "messages": list(messages), "add_generation_prompt": prompt}
+        with self._errors():
+            return _jinja().render(self.source, variables, today)
 
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            variables = {**self.tokens, "messages": list(messages), "add_generation_prompt": prompt}
-            return jinja.render(self.source, variables, today)
+            yield
         except Exception as error:  # a template is a program
             raise InputError(f"the chat template of {self.place} fails: {reason(error)}") from error
+
+
+def _jinja() -> Any:
+    from mora_jax.hf import jinja  # only chats need it
+
+    return jinja
 
 
 def _text(parts: Sequence[tuple[str, bool]]) -> str:

@@ -42,7 +42,7 @@ def render(source: str, variables: Mapping[str, Any], today: datetime) -> list[t
       jinja2.TemplateError: the template is wrong or refuses the variables; or any other exception, as a
         template is a program.
     """
-    text = _compiled(source).render(variables, strftime_now=today.strftime)
+    text = compiled(source).render(variables, strftime_now=today.strftime)
     parts, end = [], 0
     while (start := text.find(_BEGIN, end)) >= 0:
         parts.append((text[end:start], False))
@@ -53,7 +53,8 @@ def render(source: str, variables: Mapping[str, Any], today: datetime) -> list[t
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
+def compiled(source: str) -> jinja2.Template:
+    """Returns a template, ready to render. Raises jinja2.TemplateError if it is wrong."""
     extensions = [loopcontrols, Generation]
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     env.filters["tojson"] = _to_json

@@ -26,7 +26,7 @@ def with_template(
       bos: whether a begin-of-text token is wanted, which a template writes itself.
 
     Raises:
-      InputError: there is no template, or it is not for this form.
+      InputError: there is no template, it is no Jinja, or it is not for this form.
     """
     if options.form.name == "text" and template:
         raise InputError("--template is for prompts and conversations, not for the form text")
@@ -42,4 +42,5 @@ def with_template(
     if template:
         source = read_text(template, _TEMPLATE_BYTES).encode()
         files = replace(files, files={**files.files, TEMPLATE_FILE: source})
-    return files, replace(options, template=ChatTemplate.read(files))
+    read = ChatTemplate.read(replace(files, place=template or files.place))
+    return files, replace(options, template=read)
