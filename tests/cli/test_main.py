@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import typing
 from importlib.metadata import version
 from pathlib import Path
@@ -398,6 +399,21 @@ def test_what_work_prints_is_shown_once_ctrl_c_is_ignored(monkeypatch, capsys, c
     cli.main([command])
     assert shown == [seen]
     assert capsys.readouterr().out == "done\n".removeprefix(seen)
+
+
+def test_ctrl_c_ends_a_run_from_its_imports_on(tiny_run, monkeypatch):
+    """An exception for it is lost in a callback of JAX, which comes while modules are imported, too."""
+    seen = []
+
+    class Importing(types.ModuleType):
+        def __getattr__(self, name):
+            seen.append(signal.getsignal(signal.SIGINT))
+            return lambda *_: {}
+
+    monkeypatch.setitem(sys.modules, "train.jobs.pretrain", Importing("pretrain"))
+    training.train(training.Pretrain("", tiny_run.config))
+    assert seen
+    assert set(seen) == {signal.SIG_DFL}
 
 
 @pytest.mark.slow

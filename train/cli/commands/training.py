@@ -66,14 +66,16 @@ def train(command: Pretrain) -> None:
     """Trains, possibly as one of several processes."""
     import jax
 
-    from train.jobs.pretrain import pretrain as run
-    from train.runtime.distributed import joined
     from train.runtime.preempt import ended_at_once
 
-    with ended_at_once(), joined(command.run.distributed, explain):
-        summary = run(command.run, command.resume)
-        if jax.process_index() == 0:
-            print_summary(summary, command.run.run_dir)
+    with ended_at_once():  # while the rest is imported, which takes a second, JAX's callbacks run too
+        from train.jobs.pretrain import pretrain as run
+        from train.runtime.distributed import joined
+
+        with joined(command.run.distributed, explain):
+            summary = run(command.run, command.resume)
+            if jax.process_index() == 0:
+                print_summary(summary, command.run.run_dir)
 
 
 @dataclasses.dataclass(frozen=True)
