@@ -398,10 +398,11 @@ def test_a_mixture_reads_each_source_so_often(folder: Path, tmp_path: Path):
 def test_a_mixture_with_a_validation_share(folder: Path, tmp_path: Path):
     """A held-out example is in no row of training, however often its source is read; bad lines count once."""
     lines = [{"prompt": f"{i}", "completion": "!"} for i in range(100)]
-    changes = {"source": "", "validation": "", "validation_share": 0.2, "skip_lines": 1}
+    changes = {"source": "", "validation": "", "validation_share": 0.2, "skip_lines": 3}
     mixture = [f"{tmp_path}/lines.jsonl=3"]
-    info = made(folder, tmp_path, [*lines, {"bad": 1}], "prompt", mixture=mixture, **changes)
+    bad = [{"bad": 1}, *({"prompt": prompt, "completion": ""} for prompt in "ab")]
+    info = made(folder, tmp_path, [*lines, *bad], "prompt", mixture=mixture, **changes)
     train, held_out = (info.counts[split] for split in ("train", "validation"))
     assert train.documents == 3 * (100 - held_out.documents)
     assert 8 < held_out.documents < 35
-    assert train.skipped_lines + held_out.skipped_lines == 1
+    assert train.skipped_lines + held_out.skipped_lines == 3

@@ -47,10 +47,10 @@ class Packed:
         rows, counts = [], Counts(skipped_lines=len(block) - len(read))
         for record, example in zip(read, encode(self._tokenizer, self._options, read), strict=True):
             if isinstance(example, str):
-                self._skipped += 1
+                counts += Counts(skipped_lines=int(not record.again))
+                self._skipped += not record.again
                 if self._skipped > self._skip_lines:
                     raise bad_entry(record.place, example, self._skip_lines)
-                counts += Counts(skipped_lines=1)
                 continue
             kept, more = self._fit(example)
             counts += more

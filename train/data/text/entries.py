@@ -19,11 +19,13 @@ class Record(NamedTuple):
       content: its example, None for a skipped bad one.
       position: where in the shard it ends.
       place: such as "a.jsonl: line 3", for messages.
+      again: whether the entry was read before, and counted if it is bad.
     """
 
     content: Content | None
     position: int
     place: str = ""
+    again: bool = False
 
 
 class Entry(NamedTuple):

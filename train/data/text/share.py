@@ -51,9 +51,10 @@ class Share:
 
     def records(self, skip_lines: int) -> Iterator[Record]:
         """Yields the records of this part."""
+        again = not (self.first or self.validation)
         for record in self.shard.records(skip_lines):
             if self.first if record.content is None else self._has(record.content):
-                yield record
+                yield record._replace(again=again)
 
     def sha256(self) -> str:
         """Returns the hash of the shard."""
