@@ -1,4 +1,4 @@
-"""The memory task: pairs, the share of characters told right, scores of a run's checkpoints, the picture."""
+"""The memory task: pairs, the share of right characters, scores of a run's checkpoints, the picture."""
 
 import shutil
 import uuid
@@ -80,13 +80,13 @@ def test_a_step_names_its_checkpoint(tiny_run):
 
 @pytest.fixture(scope="module")
 def scored(tiny_run, tmp_path_factory):
-    """The tiny run with scores, and what its checkpoints were asked to load and told."""
+    """The tiny run with scores, and what its checkpoints were asked to load and to answer."""
     folder = shutil.copytree(tiny_run.folder, tmp_path_factory.mktemp("scored") / "run")
-    told = {}
+    asked = {}
 
     def complete(generator, prompts, *_, **__):
         step = loaded[-1]
-        told[step] = [generator.codec.decode((), prompt) for prompt in prompts]
+        asked[step] = [generator.codec.decode((), prompt) for prompt in prompts]
         return [FakeCompletion({3: "de", 22: "fgx"}[step])] * 2
 
     loaded = []
@@ -99,7 +99,7 @@ def scored(tiny_run, tmp_path_factory):
         patch.setattr(uuids, "complete", complete)
         patch.setattr(uuids, "load_generator", load)
         found = score_run(str(folder), PAIRS, (3, 22), dtype="float32")
-    return folder, found, told
+    return folder, found, asked
 
 
 class FakeCompletion:
@@ -108,12 +108,12 @@ class FakeCompletion:
 
 
 def test_scores_are_of_each_step(scored):
-    folder, found, told = scored
+    folder, found, asked = scored
     assert found == [Score(3, 0.5, 0.5), Score(22, (0 + 2 / 3) / 2, 0.0)]
     assert uuids.read_scores(str(folder)) == found
     (events,) = (folder / "tensorboard/uuid").iterdir()
     assert events.read_bytes().count(b"uuid/character_accuracy") == 2
-    assert told == {3: ["abc\n", "d\n"], 22: ["abc\n", "d\n"]}
+    assert asked == {3: ["abc\n", "d\n"], 22: ["abc\n", "d\n"]}
 
 
 def test_runs_are_drawn(scored, tmp_path, capsys):

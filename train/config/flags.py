@@ -67,10 +67,10 @@ def parse(
     """
     method = _method(default, file, args)
     _check_known(command, method, args)
-    default = _like_source(default, [*(file.words if file else ()), *args])
+    words = [*(file.words if file else ()), *args]
+    default = _like_source(default, words)
     # A config's switches take a value, as in YAML: --model.tie-word-embeddings True.
     markers = (tyro.conf.FlagConversionOff,) if command is RunConfig else ()
-    words = [*(file.words if file else ()), *args]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

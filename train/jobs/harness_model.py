@@ -61,7 +61,7 @@ class HarnessModel(LM):
         return self._generator.codec.files.place.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-        """Returns a conversation as text, up to where the answer begins, or goes on if it has begun."""
+        """Returns a conversation as text, up to where the answer begins, or continues if it has begun."""
         template = ChatTemplate.read(self._generator.codec.files)
         render = template.render if add_generation_prompt else template.render_open
         try:

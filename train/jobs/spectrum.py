@@ -1,7 +1,6 @@
 """The singular values of what a run changed: which rank its method used (Fig. 5 of the paper)."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,13 +12,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 from matplotlib import ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mora_jax import hf, singular_values, trees
 from mora_jax.errors import InputError
 from mora_jax.spectrum import numerical_rank
 from train.console.progress import progress
+from train.jobs.plot import write_png
 from train.run.folder import CONFIG, open_checkpoints, read_config
 from train.run.meta import read_meta
 from train.run.model import load_model
@@ -91,7 +90,7 @@ def write_spectra(found: Sequence[Spectrum], out: str, picture: str) -> None:
         rows = [{**dataclasses.asdict(s), "values_R": s.values_R.tolist()} for s in found]
         write_result(out, json.dumps([{**row, "rank": s.rank} for row, s in zip(rows, found, strict=True)]))
     if picture:
-        write_result(picture, _drawn(found))
+        write_png(_drawn(found), picture)
 
 
 def by_kernel(found: Sequence[Spectrum]) -> Iterator[tuple[str, list[Spectrum]]]:
@@ -122,10 +121,9 @@ def _start(run_dir: str) -> dict[str, Any]:
     return trees.flatten(jax.jit(init_params, static_argnums=0)(spec))
 
 
-def _drawn(found: Sequence[Spectrum]) -> bytes:
-    """Returns a PNG: for each kernel the number of singular values above `ABOVE`, over the layers."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+def _drawn(found: Sequence[Spectrum]) -> Figure:
+    """Returns the picture: for each kernel the number of singular values above `ABOVE`, over the layers."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for kernel, spectra_L in by_kernel(found):
         layers, counts = [each.layer for each in spectra_L], [each.above for each in spectra_L]
@@ -136,6 +134,4 @@ def _drawn(found: Sequence[Spectrum]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, ncols=2)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
+    return figure

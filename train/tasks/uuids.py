@@ -1,6 +1,6 @@
-"""The paper's memory task (Table 1): pairs of UUIDs, and how much of each value a model tells from its key.
+"""The paper's memory task (Table 1): pairs of UUIDs, and how much of each value a model gives for its key.
 
-Nothing but the training text says which value belongs to a key, so what a model tells right it has memorised.
+Nothing but the training text says which value belongs to a key, so what a model gets right it has memorised.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a checkpoint tells right.
+    """What a checkpoint gets right.
 
     Attributes:
       step: updates of the checkpoint.

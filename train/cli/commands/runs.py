@@ -1,12 +1,11 @@
 """`mora checkpoints`, `mora plot` and `mora spectrum`."""
 
 import dataclasses
-from typing import Annotated
 
 import tyro
 
 from mora_jax.errors import InputError
-from train.cli.commands.arguments import Folder
+from train.cli.commands.arguments import Folder, Runs
 from train.config.paths import spell_out
 from train.console import exits
 
@@ -48,10 +47,7 @@ class Plot:
       overwrite: replace the file of --out if there is one; otherwise it is an error.
     """
 
-    runs: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
-    ]
+    runs: Runs
     out: str = ""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
 

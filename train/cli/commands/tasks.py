@@ -6,15 +6,10 @@ from typing import Annotated, Literal
 import tyro
 
 from mora_jax.errors import InputError
-from train.cli.commands.arguments import Folder, Out
+from train.cli.commands.arguments import Folder, Out, Runs
 from train.config.paths import spell_out
 from train.config.sections import at_least
 from train.storage.files import check_free
-
-Runs = Annotated[
-    tyro.conf.Positional[tuple[str, ...]],
-    tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +46,7 @@ def uuid_pairs(command: UuidPairs) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class UuidScore:
-    """Lets a run's checkpoints tell the value of every key, and counts the hexadecimal digits that are right.
+    """Asks a run's checkpoints for the value of every key, and counts the hexadecimal digits that are right.
 
     The scores are printed, written to uuid_accuracy.json in the run's folder, and shown by TensorBoard.
 
