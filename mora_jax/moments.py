@@ -1,4 +1,4 @@
-"""What a restart does to the optimizer state of adapters: start it anew, or prune its moments."""
+"""What a restart does to the optimizer state of adapters: start it anew, prune or average its moments."""
 
 import zlib
 from collections.abc import Set
@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax.errors import InputError
 
-Clear: TypeAlias = Literal["reset", "magnitude", "random"]
+Clear: TypeAlias = Literal["reset", "magnitude", "random", "mean"]
 
 
 def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float, key: PRNGKeyArray) -> Any:
@@ -19,7 +19,9 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
 
     "reset" starts it anew. Counts of learning rate schedules and injected hyper-parameters stay. Pruning
     zeroes a share of the non-zero entries of each Adam moment of each kernel, the smallest ones ("magnitude")
-    or random ones (ReLoRA, arXiv:2307.05695), and keeps Adam's count.
+    or random ones (ReLoRA, arXiv:2307.05695), and keeps Adam's count. "mean" zeroes the first moments,
+    replaces each second moment by the mean over its kernel, and keeps the count: the next update then has the
+    size of the last one, in other directions.
 
     Args:
       opt_state: any Optax state; what belongs to adapters lies in states of `optax.partition`.
@@ -53,6 +55,9 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
             return old
         pruned.append(path)
         own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        if how == "mean":
+            mu, nu = jax.tree.map(jnp.zeros_like, old.mu), jax.tree.map(_averaged, old.nu)
+            return old._replace(mu=mu, nu=nu)
         mu_key, nu_key = jax.random.split(own_key)
         return old._replace(mu=_pruned(old.mu, how, share, mu_key), nu=_pruned(old.nu, how, share, nu_key))
 
@@ -69,7 +74,8 @@ def clear(opt_state: Any, fresh: Any, labels: Set[str], how: Clear, share: float
     if labels - found:
         raise InputError("there is no optimizer state of adapters: make the optimizer with State.optimizer")
     if how != "reset" and not pruned:
-        raise InputError(f"{how} pruning needs an optimizer with optax.scale_by_adam, such as optax.adamw")
+        what = how if how == "mean" else f"{how} pruning"
+        raise InputError(f"{what} needs an optimizer with optax.scale_by_adam, such as optax.adamw")
     return result
 
 
@@ -97,6 +103,14 @@ def _pruned(moments: Any, how: Clear, share: float, key: PRNGKeyArray) -> Any:
     keys = jax.random.split(key, len(leaves))
     pruned = [_pruned_stack(x, how, share, k) for x, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(structure, pruned)
+
+
+def _averaged(x: Array) -> Array:
+    """Returns each kernel's array with the mean of its non-zero entries in their places."""
+    counts = x != 0  # padding is zero and stays so
+    axes = tuple(range(x.ndim)[-2:])
+    mean = x.sum(axes, keepdims=True) / jnp.maximum(counts.sum(axes, keepdims=True), 1)
+    return jnp.where(counts, mean, 0.0)
 
 
 def _pruned_stack(x: Array, how: Clear, share: float, key: PRNGKeyArray) -> Array:

@@ -146,7 +146,7 @@ def restarted(
       optimizer: an optimizer of its `AdapterParam`s, or the one that `mora_nnx.optimizer` returned.
       rngs: random keys of the new adapters, and of pruning.
       how: "reset" starts the adapters' optimizer state anew; "magnitude" and "random" zero a share of Adam's
-        moments.
+        moments; "mean" zeroes the first moments and averages the second ones over each kernel.
       share: share to prune, in [0, 1].
 
     Returns:

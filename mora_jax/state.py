@@ -122,7 +122,7 @@ class State:
           opt_state: state of `optimizer`.
           optimizer: what `State.optimizer` returned, or a chain with it.
           how: "reset" starts the adapters' optimizer state anew; "magnitude" and "random" zero a share of
-            Adam's moments.
+            Adam's moments; "mean" zeroes the first moments and averages the second ones over each kernel.
           share: share to prune, in [0, 1].
 
         Returns:

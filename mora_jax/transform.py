@@ -55,9 +55,9 @@ class Methods:
         """Returns the paths of the parameters that are trained themselves."""
         return frozenset(path for path, choice in self.choices if choice == "train")
 
-    def after_restart(self) -> "Methods":
-        """Returns the methods that follow a restart."""
-        return Methods(tuple((path, _after_restart(choice)) for path, choice in self.choices))
+    def after_restart(self, restarts: int = 1) -> "Methods":
+        """Returns the methods that follow a restart, or several."""
+        return Methods(tuple((path, _after_restart(choice, restarts)) for path, choice in self.choices))
 
     def check_restart(self) -> None:
         """Raises InputError for a method that has no update to merge and continue from, as DoRA."""
@@ -344,10 +344,10 @@ def adapters_of(
         yield path, on, {name: arrays[n] for name, n in names.items()}
 
 
-def _after_restart(choice: Choice) -> Choice:
+def _after_restart(choice: Choice, restarts: int) -> Choice:
     if isinstance(choice, On):
-        return dataclasses.replace(choice, method=choice.method.after_restart())
-    return choice.after_restart() if isinstance(choice, Method) else choice
+        return dataclasses.replace(choice, method=choice.method.after_restart(restarts))
+    return choice.after_restart(restarts) if isinstance(choice, Method) else choice
 
 
 def _like(old: Any, new: Array) -> Array:

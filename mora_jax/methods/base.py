@@ -110,8 +110,8 @@ class Method:
 
     # What a restart does.
 
-    def after_restart(self) -> "Method":
-        """Returns the method that follows once this one's update has been merged."""
+    def after_restart(self, restarts: int = 1) -> "Method":
+        """Returns the method that follows after some restarts, each of which merges the update."""
         return self
 
     @property

@@ -27,7 +27,7 @@ from mora_jax.methods.base import (
     padded,
 )
 from mora_jax.methods.cost import flops_per_byte
-from mora_jax.methods.operators import OPERATORS, GroupSums, Operator, Rotate, Share, resized
+from mora_jax.methods.operators import OPERATORS, GroupSums, Operator, Ordered, Rotate, Share, resized
 from mora_jax.methods.peft import A, B, PeftAdapter
 from mora_jax.sharding import STATE, Layout
 
@@ -152,25 +152,27 @@ class MoRA(Method):
         g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
         return [folded(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
 
-    def after_restart(self) -> "MoRA":
+    def after_restart(self, restarts: int = 1) -> "MoRA":
         """Returns MoRA with the operator's next pattern, so that the next update spans other directions."""
-        return dataclasses.replace(self, operator=self.operator.switched())
+        return dataclasses.replace(self, operator=self.operator.switched(restarts))
 
     @property
     def restart_effect(self) -> RestartEffect:
-        """Sharing switches its group type; other operators have one pattern."""
+        """Sharing switches its group type; other operators have one pattern unless restarts reorder."""
         return "same" if self.after_restart() == self else "switch"
 
     @property
     def pattern(self) -> str:
-        """The group type of sharing, such as "0" or "(0, 1)"."""
+        """The group type of sharing, such as "0" or "(0, 1)", and the number of an order, as "draw 3"."""
         return self.operator.pattern
 
     def restart_warning(self) -> str:
         """Returns a warning if the operator has one pattern only."""
         if self.restart_effect == "switch":
             return ""
-        return f"operator {self.operator.name} has one pattern: restarts add no rank to the sum of updates"
+        alone = " without reorder" if isinstance(self.operator, Ordered) else ""
+        name = f"operator {self.operator.name}"
+        return f"{name} has one pattern{alone}: restarts add no rank to the sum of updates"
 
     def to_peft(self, arrays: Arrays, k: int, d: int) -> PeftAdapter | None:
         """Returns the update as LoRA of rank r_hat, without loss: compress and m as one factor, decompress.

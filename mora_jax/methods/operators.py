@@ -8,7 +8,7 @@ inputs, M blocks of outputs, P inputs with padding, J pairs of a block.
 """
 
 import dataclasses
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
+from mora_jax.methods.order import Order, drawn
 
 Group: TypeAlias = Literal[0, 1]
 Pad: TypeAlias = Literal["zero", "wrap"]
@@ -63,8 +64,8 @@ class Operator:
         """Returns the rank of `matrix` for almost every M: the largest that an update can have."""
         return min(r_hat, k, d)
 
-    def switched(self) -> "Operator":
-        """Returns the operator after a restart: itself if it has one pattern only."""
+    def switched(self, restarts: int = 1) -> Self:
+        """Returns the operator after some restarts: itself if it has one pattern only."""
         return self
 
     def authors_type(self, r_hat: int, k: int, d: int) -> int:
@@ -77,6 +78,44 @@ class Operator:
         return ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ordered(Operator):
+    """An operator whose inputs and outputs may be in another order after each restart.
+
+    Attributes:
+      reorder: each restart draws an order of the inputs and one of the outputs, which are then grouped or cut
+        into blocks: all updates together reach every direction, where one order confines them to some.
+      seed: seed of the orders.
+      draw: number of the order, which each restart raises by one; 0 for the places as they are.
+    """
+
+    reorder: bool = False
+    seed: int = 0
+    draw: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("seed", "draw"):
+            value = getattr(self, field)
+            if not 0 <= value < 2**32:
+                raise InputError(f"{self.name}'s {field} lies in [0, 2**32), not {value}")
+        if self.draw and not self.reorder:
+            raise InputError(f"{self.name}'s draw {self.draw} needs reorder")
+
+    def switched(self, restarts: int = 1) -> Self:
+        """Returns the operator with the next order."""
+        return dataclasses.replace(self, draw=self.draw + restarts) if self.reorder else self
+
+    @property
+    def orders(self) -> tuple[Order, Order]:
+        """Orders of (inputs, outputs)."""
+        return drawn(self.seed, self.draw) if self.draw else (Order(), Order())
+
+    @property
+    def pattern(self) -> str:
+        """The number of the order, such as "draw 3"; empty without one."""
+        return f"draw {self.draw}" if self.draw else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupSums:
     """Sums over r_hat groups of the last axis, (..., K) -> (..., width), padded with zeros.
@@ -86,15 +125,18 @@ class GroupSums:
       group: type of the groups, as in `Share`.
       pad: as in `Share`.
       width: width of the result, at least r_hat.
+      order: order of the places that are grouped.
     """
 
     r_hat: int
     group: Group
     pad: Pad
     width: int
+    order: Order = Order()  # noqa: RUF009 (frozen)
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B S"]:
         x = sharding.whole(x)  # a mesh may divide a width in the middle of a group
+        x = self.order(x, x.ndim - 1)
         if self.group == 1:
             sums = _contiguous_sums(x, self.r_hat)
         else:
@@ -123,7 +165,7 @@ class Truncate(Operator):
 
 
 @dataclasses.dataclass(frozen=True)
-class Share(Operator):
+class Share(Ordered):
     """Sharing (Eq. 6 and 7): dW[i, j] = M[g_out(i), g_in(j)]; inputs and outputs of a group share a row of M.
 
     Attributes:
@@ -150,51 +192,58 @@ class Share(Operator):
             raise InputError(f"share's group type is 0, 1 or a pair of them (input, output), not {group!r}")
         _check_choice("share", "pad", self.pad, ("zero", "wrap"))
         _check_choice("share", "cycle", self.cycle, (2, 4))
+        super().__post_init__()
 
     @property
     def groups(self) -> tuple[Group, Group]:
         """Group types of (input, output)."""
         return self.group if isinstance(self.group, tuple) else (self.group, self.group)
 
-    def switched(self) -> "Share":
-        """Returns the operator with the next group type of its cycle."""
-        g_in, g_out = self.groups
-        following = _CYCLE_OF_PAIRS[self.groups] if self.cycle == 4 else (1 - g_in, 1 - g_out)
-        return dataclasses.replace(self, group=following[0] if following[0] == following[1] else following)
+    def switched(self, restarts: int = 1) -> Self:
+        """Returns the operator with the next group type of its cycle, and the next order."""
+        pair = self.groups
+        for _ in range(restarts % self.cycle):
+            pair = _FOLLOWING[self.cycle][pair]
+        group = pair[0] if pair[0] == pair[1] else pair
+        return dataclasses.replace(super().switched(restarts), group=group)
 
     @property
     def pattern(self) -> str:
-        """The group type, such as "0" or "(0, 1)"."""
-        return str(self.group)
+        """The group type, such as "0" or "(0, 1)", and the number of the order, such as "0 draw 3"."""
+        return f"{self.group} {super().pattern}".rstrip()
 
     def authors_type(self, r_hat: int, k: int, d: int) -> int:
-        """Returns the number of the groups, 1 to 4, unless strided inputs are padded in another way."""
+        """Returns the number of the groups, 1 to 4, unless they are others or padded in another way."""
+        if self.draw:
+            return 0
         same = self.pad == "wrap" or self.groups[0] == 1 or k % r_hat == 0
         return _TYPES_OF_PAIRS[self.groups] if same else 0
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B R"]:
         """Returns the sum of the inputs of each group."""
-        return GroupSums(r_hat, self.groups[0], self.pad, r_hat)(x)
+        return GroupSums(r_hat, self.groups[0], self.pad, r_hat, self.orders[0])(x)
 
     def decompress(self, y: Float[Array, "*B R"], d: int) -> Float[Array, "*B D"]:
         """Returns each group's value, copied to all outputs of the group."""
-        return _spread(y, d, self.groups[1], axis=y.ndim - 1)
+        return self.orders[1].back(_spread(y, d, self.groups[1], axis=y.ndim - 1), y.ndim - 1)
 
     def sums(self, r_hat: int, width: int) -> "tuple[GroupSums, GroupSums]":
         """Returns sums over the groups of inputs, and over those of outputs."""
-        g_in, g_out = self.groups
-        return GroupSums(r_hat, g_in, self.pad, width), GroupSums(r_hat, g_out, "zero", width)
+        (g_in, g_out), (o_in, o_out) = self.groups, self.orders
+        inputs = GroupSums(r_hat, g_in, self.pad, width, o_in)
+        return inputs, GroupSums(r_hat, g_out, "zero", width, o_out)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """Returns dW[j, i] = M[g_in(j), g_out(i)]: the paper's, transposed to (inputs, outputs)."""
-        m_RD = _spread(m_RR, d, self.groups[1], axis=1)
+        o_in, o_out = self.orders
+        m_RD = o_out.back(_spread(m_RR, d, self.groups[1], axis=1), 1)
         if self.pad == "zero" or self.groups[0] == 1:
-            return _spread(m_RD, k, self.groups[0], axis=0)
-        return _wrapped_rows(_spread(m_RD, k + -k % m_RR.shape[0], 0, axis=0), k)
+            return o_in.back(_spread(m_RD, k, self.groups[0], axis=0), 0)
+        return o_in.back(_wrapped_rows(_spread(m_RD, k + -k % m_RR.shape[0], 0, axis=0), k), 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Decouple(Operator):
+class Decouple(Ordered):
     """Decoupling (Eq. 8): the inputs are cut into blocks of r_hat, and M maps each to a block of the outputs.
 
     If there are more output blocks than input blocks, the outputs are tiled.
@@ -213,10 +262,11 @@ class Decouple(Operator):
     def __post_init__(self) -> None:
         _check_choice(self.name, "pad", self.pad, ("zero", "wrap"))
         _check_choice(self.name, "surplus", self.surplus, ("fold", "drop"))
+        super().__post_init__()
 
     def compress(self, x: Float[Array, "*B K"], r_hat: int, d: int) -> Float[Array, "*B N R"]:
         """Returns the rotated blocks, at most as many as output blocks; surplus ones are added or dropped."""
-        x_BNR = self._rotated(_blocks(x, r_hat, self.pad))
+        x_BNR = self._rotated(_blocks(self.orders[0](x, x.ndim - 1), r_hat, self.pad))
         wanted = -(-d // r_hat)
         if self.surplus == "drop" or x_BNR.shape[-2] <= wanted:
             return x_BNR[..., :wanted, :]
@@ -226,7 +276,7 @@ class Decouple(Operator):
     def decompress(self, y: Float[Array, "*B N R"], d: int) -> Float[Array, "*B D"]:
         """Returns the blocks joined, and repeated up to the width d."""
         y = y.reshape(*y.shape[:-2], -1)
-        return _spread(y, d, 0, axis=y.ndim - 1)
+        return self.orders[1].back(_spread(y, d, 0, axis=y.ndim - 1), y.ndim - 1)
 
     def matrix(self, m_RR: Float[Array, "R R"], k: int, d: int) -> Float[Array, "K D"]:
         """Returns the rotated M in block (i, o) if input block i maps to output block o, else zeros."""
@@ -238,7 +288,9 @@ class Decouple(Operator):
         m_NRR = self._rotated_back(jnp.broadcast_to(m_RR, (n_in, r_hat, r_hat)))
         dw_NRMR = m_NRR[:, :, None, :] * jnp.asarray(counts_NM, m_RR.dtype)[:, None, :, None]
         dw_PD = dw_NRMR.reshape(n_in * r_hat, n_out * r_hat)[:, :d]
-        return _wrapped_rows(dw_PD, k) if self.pad == "wrap" else dw_PD[:k]
+        dw_KD = _wrapped_rows(dw_PD, k) if self.pad == "wrap" else dw_PD[:k]
+        o_in, o_out = self.orders
+        return o_out.back(o_in.back(dw_KD, 0), 1)
 
     def blocks(self, r_hat: int, k: int, d: int) -> int:
         """Returns the number of input blocks or of output blocks, whichever is smaller."""
@@ -268,8 +320,8 @@ class Rotate(Decouple):
     multiple: ClassVar[int] = 2
 
     def authors_type(self, r_hat: int, k: int, d: int) -> int:
-        """Returns 6, unless padding or surplus blocks are treated in another way."""
-        padded_alike = self.pad == "wrap" or k % r_hat == 0
+        """Returns 6, unless the order is another, or padding or surplus blocks are treated differently."""
+        padded_alike = not self.draw and (self.pad == "wrap" or k % r_hat == 0)
         return 6 if padded_alike and (self.surplus == "drop" or -(-k // r_hat) <= -(-d // r_hat)) else 0
 
     def _rotated(self, x_BNR: Array) -> Array:
@@ -287,11 +339,10 @@ class Rotate(Decouple):
 # A new operator is one class and one entry here, read whenever a name is looked up.
 OPERATORS: dict[str, type[Operator]] = {o.name: o for o in (Truncate, Share, Decouple, Rotate)}
 
-_CYCLE_OF_PAIRS: dict[tuple[Group, Group], tuple[Group, Group]] = {
-    (0, 0): (1, 1),
-    (1, 1): (1, 0),
-    (1, 0): (0, 1),
-    (0, 1): (0, 0),
+# The pair of group types that follows another, by the length of the cycle.
+_FOLLOWING: dict[int, dict[tuple[Group, Group], tuple[Group, Group]]] = {
+    2: {(0, 0): (1, 1), (1, 1): (0, 0), (1, 0): (0, 1), (0, 1): (1, 0)},
+    4: {(0, 0): (1, 1), (1, 1): (1, 0), (1, 0): (0, 1), (0, 1): (0, 0)},
 }
 
 _TYPES_OF_PAIRS: dict[tuple[Group, Group], int] = {(0, 0): 1, (1, 1): 2, (1, 0): 3, (0, 1): 4}

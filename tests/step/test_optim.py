@@ -152,6 +152,23 @@ def test_a_reset_clears_moments_and_count_of_adapters_alone():
     assert int(optax.tree.get(fresh.inner_states["base"], "count")) == 1
 
 
+def test_the_mean_of_second_moments_keeps_the_size_of_the_next_update():
+    params = {"m": jax.random.normal(jax.random.key(0), (3, 20, 20)).at[:, 15:].set(0)}  # padded, in a stack
+    options = {"m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.0)}
+    tx = optim.adamw(Optimizer(), options)
+    _, state = tx.update(params, tx.init(params), params)
+    how = Restart(optimizer="mean")
+    after, cleared = optim.clear_adapters(state, how, jax.random.key(1), optim.adapter_labels(options))
+    old, new = (s.inner_states["adapter"] for s in (state, after))
+    assert not np.asarray(optax.tree.get(new, "mu")["m"]).any()
+    old_nu, nu = (np.asarray(optax.tree.get(s, "nu")["m"]) for s in (old, new))
+    for old_layer, layer in zip(old_nu, nu, strict=True):  # each kernel has a mean of its own
+        np.testing.assert_allclose(layer[:15], np.full((15, 20), old_layer[:15].mean()), rtol=1e-5)
+        assert not layer[15:].any()
+    assert int(optax.tree.get(new, "count")) == 1
+    np.testing.assert_allclose(cleared, 0.5)
+
+
 @pytest.mark.parametrize("how", ["magnitude", "random"])
 def test_pruning_clears_its_share_of_each_moment_and_keeps_the_count(how):
     params = {"m": jax.random.normal(jax.random.key(0), (3, 20, 20)).at[:, 15:].set(0)}  # padded, in a stack

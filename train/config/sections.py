@@ -198,13 +198,14 @@ class Restart:
       every: optimizer steps between restarts; 0 for none.
       warmup: optimizer steps of linear warm-up after a restart.
       optimizer: the adapters' Adam state: "reset" zeroes moments and count; "magnitude" and "random" zero a
-        fraction of each moment's entries, the smallest or random ones, and keep the count.
-      prune: that fraction, in (0, 1]; not used by "reset".
+        fraction of each moment's entries, the smallest or random ones, and keep the count; "mean" zeroes
+        the first moment, averages the second one over each kernel, and keeps the count.
+      prune: that fraction, in (0, 1]; used by "magnitude" and "random".
     """
 
     every: int = 0
     warmup: int = 50
-    optimizer: Literal["reset", "magnitude", "random"] = "reset"
+    optimizer: Literal["reset", "magnitude", "random", "mean"] = "reset"
     prune: float = 0.9
 
     def __post_init__(self) -> None:

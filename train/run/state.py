@@ -33,12 +33,7 @@ def methods_at(config: RunConfig, step: int) -> Methods:
 
     A restart at that step comes after the save.
     """
-    # Restarts cycle through a few methods. Their number may come from a file, so it is not looped over.
-    seen = [assign_methods(config)]
-    while (following := seen[-1].after_restart()) not in seen:
-        seen.append(following)
-    lead, restarts = seen.index(following), config.restarts_before(step)
-    return seen[restarts if restarts < lead else lead + (restarts - lead) % (len(seen) - lead)]
+    return assign_methods(config).after_restart(config.restarts_before(step))
 
 
 def state_shapes(config: RunConfig, methods: Methods) -> Any:

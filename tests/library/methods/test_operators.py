@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mora_jax.errors import InputError
 from mora_jax.methods.operators import Decouple, Rotate, Share, Truncate
+from mora_jax.methods.order import LARGEST_STRIDE, Order
 
 SHARES = [Share(g, p) for g, p in itertools.product([0, 1, (0, 1), (1, 0)], ["zero", "wrap"])]
 
@@ -44,6 +45,19 @@ def both_ways(operator, x, m, d):
     return y, operator.matrix(m, x.shape[-1], d)
 
 
+# Orders of restarts: those of seeds 0 and 1, and many draws.
+REORDERED = [
+    *(
+        Share(g, p, reorder=True, draw=n)
+        for n, (g, p) in enumerate(itertools.product([0, 1, (0, 1)], ["zero", "wrap"]), 1)
+    ),
+    *(
+        o(p, s, reorder=True, seed=1, draw=5)
+        for o in (Decouple, Rotate)
+        for p, s in (("zero", "fold"), ("wrap", "drop"))
+    ),
+]
+
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40)).flatmap(
     lambda kd: st.tuples(st.just(kd[0]), st.just(kd[1]), st.integers(1, kd[0]))
 )
@@ -59,6 +73,67 @@ def test_share_is_its_definition_by_index(shape, share, seed):
     y, matrix = both_ways(share, x, m, d)
     np.testing.assert_allclose(matrix, dw, rtol=1e-6)
     np.testing.assert_allclose(y, x @ dw, atol=1e-4)
+
+
+def place_of(j: int, width: int, order: Order) -> int:
+    """Where an order puts place j, from its definition: the family of permutations p of the module."""
+    j = (j + int(order.shift * width)) % width
+    s = min(order.stride, width)
+    return (j % s) * (width // s) + min(j % s, width % s) + j // s
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, LARGEST_STRIDE), st.floats(0, 1, exclude_max=True), st.booleans())
+def test_an_order_is_its_definition_and_back_is_its_inverse(width, stride, shift, last):
+    order, axis = Order(stride, shift), int(last)
+    x = np.arange(3.0 * width).reshape((3, width) if last else (width, 3))
+    there = np.asarray(order(jnp.asarray(x), axis))
+    for j in range(width):
+        np.testing.assert_array_equal(there.take(place_of(j, width, order), axis), x.take(j, axis))
+    np.testing.assert_array_equal(order.back(jnp.asarray(there), axis), x)
+
+
+@pytest.mark.parametrize(("k", "d", "r_hat"), [(24, 24, 8), (20, 33, 6), (33, 20, 6), (50, 30, 14)])
+@pytest.mark.parametrize("operator", REORDERED, ids=str)
+def test_a_reordered_operator_is_the_plain_one_on_reordered_places(operator, k, d, r_hat):
+    m = np.random.default_rng(k).normal(size=(r_hat, r_hat)).astype("f4")
+    plain = np.asarray(dataclasses.replace(operator, draw=0).matrix(jnp.asarray(m), k, d))
+    o_in, o_out = operator.orders
+    places = [[place_of(j, width, o) for j in range(width)] for width, o in ((k, o_in), (d, o_out))]
+    np.testing.assert_allclose(operator.matrix(jnp.asarray(m), k, d), plain[np.ix_(*places)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operator", [Share(reorder=True), Share(cycle=4), Decouple(reorder=True), Truncate()], ids=str
+)
+def test_several_restarts_are_that_many_single_ones(operator):
+    one_by_one = operator
+    for restarts in range(7):
+        assert operator.switched(restarts) == one_by_one
+        one_by_one = one_by_one.switched()
+
+
+@pytest.mark.parametrize(("operator", "reached"), [(Share, 0.6), (Share, 1.0), (Rotate, 0.99)])
+def test_reordering_reaches_directions_that_one_order_never_does(operator, reached):
+    """Two group types of sharing confine the sum of all updates to 62% of the directions, here."""
+    reordered = reached > 0.9
+    k, r_hat, found = 24, 14, []
+    each = operator(reorder=reordered)
+    for _ in range(8):
+        jacobian = jax.jacobian(lambda m, each=each: each.matrix(m, k, k))(jnp.zeros((r_hat, r_hat)))
+        found.append(np.asarray(jacobian).reshape(k * k, -1))
+        each = each.switched()
+    share = np.linalg.matrix_rank(np.concatenate(found, 1), tol=1e-4) / k**2
+    assert share >= reached if reordered else share <= 0.65
+
+
+def test_what_reorders_nothing_is_refused():
+    with pytest.raises(InputError, match="share's draw 1 needs reorder"):
+        Share(draw=1)
+    with pytest.raises(InputError, match="rotate's seed lies in"):
+        Rotate(reorder=True, seed=-1)
+    assert Share(1, reorder=True, draw=2).authors_type(8, 24, 24) == 0
+    assert Rotate(reorder=True, draw=2).authors_type(8, 24, 24) == 0
 
 
 @pytest.mark.parametrize("group", [0, 1])
@@ -157,7 +232,7 @@ def test_the_other_operators_are_their_definition(operator, k, d, r_hat):
     np.testing.assert_allclose(x @ np.asarray(matrix), expected.reshape(2, 3, d), atol=1e-4)
 
 
-@pytest.mark.parametrize("operator", [*SHARES, *OTHERS], ids=str)
+@pytest.mark.parametrize("operator", [*SHARES, *OTHERS, *REORDERED], ids=str)
 @pytest.mark.parametrize(("k", "d", "r_hat"), SHAPES)
 def test_random_m_reaches_the_rank_that_is_promised(operator, k, d, r_hat):
     m = jax.random.normal(jax.random.key(k * d), (r_hat, r_hat))
@@ -175,7 +250,7 @@ def test_every_input_counts_when_there_are_fewer_outputs(operator):
     assert ignored.tolist() == [False] * 24 + [True] * 9
 
 
-@pytest.mark.parametrize("operator", [*SHARES, *OTHERS], ids=str)
+@pytest.mark.parametrize("operator", [*SHARES, *OTHERS, *REORDERED], ids=str)
 def test_no_operator_compiles_to_a_gather(operator):
     def both(x, m):
         return operator.decompress(operator.compress(x, 6, 33) @ m, 33), operator.matrix(m, 20, 33)
@@ -185,7 +260,7 @@ def test_no_operator_compiles_to_a_gather(operator):
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.sampled_from([*SHARES, *OTHERS]), st.integers(0, 2**31))
+@given(shapes, st.sampled_from([*SHARES, *OTHERS, *REORDERED]), st.integers(0, 2**31))
 def test_matrix_is_what_the_two_directions_do_for_any_shape(shape, operator, seed):
     k, d, r_hat = shape
     r_hat += r_hat % operator.multiple
