@@ -1,6 +1,6 @@
 """`mora bench ...`: the functions of its commands."""
 
-from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
+from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchScaling, BenchStep, BenchSweep
 from train.storage.files import check_free
 
 
@@ -31,6 +31,14 @@ def bench_step(command: BenchStep) -> None:
 def bench_sweep(command: BenchSweep) -> None:
     """Runs `mora bench sweep`."""
     from train.perf.bench.sweep import bench
+
+    check_free(command.picture, "--picture", command.overwrite)
+    bench(command.to_case(), command)
+
+
+def bench_scaling(command: BenchScaling) -> None:
+    """Runs `mora bench scaling`."""
+    from train.perf.bench.scaling import bench
 
     check_free(command.picture, "--picture", command.overwrite)
     bench(command.to_case(), command)

@@ -68,7 +68,7 @@ def planned(case: Case, options: BenchStep, record: Record) -> Iterator[Work]:
     for text in expanded(options.methods, case.methods):
         what = method_row(case, text)
         if not (options.missing and done(record, what)):
-            yield what, step_job(case, text, *times)
+            yield what, step_job(case, text, *times, options.profiled_steps)
     peers = [peer_job(case, text, *times) for text in expanded(options.peers, case.peers)]
     absent = [name for name in NEEDED_BY_PEERS if importlib.util.find_spec(name) is None]
     if peers and absent:
