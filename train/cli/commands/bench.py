@@ -1,5 +1,6 @@
 """`mora bench ...`: the functions of its commands."""
 
+from train.cli.explain import explain
 from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchScaling, BenchStep, BenchSweep
 from train.storage.files import check_free
 
@@ -23,9 +24,9 @@ def bench_profile(command: BenchProfile) -> None:
 
 def bench_step(command: BenchStep) -> None:
     """Runs `mora bench step`."""
-    from train.perf.bench.step import bench
+    from train.perf.bench import together
 
-    bench(command.to_case(), command)
+    together.bench_step(command.to_case(), command, explain)
 
 
 def bench_sweep(command: BenchSweep) -> None:

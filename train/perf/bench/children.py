@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,7 +40,7 @@ def call(
 
 def stream(
     module: str, job: Any, seconds: float, environment: Mapping[str, str] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yields what a process measures, each row when it is there; arguments as of `call`.
 
     If the process failed, died or timed out, the last row is {"error": one line}.
@@ -107,8 +107,13 @@ def serve(function: Callable[[Any], dict[str, Any] | Iterator[dict[str, Any]]]) 
                 write(row)
         except Exception as error:
             traceback.print_exc()
-            write({"error": ": ".join([type(error).__name__, *_lines(str(error))[:1]])})
+            write({"error": one_line(error)})
         write({})
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the name of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *_lines(str(error))[:1]])
 
 
 def _whole_lines(rows: TextIO) -> Iterator[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from train.perf.bench import communication, flops
+from train.perf.bench import children, communication, flops
 from train.perf.bench.jobs import Placement, ScalingJob, StepJob
 from train.perf.bench.program import Lowered, Program, compiled, lower_step, placed
 from train.perf.bench.spread import GIB, spread
@@ -29,6 +29,10 @@ Measured: TypeAlias = tuple[Row, Program | None]
 Compiled: TypeAlias = tuple[Lowered, Any, float] | str
 
 
+class NotCompiled(RuntimeError):
+    """A step that was not compiled; the text says why."""
+
+
 def on_mesh(job: StepJob) -> Row:
     """Times the step of a job on its mesh of several devices, and returns a row of the table.
 
@@ -42,7 +46,7 @@ def on_mesh(job: StepJob) -> Row:
     alone = dataclasses.replace(job, mesh=ONE_DEVICE.mesh, batch=(rows // shards, job.batch[1]))
     one, row = scaled(ScalingJob(alone, (Placement(sizes, rows),)))
     if "error" in row:
-        raise RuntimeError(row["error"])
+        raise NotCompiled(row["error"])
     return row | {"one_device": one}
 
 
@@ -75,7 +79,8 @@ def attempt(measure: Callable[..., Measured], *arguments: Any) -> Measured:
     try:
         return measure(*arguments)
     except (jax.errors.JaxRuntimeError, FloatingPointError, InputError, RuntimeError, ValueError) as error:
-        return {"error": _line(error)} | ({"out_of_memory": True} if exhausted(error) else {}), None
+        line = str(error) if isinstance(error, NotCompiled) else children.one_line(error)
+        return {"error": line} | ({"out_of_memory": True} if exhausted(error) else {}), None
 
 
 def compile_all(step: StepJob, placements: Sequence[Placement], compilers: int) -> Iterator[Compiled]:
@@ -92,7 +97,7 @@ def compile_all(step: StepJob, placements: Sequence[Placement], compilers: int) 
         try:
             return found, *compiled(found, placement.flags)
         except (jax.errors.JaxRuntimeError, InputError) as error:
-            return _line(error)
+            return children.one_line(error)
 
     if compilers == 1:
         yield from map(one, placements)
@@ -110,7 +115,7 @@ def _lowered(step: StepJob, sizes: tuple[int, int, int], rows: int) -> Lowered |
         mesh = sharding.make_mesh(data, fsdp, tensor, jax.local_devices() if alone else None)
         return lower_step(step.spec, step.rules, (rows, step.batch[1]), mesh)
     except InputError as error:
-        return _line(error)
+        return children.one_line(error)
 
 
 def first(step: StepJob, program: Compiled) -> Measured:
@@ -145,7 +150,7 @@ def beside(
         milliseconds += timed(wide, turns if one else step.steps)
         alone += timed(one, turns) if one else []
     row = figures(step, placement, wide, milliseconds)
-    reference = float(np.median(alone)) if alone else before and before["milliseconds"]
+    reference = float(np.median(alone)) if alone else before["milliseconds"] if before else None
     if reference:
         rate = math.prod(step.batch) / reference * 1e3
         row |= {"one_device_milliseconds": reference, "speedup": row["tokens_per_second"] / rate}
@@ -158,9 +163,9 @@ def beside(
 
 
 def started(step: StepJob, program: Compiled) -> Program:
-    """Returns a compiled step with its state. Raises RuntimeError if it was not compiled."""
+    """Returns a compiled step with its state. Raises NotCompiled if there is none."""
     if isinstance(program, str):
-        raise RuntimeError(program)
+        raise NotCompiled(program)
     return placed(*program)
 
 
@@ -193,9 +198,3 @@ def figures(step: StepJob, placement: Placement, program: Program, milliseconds:
         "planned_gib": planned / GIB,
         "loss": program.loss,
     }
-
-
-def _line(error: BaseException) -> str:
-    """Returns the first line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])[:300]

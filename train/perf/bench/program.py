@@ -112,7 +112,7 @@ def lower_step(spec: StepSpec, rules: transform.Rules, batch: tuple[int, int], m
     shapes = jax.eval_shape(lambda: init_state(spec, methods, init_params(spec)))
     places = sharding.shardings(shapes, mesh, layouts(methods))
     state = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), shapes, places)
-    tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding.batch(mesh))
+    tokens: Any = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding.batch(mesh))
     with jax.set_mesh(mesh):  # as in a run; methods see the kind of the device
         lowered = train_step.lower(spec, methods, state, Batch(tokens))
     state_of, batches_of = random_state(spec, methods, places), random_batches(spec, batch, mesh)

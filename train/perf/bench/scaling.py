@@ -40,7 +40,7 @@ def bench(case: Case, options: BenchScaling) -> Record:
         text: step_job(case, text, options.warmup_steps, options.timed_steps, options.profiled_steps)
         for text in expanded(options.methods, case.methods)
     }
-    begin_run(record, case)
+    begin_run(record, case, children.call)
     meshes = all_meshes(options.devices or record.runs[-1].get("devices", 1)) if given is None else given
     for text, job in jobs.items():
         work = planned(case, text, meshes, sets, not options.no_baseline)
