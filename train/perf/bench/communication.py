@@ -4,7 +4,7 @@ import dataclasses
 import re
 import tempfile
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -100,7 +100,7 @@ def _of_device(kernels: Sequence[tuple[str, Span]], steps: int) -> Timeline:
     computes = [span for name, span in kernels if not _COMMUNICATES.search(name)]
     busy, computing = (_length(spans) for spans in ([span for _, span in kernels], computes))
     whole = max(end for _, (_, end) in kernels) - min(start for _, (start, _) in kernels)
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for name, (start, end) in sends:
         sums[_kind(name)] += end - start
     return Timeline(
