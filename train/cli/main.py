@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from mora_jax.errors import InputError, nearest
-from train.cli.commands import bench, data, generate, harness, models, runs, tasks, training
+from train.cli.commands import bench, data, generate, harness, models, runs, study, tasks, training
 from train.cli.explain import explain
 from train.config import flags
 from train.console import streams
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train-tokenizer": (data.TrainTokenizer, data.train_tokenizer),
     "pretrain": (training.Pretrain, training.pretrain),
     "finetune": (training.Finetune, training.finetune),
+    "study": (study.RunStudy, study.run_study),
     "plan": (training.Plan, training.plan),
     "plan-table": (training.PlanTable, training.plan_table),
     "evaluate": (models.Evaluate, models.evaluate),
