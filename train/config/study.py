@@ -160,7 +160,7 @@ def short(value: Any) -> str:
         return str(value)
     mantissa, _, exponent = f"{value:.12e}".partition("e")
     power = int(exponent)
-    if -2 <= power < 6:
+    if -1 <= power < 6:
         return f"{value:.12g}"
     return f"{float(mantissa):.12g}e{power}"
 

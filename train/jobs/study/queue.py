@@ -72,6 +72,11 @@ def command(run: StudyRun) -> list[str]:
     return ["pretrain", run.base, *run.words]
 
 
+def program(run: StudyRun) -> list[str]:
+    """Returns the program that trains a run, and that ends when this one is gone."""
+    return [sys.executable, "-m", "train.jobs.study.child", str(os.getpid()), *command(run)]
+
+
 class Queue:
     """The runs of a study and the processes that train them. A context manager, which handles signals.
 
@@ -92,6 +97,7 @@ class Queue:
         view: View,
         ended: Callable[["Queue"], None],
         alive: Callable[[Device], bool] = works,
+        words: Callable[[StudyRun], list[str]] = program,
     ) -> None:
         """Args:
         study: the study.
@@ -100,9 +106,10 @@ class Queue:
         view: shows the runs.
         ended: called whenever a run has ended.
         alive: whether a device on which a run failed can still be used.
+        words: the program that trains a run.
         """
         self.study, self._devices, self._jobs, self._view = study, list(devices), jobs, view
-        self._ended, self._alive = ended, alive
+        self._ended, self._alive, self._words = ended, alive, words
         self.training: dict[str, Training] = {}
         self.in_use: dict[str, str] = {}
         self.lost: list[Device] = []
@@ -158,11 +165,10 @@ class Queue:
     def _start(self, run: StudyRun, device: Device) -> None:
         path = folders.log_file(self.study, run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, "-m", "train.jobs.study.child", str(os.getpid()), *command(run)]
         with path.open("ab") as stream:
             start = stream.tell()
             process = subprocess.Popen(
-                words,
+                self._words(run),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
