@@ -5,6 +5,7 @@ Expanding reads the base configs and nothing else. Every run's config is built a
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -138,9 +139,9 @@ def expand(file: str, plain: Mapping[str, Any]) -> Study:
     runs: list[StudyRun] = []
     for name, own in variants.items():
         variant = _variant(str(name), plain, _flat(f"variants.{name}", own))
-        runs += itertools.islice(_expanded(variant, later), MOST_RUNS + 1)
-    if len(runs) > MOST_RUNS:
-        raise InputError(f"the study has more than {MOST_RUNS:,} runs; leave out values")
+        if len(runs) + math.prod(map(len, variant.axes.values())) * (1 + len(later)) > MOST_RUNS:
+            raise InputError(f"the study has more than {MOST_RUNS:,} runs; leave out values")
+        runs += _expanded(variant, later)
     _check_distinct(runs)
     runs.sort(key=lambda run: run.at_best)
     halving = _halving(plain.get("halving"))
