@@ -1,6 +1,7 @@
 """The configs of the paper's tasks: each value as section and table state it, each fits LLaMA-2 7B."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from train.config import flags
 from train.run.state import assign_methods
 
 FOLDER = Path(__file__).parents[2] / "configs/paper"
+PAGE = (FOLDER.parents[1] / "docs/paper.md").read_text()
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 ROWS = ("full", "lora_r8", "lora_r256", "mora_r8", "mora_r256")
 # Of Table 6 and, for uuid, of the text: schedule, warm-up, epochs, and the rates of each row. None is ours.
@@ -82,3 +84,25 @@ def test_a_config_trains_what_its_row_says(path, source):
             assert (config.method.rank, config.method.operator.name) == (256, "share")
     assert len(adapted) == 7
     assert {choice for _, choice in methods.choices if isinstance(choice, str)} == {"frozen"}
+
+
+@pytest.mark.parametrize("row", ["lora_r8", "lora_r256"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_flags_of_the_other_rows(task, row, source):
+    """Those of the page's table, on the files that it names."""
+    path, start = str(FOLDER / f"{task}_{row}.yaml"), ["--init-from", str(source)]
+    found = re.findall(r"^\| \S+ \| `_lora_r8` with `(--[^`]*)`", PAGE, re.MULTILINE)
+    assert len(found) == 5
+    changed = [flags.read_config(path, [*start, *words.split()]) for words in found]
+    plain = flags.read_config(path, start)
+    assert all(config != plain for config in changed)
+    assert sum(bool(config.restart.every) for config in changed) == 1
+
+
+@pytest.mark.parametrize("operator", ["truncate", "share", "decouple", "rotate"])
+@pytest.mark.parametrize("row", ["mora_r8", "mora_r256"])
+def test_the_operators_of_table_4(operator, row, source):
+    words = ["--init-from", str(source), "--method.operator", operator]
+    method = flags.read_config(str(FOLDER / f"metamath_{row}.yaml"), words).method
+    assert isinstance(method, MoRA)
+    assert method.operator.name == operator

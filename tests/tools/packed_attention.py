@@ -23,8 +23,9 @@ import numpy as np
 from mora_jax.models import cudnn
 from mora_jax.models.attention import Visible, attention
 from mora_jax.models.batch import Batch
+from mora_jax.sharding import make_mesh
 from train.config import flags
-from train.perf.bench.program import Program, compile_step, random_state
+from train.perf.bench.program import lower_step, placed
 from train.runtime import backend
 from train.step.spec import spec_of
 from train.step.step import train_step
@@ -108,15 +109,17 @@ def step_times(config_file: str) -> dict[str, Any]:
     config = flags.read_config(config_file, words)
     length = config.data.sequence_length
     spec, rules = spec_of(config), config.parameter_rules()
-    program = compile_step(spec, rules, (config.batch_size, length))
+    shape = (config.batch_size, length)
+    lowered = lower_step(spec, rules, shape, make_mesh(1))
     ids, most = segments(config.batch_size, length)
     found: dict[str, Any] = {"rows": config.batch_size, "length": length, "most": most}
     for name in ("plain", "segments"):
-        batches = program.batches
+        timed = placed(lowered, None, 0.0)
         if name == "segments":
-            batches = [Batch(b.tokens_BT, segments_BT=jnp.asarray(ids), most_segments=most) for b in batches]
-        compiled = train_step.lower(spec, program.methods, program.state, batches[0]).compile()
-        timed = Program(compiled, program.methods, random_state(spec, program.methods), batches, 0.0)
+            timed.batches = [
+                Batch(b.tokens_BT, segments_BT=jnp.asarray(ids), most_segments=most) for b in timed.batches
+            ]
+        timed.compiled = train_step.lower(spec, timed.methods, timed.state, timed.batches[0]).compile()
         timed.run(5)
         found[name] = round(statistics.median(timed.run(40)) * 1e3, 2)
     return found

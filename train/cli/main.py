@@ -9,13 +9,13 @@ from typing import Any
 from rich.table import Table
 
 from mora_jax.errors import InputError, nearest
-from train.cli.commands import bench, data, generate, harness, models, runs, tasks, training
+from train.cli.commands import bench, data, generate, harness, models, runs, study, tasks, training
 from train.cli.explain import explain
 from train.config import flags
 from train.console import streams
 from train.console.terminal import console, one_line_warnings
 from train.perf.bench import options
-from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
+from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchScaling, BenchStep, BenchSweep
 from train.storage import buckets
 
 # Commands that print a log and write their results to files. All others print their result.
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train-tokenizer": (data.TrainTokenizer, data.train_tokenizer),
     "pretrain": (training.Pretrain, training.pretrain),
     "finetune": (training.Finetune, training.finetune),
+    "study": (study.RunStudy, study.run_study),
     "plan": (training.Plan, training.plan),
     "plan-table": (training.PlanTable, training.plan_table),
     "evaluate": (models.Evaluate, models.evaluate),
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "bench step": (BenchStep, bench.bench_step),
     "bench profile": (BenchProfile, bench.bench_profile),
     "bench sweep": (BenchSweep, bench.bench_sweep),
+    "bench scaling": (BenchScaling, bench.bench_scaling),
     "bench report": (BenchReport, bench.bench_report),
     "task uuid-pairs": (tasks.UuidPairs, tasks.uuid_pairs),
     "task uuid-score": (tasks.UuidScore, tasks.uuid_score),
@@ -97,7 +99,7 @@ def run(args: list[str]) -> None:
     helped = bool({"-h", "--help"} & set(rest[:1]))
     if command in (training.Pretrain, training.Finetune, training.Plan) and not helped:
         return function(read_with_config(command, name, rest))
-    if command in (BenchProfile, BenchStep, BenchSweep):
+    if command in (BenchProfile, BenchScaling, BenchStep, BenchSweep):
         return function(options.read(command, rest, f"mora {name}"))
     return function(flags.parse(command, rest, f"mora {name}"))
 

@@ -117,7 +117,7 @@ def read_file(path: str) -> File:
     Raises:
       InputError: naming the file, and an unknown key with the nearest known one.
     """
-    plain = read_yaml(path, _texts(RunConfig))
+    plain = read_yaml(path, texts(RunConfig))
     number = check_format(plain, path)
     plain.pop(KEY, None)
     if number == 1 and _of_a_run(path):
@@ -163,14 +163,14 @@ def scalar_fields(cls: type, method: MethodChoice | None = None) -> Iterator[str
             yield field.name
 
 
-def _texts(cls: type, prefix: str = "") -> frozenset[str]:
-    """The dotted names of the fields that hold text."""
+def texts(cls: type, prefix: str = "") -> frozenset[str]:
+    """Returns the dotted names of the fields that hold text."""
     found: set[str] = set()
     for name, kind in typing.get_type_hints(cls).items():
         if kind is str:
             found.add(prefix + name)
         elif dataclasses.is_dataclass(kind):
-            found |= _texts(typing.cast(type, kind), f"{prefix}{name}.")
+            found |= texts(typing.cast(type, kind), f"{prefix}{name}.")
     return frozenset(found)
 
 
@@ -260,19 +260,27 @@ def _of_method(key: Any) -> bool:
     return str(key).startswith("method.")
 
 
-def _words(key: str, value: Any, known: Sequence[str]) -> Iterator[str]:
-    """A key of a file as a flag, in one word, so that no value is taken for a flag."""
-    if value == {} and any(name.startswith(f"{key}.") for name in known):
-        return
-    if key not in known:
-        raise InputError(f"unknown key {key}{nearest(key, known)}")
+def word(key: str, value: Any) -> str:
+    """Returns a key and its value as a flag, in one word, so that no value is taken for a flag.
+
+    Raises:
+      InputError: naming the key, for a value that no flag has.
+    """
     if value is None:
         raise InputError(f"{key} has no value; give one or remove the key")
     if isinstance(value, list | dict | set):
         raise InputError(f"{key} is one value, not {value!r}")
     if not str(value).isprintable():
         raise InputError(f"{key} {value!r} has characters that cannot be printed")
-    yield f"--{key.replace('_', '-')}={value}"
+    return f"--{key.replace('_', '-')}={value}"
+
+
+def _words(key: str, value: Any, known: Sequence[str]) -> Iterator[str]:
+    if value == {} and any(name.startswith(f"{key}.") for name in known):
+        return
+    if key not in known:
+        raise InputError(f"unknown key {key}{nearest(key, known)}")
+    yield word(key, value)
 
 
 def _input_error(error: BaseException | None) -> InputError | None:

@@ -9,6 +9,7 @@ BUG = 1
 BAD_INPUT = 2  # the same command will fail again
 DIVERGED = 3  # too many bad steps: somebody must look at the run
 DAMAGED = 4  # `mora checkpoints` found a damaged checkpoint
+FAILED = 5  # `mora study`: a run failed or could not be trained; its row in the table says why
 MEMORY = 71  # memory ran out, of a device or of the machine: the config must become smaller
 DISK = 74  # input or output failed, such as a full disk: the same command resumes once that is mended
 PREEMPTED = 75  # stopped by SIGTERM, SIGINT or SIGHUP: the same command resumes and nothing is lost

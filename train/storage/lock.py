@@ -49,6 +49,17 @@ def lock_run(run_dir: str) -> Iterator[Callable[[], None]]:
         yield check_there
 
 
+def holder(run_dir: str) -> str:
+    """Returns which program has locked a run's folder on this machine; empty if none has.
+
+    The caller must not hold the lock: asking would release it.
+    """
+    with contextlib.suppress(OSError), (local_folder(run_dir) / LOCK).open("r+b") as file:
+        if not _try_lock(file, run_dir):
+            return file.read(1000).decode(errors="replace") or "another program"
+    return ""
+
+
 @contextlib.contextmanager
 def lock_file(path: Path, flag: str, folder: str) -> Iterator[Callable[[], None]]:
     """Locks a file, which is made with its folder, against other programs on this machine.

@@ -76,7 +76,7 @@ def bench(tmp_path: Path) -> Callable[..., record.Record]:
     def run(case: Case | None = None, **changes: Any) -> record.Record:
         case = case or SIZES["tiny"]()
         asked = options.BenchStep("tiny", case.config, out=str(tmp_path / "figures.json"), **changes)
-        return step.bench(case, asked)
+        return step.bench(case, asked, children.call)
 
     return run
 

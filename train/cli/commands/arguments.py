@@ -11,3 +11,4 @@ Runs = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
     tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
 ]
+Study = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]

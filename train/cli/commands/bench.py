@@ -1,6 +1,7 @@
 """`mora bench ...`: the functions of its commands."""
 
-from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchStep, BenchSweep
+from train.cli.explain import explain
+from train.perf.bench.options import BenchData, BenchProfile, BenchReport, BenchScaling, BenchStep, BenchSweep
 from train.storage.files import check_free
 
 
@@ -23,14 +24,22 @@ def bench_profile(command: BenchProfile) -> None:
 
 def bench_step(command: BenchStep) -> None:
     """Runs `mora bench step`."""
-    from train.perf.bench.step import bench
+    from train.perf.bench import together
 
-    bench(command.to_case(), command)
+    together.bench_step(command.to_case(), command, explain)
 
 
 def bench_sweep(command: BenchSweep) -> None:
     """Runs `mora bench sweep`."""
     from train.perf.bench.sweep import bench
+
+    check_free(command.picture, "--picture", command.overwrite)
+    bench(command.to_case(), command)
+
+
+def bench_scaling(command: BenchScaling) -> None:
+    """Runs `mora bench scaling`."""
+    from train.perf.bench.scaling import bench
 
     check_free(command.picture, "--picture", command.overwrite)
     bench(command.to_case(), command)

@@ -11,8 +11,9 @@ from mora_jax.models.llama import Compute, LlamaConfig
 from mora_jax.models.rope import Rope
 from train.config.method import WITHOUT_ADAPTERS, MethodChoice
 from train.config.run import DEFAULT_METHOD, RunConfig
-from train.config.sections import Data, Params, Restart, Schedule
+from train.config.sections import Data, Mesh, Params, Restart, Schedule
 
+ONE_DEVICE = Mesh(data=1)
 DType = Literal["float32", "bfloat16"]
 WORD = re.compile(r"(?P<name>\w+)(-(?P<operator>\w+))?(:(?P<rank>\d+))?(/(?P<path>[a-z]+))?")
 
@@ -58,6 +59,7 @@ class Case:
 def pretraining(name: str, model: LlamaConfig, batch_size: int, align: int = 128) -> Case:
     """Returns the paper's pretraining on one GPU, where embedding, head and norms are trained, too."""
     config = RunConfig(
+        mesh=ONE_DEVICE,
         batch_size=batch_size,
         model=model,
         compute=Compute(attention="cudnn"),
@@ -71,6 +73,7 @@ def table_5() -> Case:
     """Returns the paper's Table 5: LLaMA-7B on one GPU, batch 1, layers recomputed, only adapters trained."""
     model = LlamaConfig(32_000, 4096, 11_008, 32, 32, 32)
     config = RunConfig(
+        mesh=ONE_DEVICE,
         batch_size=1,
         base_dtype="bfloat16",
         model=model,
@@ -87,6 +90,7 @@ def table_5() -> Case:
 def adapting(name: str, model: LlamaConfig, batch_size: int) -> Case:
     """Returns the fine-tuning of a model that people have: a bfloat16 base, only adapters trained."""
     config = RunConfig(
+        mesh=ONE_DEVICE,
         batch_size=batch_size,
         base_dtype="bfloat16",
         model=model,
@@ -129,6 +133,7 @@ QWEN_2_5_HALF_B = LlamaConfig(
 def tiny() -> Case:
     """Returns a case that runs on a CPU in seconds, to see that everything works."""
     config = RunConfig(
+        mesh=ONE_DEVICE,
         batch_size=4,
         model=LlamaConfig(384, 64, 96, 2, 2, 2, 64),
         compute=Compute(dtype="float32", loss_chunk=64),

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Each process is alone on its device.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TOKENIZERS_PARALLELISM": "false"}
 LONGEST_LINE = 300
+POLL = 0.1  # seconds between two looks at what a process has written
 
 
 def call(
@@ -32,48 +34,97 @@ def call(
     Returns:
       What the process measured, or {"error": one line} if it failed, died or timed out.
     """
+    *_, last = stream(module, job, seconds, environment)
+    return last
+
+
+def stream(
+    module: str, job: Any, seconds: float, environment: Mapping[str, str] | None = None
+) -> Generator[dict[str, Any], None, None]:
+    """Yields what a process measures, each row when it is there; arguments as of `call`.
+
+    If the process failed, died or timed out, the last row is {"error": one line}.
+    """
+    with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
+        out, log = Path(folder) / "rows.jsonl", Path(folder) / "log"
+        out.touch()
+        with _started(module, job, out, log, environment or {}) as child, out.open() as rows:
+            until = time.monotonic() + seconds
+            while (ended := child.poll() is not None) or time.monotonic() < until:
+                found = [json.loads(line) for line in _whole_lines(rows)]
+                yield from (row for row in found if row)
+                if found and not found[-1]:  # an empty row is the last
+                    return
+                if ended:
+                    lines = _lines(log.read_text(errors="replace"))
+                    why = lines[-1] if lines else "it printed nothing"
+                    yield {"error": f"died with status {child.returncode}: {why}"}
+                    return
+                time.sleep(POLL)
+            yield {"error": f"timed out after {seconds:.0f} s"}
+
+
+@contextlib.contextmanager
+def _started(
+    module: str, job: Any, out: Path, log: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts a process that writes rows to a file, and ends it with all that it started."""
     # A job may hold objects of classes that the caller found on its own path, such as a user's method.
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), *sys.path)))
-    with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
-        out, log = Path(folder) / "result.json", Path(folder) / "log"
-        with log.open("wb") as stream:
-            child = subprocess.Popen(
-                [sys.executable, "-m", module, str(out)],
-                stdin=subprocess.PIPE,
-                stdout=stream,
-                stderr=stream,
-                env={**ENVIRONMENT, **(environment or {}), **os.environ, "PYTHONPATH": path},
-                start_new_session=True,
-            )
-            try:
-                child.communicate(pickle.dumps(job), timeout=seconds)
-            except subprocess.TimeoutExpired:
-                return {"error": f"timed out after {seconds:.0f} s"}
-            finally:
-                # Ends the processes that the child started, too, such as PyTorch's compilers.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        if out.exists():
-            return json.loads(out.read_text())
-        lines = _lines(log.read_text(errors="replace"))
-        return {
-            "error": f"died with status {child.returncode}: {lines[-1] if lines else 'it printed nothing'}"
-        }
+    with log.open("wb") as stream:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=stream,
+            env={**ENVIRONMENT, **environment, **os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+        assert child.stdin
+        try:
+            with contextlib.suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(pickle.dumps(job))
+            yield child
+        finally:
+            # Ends the processes that the child started, too, such as PyTorch's compilers.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
-def serve(function: Callable[[Any], dict[str, Any]]) -> None:
-    """Does the job on the standard input, and writes what `function` returns for `call`."""
+def serve(function: Callable[[Any], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
+    """Does the job on the standard input, and writes what `function` returns for `call` or `stream`."""
     job = pickle.load(sys.stdin.buffer)
-    try:
-        result = function(job)
-    except Exception as error:
-        traceback.print_exc()
-        result = {"error": ": ".join([type(error).__name__, *_lines(str(error))[:1]])}
-    out = Path(sys.argv[1])
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.replace(out)
+    with Path(sys.argv[1]).open("a") as out:
+
+        def write(row: dict[str, Any]) -> None:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+        try:
+            found = function(job)
+            for row in [found] if isinstance(found, dict) else found:
+                write(row)
+        except Exception as error:
+            traceback.print_exc()
+            write({"error": one_line(error)})
+        write({})
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the name of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *_lines(str(error))[:1]])
+
+
+def _whole_lines(rows: TextIO) -> Iterator[str]:
+    """Yields the lines that are written to their ends."""
+    while True:
+        place = rows.tell()
+        line = rows.readline()
+        if not line.endswith("\n"):
+            rows.seek(place)
+            return
+        yield line
 
 
 def _lines(text: str) -> list[str]:

@@ -58,10 +58,12 @@ class StepJob:
     Attributes:
       spec: what the step computes.
       rules: regexes of parameters and their methods.
-      batch: sequences and tokens of a batch.
+      batch: sequences and tokens of a batch, of all devices together.
       deterministic: whether XLA excludes nondeterministic operations.
       warmup: steps before the timed ones.
       steps: timed steps.
+      mesh: sizes of the axes data, fsdp and tensor.
+      profiled: steps under the profiler on a mesh of several devices, to see what communication costs.
     """
 
     spec: StepSpec
@@ -70,6 +72,40 @@ class StepJob:
     deterministic: bool
     warmup: int
     steps: int
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    profiled: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """One way to compute a step: on a mesh, with flags of the compiler.
+
+    Attributes:
+      mesh: sizes of the axes data, fsdp and tensor.
+      batch: sequences of a batch, of all devices together.
+      flags: options of XLA as NAME=VALUE, for this program alone.
+    """
+
+    mesh: tuple[int, int, int]
+    batch: int
+    flags: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingJob:
+    """Times the training step of one method on one device, and beside it on meshes.
+
+    Attributes:
+      step: the step on one device.
+      placements: the meshes.
+      baseline: whether one device is measured.
+      compilers: programs that are compiled at a time.
+    """
+
+    step: StepJob
+    placements: tuple[Placement, ...]
+    baseline: bool = True
+    compilers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +141,8 @@ def check_job(case: Case, jobs: Sequence[StepJob]) -> CheckJob:
     return CheckJob(config.model, tuple(methods), tokens, config.base_dtype, config.deterministic)
 
 
-def step_job(case: Case, text: str, warmup: int, steps: int) -> StepJob:
-    """Returns the job for a method, as `cases.with_method` parses it.
+def step_job(case: Case, text: str, warmup: int, steps: int, profiled: int = 3) -> StepJob:
+    """Returns the job for a method, as `cases.with_method` parses it, on the mesh of the case.
 
     Raises:
       InputError: as `cases.with_method`.
@@ -114,7 +150,8 @@ def step_job(case: Case, text: str, warmup: int, steps: int) -> StepJob:
     config = with_method(case.config, text)
     batch = (config.batch_size, config.data.sequence_length)
     rules, exact = config.parameter_rules(), config.deterministic
-    return StepJob(spec_of(config), rules, batch, exact, warmup, steps)
+    mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return StepJob(spec_of(config), rules, batch, exact, warmup, steps, mesh, profiled)
 
 
 def peer_job(case: Case, text: str, warmup: int, steps: int) -> PeerJob:

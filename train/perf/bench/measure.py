@@ -4,15 +4,17 @@ import importlib.metadata
 import math
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.perf.bench import children, flops
+from mora_jax import sharding
+from train.perf.bench import children, flops, meshes
 from train.perf.bench.check import check
-from train.perf.bench.jobs import CheckJob, MatmulJob, StepJob
+from train.perf.bench.jobs import CheckJob, MatmulJob, ScalingJob, StepJob
 from train.perf.bench.program import Program, compile_step
 from train.perf.bench.spread import GIB, spread
 from train.runtime import backend
@@ -24,17 +26,20 @@ SIDE_ELSEWHERE = 1024
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
-def run(job: MatmulJob | CheckJob | StepJob) -> dict[str, Any]:
-    """Does one job and returns what it measured."""
+def run(job: MatmulJob | CheckJob | StepJob | ScalingJob) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    """Does one job and returns what it measured, row by row for the job of several rows."""
     if isinstance(job, MatmulJob):
         return matmul_rate(job.dtype)
-    backend.set_flags(job.deterministic)  # before JAX starts
+    exact = job.step.deterministic if isinstance(job, ScalingJob) else job.deterministic
+    backend.set_flags(exact)  # before JAX starts
+    if isinstance(job, ScalingJob):
+        return meshes.scaled(job)
     return checked(job) if isinstance(job, CheckJob) else step(job)
 
 
 def matmul_rate(dtype: str) -> dict[str, Any]:
     """Returns the sustained rate of a square product of random numbers, the device and the versions."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     side = SIDE.get(device.platform, SIDE_ELSEWHERE)
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.dtype(dtype)) for i in range(2))
     product = jax.jit(jnp.matmul)
@@ -54,6 +59,7 @@ def matmul_rate(dtype: str) -> dict[str, Any]:
     return {
         "device": device.device_kind,
         "platform": device.platform,
+        "devices": jax.device_count(),
         "matmul_side": side,
         "matmul_tflops": 2 * side**3 / float(np.median(times)) / 1e12,
         "versions": {"python": platform.python_version()}
@@ -73,7 +79,10 @@ def checked(job: CheckJob) -> dict[str, Any]:
 
 def step(job: StepJob) -> dict[str, Any]:
     """Times one method's step, and returns a row of the table."""
-    program = compile_step(job.spec, job.rules, job.batch)
+    mesh = sharding.make_mesh(*job.mesh)
+    if mesh.size > 1:
+        return meshes.on_mesh(job)
+    program = compile_step(job.spec, job.rules, job.batch, mesh)
     program.run(job.warmup)
     milliseconds = 1e3 * np.array(program.run(job.steps))
     if not np.isfinite(program.loss):

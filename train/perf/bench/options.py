@@ -30,14 +30,12 @@ class OfCase:
 
     def __post_init__(self) -> None:
         spell_out(self, "--", optional=("out",))
-        wide = {
-            f"--mesh.{axis} {size}" for axis, size in dataclasses.asdict(self.run.mesh).items() if size > 1
-        }
-        if wide:
-            raise InputError(
-                f"benchmarks compute on one device, not with {', '.join(sorted(wide))}; give 1 there, and "
-                "measure a mesh with mora pretrain"
-            )
+
+    def refuse_mesh(self, where: str) -> None:
+        """Raises InputError if the flags ask for a mesh of several devices."""
+        sizes = dataclasses.asdict(self.run.mesh)
+        if wide := sorted(f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1):
+            raise InputError(f"this benchmark computes on one device, not with {', '.join(wide)}; {where}")
 
     def to_case(self) -> Case:
         """Returns the case that the flags describe."""
@@ -78,12 +76,15 @@ class BenchStep(TimedSteps):
     Attributes:
       peers: PyTorch programs, METHOD[:RANK][/compiled][-bf16], such as lora, lora:128/compiled,
         mora/compiled-bf16; all for the case's list, none for none.
+      profiled_steps: steps under the profiler on a mesh of several devices, to see what communication costs;
+        0 for none.
       no_check: do not compare the paths with the formula before timing.
       missing: measure only the rows that the file of figures lacks.
       peer_timeout: seconds that one peer may take.
     """
 
     peers: tuple[str, ...] = ("none",)
+    profiled_steps: int = 3
     no_check: tyro.conf.FlagCreatePairsOff[bool] = False
     missing: tyro.conf.FlagCreatePairsOff[bool] = False
     peer_timeout: float = 420.0
@@ -91,6 +92,48 @@ class BenchStep(TimedSteps):
     def __post_init__(self) -> None:
         super().__post_init__()
         above("--peer-timeout", self.peer_timeout, 0)
+        at_least("--profiled-steps", self.profiled_steps, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchScaling(TimedSteps):
+    """Training steps on meshes of several devices beside one device, all in one run.
+
+    The batch of the case is that of one device. `data` and `fsdp` multiply it, so that each device keeps its
+    tokens; `tensor` does not.
+
+    Attributes:
+      meshes: meshes to measure, AXIS:SIZE joined by +, such as data:4, fsdp:4, data:2+fsdp:2; all for data,
+        fsdp and tensor of 2, 4 and so on, and data with fsdp of 2 each, up to --devices.
+      devices: the largest mesh of all; 0 for all devices that are here.
+      flags: sets of XLA's flags to compare, each a word NAME=VALUE,NAME=VALUE without leading dashes; none
+        for no flag. Every mesh is measured with each set.
+      profiled_steps: steps under the profiler, to see what communication costs; 0 for none.
+      compilers: programs compiled at a time.
+      no_baseline: do not measure one device, as for a model that it cannot hold.
+      picture: PNG file; empty for none.
+      overwrite: replace the file of --picture if there is one; otherwise it is an error.
+    """
+
+    methods: tuple[str, ...] = ("mora",)
+    timed_steps: int = 20
+    warmup_steps: int = 3
+    meshes: tuple[str, ...] = ("all",)
+    devices: int = 0
+    flags: tuple[str, ...] = ("none",)
+    profiled_steps: int = 3
+    compilers: int = 1
+    no_baseline: tyro.conf.FlagCreatePairsOff[bool] = False
+    picture: str = ""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        spell_out(self, "--", optional=("picture",))
+        self.refuse_mesh("give meshes as --meshes")
+        at_least("--devices", self.devices, 0)
+        at_least("--profiled-steps", self.profiled_steps, 0)
+        at_least("--compilers", self.compilers, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +158,12 @@ class BenchSweep(TimedSteps):
     def __post_init__(self) -> None:
         super().__post_init__()
         spell_out(self, "--", optional=("picture",))
+        self.refuse_mesh("give 1 there, and measure a mesh with mora bench step")
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchProfile(OfCase):
-    """The most expensive kernels of a training step. --out gets all kernels.
+    """The most expensive kernels of a training step, on a mesh the mean of its devices. --out gets all.
 
     Attributes:
       method: what is trained: NAME[-OPERATOR][:RANK][/PATH], such as mora, mora-rotate:8, lora:128/merged,

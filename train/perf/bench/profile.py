@@ -16,6 +16,7 @@ from jax.profiler import ProfileData
 from rich.table import Table
 
 import mora_jax
+from mora_jax import sharding
 from mora_jax.io import json_text
 from train.console.terminal import console
 from train.perf.bench.cases import Case
@@ -93,7 +94,7 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_GRAPHS}".strip()
     job = step_job(case, method, 0, steps)
     backend.set_flags(job.deterministic)  # before JAX starts
-    program = compile_step(job.spec, job.rules, job.batch)
+    program = compile_step(job.spec, job.rules, job.batch, sharding.make_mesh(*job.mesh))
     program.run(3)
     step_milliseconds = statistics.median(program.run(10)) * 1e3
     device = jax.devices()[0].device_kind
@@ -105,7 +106,10 @@ def bench(case: Case, method: str, steps: int = 3, top: int = 10, out: str = "")
 
 
 def kernels(program: Program, steps: int) -> list[Kernel]:
-    """Runs steps under the profiler and returns their kernels summed up, the most expensive first."""
+    """Runs steps under the profiler and returns their kernels summed up, the most expensive first.
+
+    On a mesh of several devices, counts and times are the mean over the devices.
+    """
     with tempfile.TemporaryDirectory(prefix="mora-profile-") as folder:
         with jax.profiler.trace(folder):
             program.run(steps)
@@ -118,8 +122,9 @@ def kernels(program: Program, steps: int) -> list[Kernel]:
         if op.kind != "control":
             seconds[_family(name), op] += duration
             counts[_family(name), op] += 1
+    runs = steps * program.mesh.size
     return [
-        Kernel(name, op, counts[name, op] / steps, total * 1e3 / steps)
+        Kernel(name, op, counts[name, op] / runs, total * 1e3 / runs)
         for (name, op), total in sorted(seconds.items(), key=lambda item: -item[1])
     ]
 

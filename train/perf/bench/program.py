@@ -2,13 +2,16 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import sharding, transform, trees
@@ -17,11 +20,34 @@ from mora_jax.models.batch import Batch
 from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
 from train.step.spec import StepSpec
-from train.step.state import TrainState, held_types, init_params, init_state, state_over
+from train.step.state import TrainState, held_types, init_params, init_state, layouts, state_over
 from train.step.step import train_step
 
 NO_CUDNN = "--compute.attention cudnn needs an NVIDIA GPU, and this machine has none; use xla"
 BATCHES = 4  # different batches, used in turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """`train.step.step.train_step`, lowered for a mesh.
+
+    Attributes:
+      spec: what the step computes.
+      methods: the method of each parameter.
+      batch: sequences and tokens of a batch, of all devices together.
+      mesh: the devices.
+      fresh: makes a random state and random batches; compiled with its first call.
+      lowered: what is left to compile.
+      seconds: time of tracing and lowering.
+    """
+
+    spec: StepSpec
+    methods: Methods
+    batch: tuple[int, int]
+    mesh: Mesh
+    fresh: Callable[[], tuple[TrainState, list[Batch]]]
+    lowered: Any
+    seconds: float
 
 
 @dataclasses.dataclass
@@ -34,6 +60,7 @@ class Program:
       state: the current state, which every step donates and replaces.
       batches: random tokens on the device.
       compile_seconds: time of tracing and compiling.
+      mesh: the devices.
       loss: loss of the last step.
     """
 
@@ -42,6 +69,7 @@ class Program:
     state: TrainState
     batches: list[Batch]
     compile_seconds: float
+    mesh: Mesh
     loss: float = float("nan")
 
     def run(self, steps: int) -> list[float]:
@@ -61,59 +89,137 @@ class Program:
         return [end - start for start, end in itertools.pairwise(ends)]
 
 
-def compile_step(spec: StepSpec, rules: transform.Rules, batch: tuple[int, int]) -> Program:
-    """Compiles the step for the first device, with random parameters and tokens.
+def lower_step(spec: StepSpec, rules: transform.Rules, batch: tuple[int, int], mesh: Mesh) -> Lowered:
+    """Lowers the step for a mesh, with the state laid out as `mora pretrain` does. Allocates nothing.
 
     Args:
       spec: what the step computes.
       rules: regexes of parameters and their methods.
-      batch: sequences and tokens of a batch.
+      batch: sequences and tokens of a batch, of all devices together.
+      mesh: the devices.
 
     Raises:
-      InputError: for rules that do not fit the model, or an attention that needs another device.
+      InputError: for rules that do not fit the model, an attention that needs another device, or a batch
+        that does not divide among the devices.
     """
-    if spec.compute.attention == "cudnn" and jax.devices()[0].platform != "gpu":
+    if spec.compute.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
         raise InputError(NO_CUDNN)
-    methods = transform.assign(rules, abstract_params(spec.model), STACKED)
-    state = random_state(spec, methods)
-    batches = random_batches(spec, batch)
+    rows, shards = batch[0], sharding.batch_shards(mesh)
+    if rows % (shards * spec.microbatches):
+        raise InputError(f"a batch of {rows} does not divide among {shards} shards of a mesh")
     started = time.perf_counter()
-    with jax.set_mesh(sharding.make_mesh(1)):  # as in a run; methods see the kind of the device
-        compiled = train_step.lower(spec, methods, state, batches[0]).compile()
-    return Program(compiled, methods, state, batches, time.perf_counter() - started)
+    methods = transform.assign(rules, abstract_params(spec.model), STACKED)
+    shapes = jax.eval_shape(lambda: init_state(spec, methods, init_params(spec)))
+    places = sharding.shardings(shapes, mesh, layouts(methods))
+    state = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), shapes, places)
+    tokens: Any = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=sharding.batch(mesh))
+    with jax.set_mesh(mesh):  # as in a run; methods see the kind of the device
+        lowered = train_step.lower(spec, methods, state, Batch(tokens))
+    state_of, batches_of = random_state(spec, methods, places), random_batches(spec, batch, mesh)
+    seconds = time.perf_counter() - started
+    return Lowered(spec, methods, batch, mesh, lambda: (state_of(), batches_of()), lowered, seconds)
 
 
-def random_state(spec: StepSpec, methods: Methods) -> TrainState:
-    """Returns the state before the first update. A bfloat16 base is never held in float32."""
+def compile_step(
+    spec: StepSpec,
+    rules: transform.Rules,
+    batch: tuple[int, int],
+    mesh: Mesh | None = None,
+    flags: Sequence[str] = (),
+) -> Program:
+    """Compiles the step, by default for the first device, with random parameters and tokens.
+
+    Args:
+      spec: what the step computes.
+      rules: regexes of parameters and their methods.
+      batch: sequences and tokens of a batch, of all devices together.
+      mesh: the devices.
+      flags: options of XLA as NAME=VALUE.
+
+    Raises:
+      InputError: as `lower_step` and `compiled`.
+    """
+    lowered = lower_step(spec, rules, batch, sharding.make_mesh(1) if mesh is None else mesh)
+    return placed(lowered, *compiled(lowered, flags))
+
+
+def compiled(lowered: Lowered, flags: Sequence[str] = ()) -> tuple[Any, float]:
+    """Returns the compiled step and the seconds that tracing and compiling took.
+
+    Raises:
+      InputError: for a flag that XLA does not know, or a value that it does not take.
+    """
+    options = dict(map(option, flags))
+    started = time.perf_counter()
+    try:
+        step = lowered.lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if any(sentence in str(error) for sentence in ("No such compile option", "While setting option")):
+            raise InputError(str(error).splitlines()[0]) from error
+        raise
+    return step, lowered.seconds + time.perf_counter() - started
+
+
+def option(flag: str) -> tuple[str, str | bool]:
+    """Returns name and value of one of XLA's options from NAME=VALUE; leading dashes are ignored.
+
+    Raises:
+      InputError: for text of another form.
+    """
+    name, equals, value = flag.strip().lstrip("-").partition("=")
+    if not equals or not name.startswith("xla_"):
+        raise InputError(f"{flag!r} is not a flag of XLA: give xla_NAME=VALUE")
+    return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
+def placed(lowered: Lowered, step: Any, seconds: float) -> Program:
+    """Returns the program with a random state and random batches on its devices."""
+    state, batches = lowered.fresh()
+    return Program(step, lowered.methods, state, batches, seconds, lowered.mesh)
+
+
+def random_state(spec: StepSpec, methods: Methods, places: TrainState) -> Callable[[], TrainState]:
+    """Returns a function that makes the state before the first update.
+
+    No device makes more than its part of the state. A bfloat16 base is never held in float32.
+    """
     if spec.base_dtype == "float32":
-        return jax.jit(lambda: init_state(spec, methods, init_params(spec)))()
-    return state_over(spec, methods, random_params(spec, methods))
+        return jax.jit(lambda: init_state(spec, methods, init_params(spec)), out_shardings=places)
+    params = random_params(spec, methods, places.params)
+    return lambda: state_over(spec, methods, params(), places)
 
 
-def random_params(spec: StepSpec, methods: Methods) -> Any:
-    """Returns random parameters. They are drawn layer by layer in their types, which takes little memory."""
+def random_params(spec: StepSpec, methods: Methods, places: Any) -> Callable[[], Any]:
+    """Returns a function that draws parameters layer by layer in their types, which takes little memory."""
     types = held_types(spec, methods)
-    shapes = trees.flatten(abstract_params(spec.model))
-    keys = jax.random.split(jax.random.key(spec.seed), len(shapes))
+    shapes, at = trees.flatten(abstract_params(spec.model)), trees.flatten(places)
     std = spec.model.initializer_range
 
-    def draw(key: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
-        dtype = types[path]
-        if path.endswith("scale"):
+    def draw(i: int, shape: tuple[int, ...], dtype: np.dtype, constant: bool) -> Array:
+        if constant:
             return jnp.ones(shape, dtype)
-        return jax.lax.map(
-            lambda k: jax.random.normal(k, shape[1:], dtype) * std, jax.random.split(key, shape[0])
+        keys = jax.random.split(_key(spec, i), shape[0])
+        return jax.lax.map(lambda key: jax.random.normal(key, shape[1:], dtype) * std, keys)
+
+    drawn = {
+        path: jax.jit(
+            functools.partial(draw, i, leaf.shape, types[path], path.endswith("scale")),
+            out_shardings=at[path],
         )
-
-    drawn = jax.jit(draw, static_argnums=(1, 2))
-    return trees.unflatten(
-        {path: drawn(key, path, leaf.shape) for key, (path, leaf) in zip(keys, shapes.items(), strict=True)}
-    )
+        for i, (path, leaf) in enumerate(shapes.items())
+    }
+    return lambda: trees.unflatten({path: make() for path, make in drawn.items()})
 
 
-def random_batches(spec: StepSpec, shape: tuple[int, int]) -> list[Batch]:
-    """Returns random token batches on the device."""
+def random_batches(spec: StepSpec, shape: tuple[int, int], mesh: Mesh) -> Callable[[], list[Batch]]:
+    """Returns a function that draws token batches, sharded as those of a run."""
     draw: Callable[[Any], Array] = jax.jit(
-        lambda key: jax.random.randint(key, shape, 0, spec.model.vocab_size, jnp.int32)
+        lambda i: jax.random.randint(_key(spec, i), shape, 0, spec.model.vocab_size, jnp.int32),
+        out_shardings=sharding.batch(mesh),
     )
-    return [Batch(draw(key)) for key in jax.random.split(jax.random.key(spec.seed), BATCHES)]
+    # The numbers are NumPy's, which all processes have alike.
+    return lambda: [Batch(draw(np.int32(i))) for i in range(BATCHES)]
+
+
+def _key(spec: StepSpec, i: int | Array) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.key(spec.seed), i)

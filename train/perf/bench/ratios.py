@@ -136,8 +136,9 @@ def best(record: Record, **what: Any) -> Row | None:
 
 
 def matmul_share(record: Record, row: Row, count: str = "needed_tflop") -> float:
-    """Returns the needed operations a second as a share of the same run's matmul rate."""
-    return row[count] / row["milliseconds"] * 1e3 / record.runs[row["run"]]["matmul_tflops"]
+    """Returns the needed operations a second as a share of the same run's matmul rate, of all devices."""
+    rate = record.runs[row["run"]]["matmul_tflops"] * row.get("devices", 1)
+    return row[count] / row["milliseconds"] * 1e3 / rate
 
 
 def _times(row: Row, other: Row) -> float:

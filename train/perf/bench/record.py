@@ -10,7 +10,7 @@ from mora_jax.io import json_text
 from mora_jax.methods import METHODS
 from train.config import method as method_section
 from train.config import run as run_config
-from train.perf.bench.cases import Case, with_method
+from train.perf.bench.cases import ONE_DEVICE, Case, with_method
 from train.perf.bench.jobs import PEERS, PeerJob
 from train.storage.files import write_result
 
@@ -89,6 +89,8 @@ def setting(case: Case) -> dict[str, Any]:
     kept |= {"sequence_length": case.config.data.sequence_length, "base_dtype": case.config.base_dtype}
     kept |= {"method": plain["method"], "rank": plain["method"].get("rank")}
     kept |= {"trained": case.config.params.train}
+    if case.config.mesh != ONE_DEVICE:
+        kept["mesh"] = plain["mesh"]
     return json.loads(json.dumps(kept))
 
 

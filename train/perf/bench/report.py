@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mora_jax.errors import InputError, reason
 from train.console.terminal import console
+from train.perf.bench import scaling_table
 from train.perf.bench.ratios import Ratio, matmul_share, ratios
 from train.perf.bench.record import Record, Row, label, load
 from train.storage.files import write_whole
@@ -30,15 +31,16 @@ MARKED = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def show(record: Record) -> None:
     """Prints the figures and the comparisons."""
-    table = Table(*COLUMNS[:1], title=_title(record))
-    for column in COLUMNS[1:]:
+    columns, rows = _table(record)
+    table = Table(*columns[:1], title=_title(record))
+    for column in columns[1:]:
         table.add_column(column, justify="right")
-    for row in record.rows:
-        table.add_row(*_cells(record, row))
+    for row in rows:
+        table.add_row(*row)
     screen = console(width=max(console().width, 130))
     screen.print(table)
     compared = Table("comparison", "value", "aim", "")
-    for ratio in ratios(record):
+    for ratio in compare(record):
         compared.add_row(ratio.name, ratio.figure(), ratio.goal(), _verdict(ratio))
     if compared.row_count:
         screen.print(compared)
@@ -67,12 +69,24 @@ def refresh(page: str) -> int:
 
 def markdown(record: Record) -> str:
     """Returns a record's tables as Markdown: the setting, the figures and the comparisons."""
-    lines = [_title(record) + ".", "", *_rows(COLUMNS, (_cells(record, row) for row in record.rows))]
-    compared = ratios(record)
+    lines = [_title(record) + ".", "", *_rows(*_table(record))]
+    compared = compare(record)
     if compared:
         cells = ((r.name, r.figure(), r.goal(), _verdict(r)) for r in compared)
         lines += ["", *_rows(("comparison", "value", "aim", ""), cells)]
     return "\n".join([*lines, ""])
+
+
+def compare(record: Record) -> list[Ratio]:
+    """Returns all comparisons between rows of a record."""
+    return list(scaling_table.ratios(record)) if scaling_table.has_meshes(record) else ratios(record)
+
+
+def _table(record: Record) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns the columns and the rows of the table that suits a record."""
+    if scaling_table.has_meshes(record):
+        return scaling_table.COLUMNS, [scaling_table.cells(record, row) for row in record.rows]
+    return COLUMNS, [_cells(record, row) for row in record.rows]
 
 
 def _cells(record: Record, row: Row) -> tuple[str, ...]:
@@ -106,6 +120,8 @@ def _title(record: Record) -> str:
     rates = sorted({f"{run['matmul_tflops']:.3g}" for run in record.runs})
     side = record.runs[-1]["matmul_side"] if record.runs else 0
     batch = f"batch {setting['batch_size']} x {setting['sequence_length']}"
+    if any("mesh" in row["what"] for row in record.rows):
+        batch += " on one device"
     return (
         f"{record.case}: {batch}, {setting['compute']['dtype']}, on {record.device} "
         f"({side}-cube matmul: {' and '.join(rates)} TFLOP/s; {', '.join(_versions(record))})"

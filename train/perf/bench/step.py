@@ -4,12 +4,12 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from mora_jax.errors import InputError
-from train.perf.bench import children, report
+from train.perf.bench import report
 from train.perf.bench.cases import Case
 from train.perf.bench.jobs import MatmulJob, PeerJob, StepJob, check_job, peer_job, step_job
 from train.perf.bench.options import BenchStep
@@ -23,41 +23,44 @@ SECONDS = 1200.0  # limit for one method
 MOST_DRIFT = 0.03  # between two measurements of one program, for rows to be comparable
 
 Work = tuple[dict[str, Any], StepJob | PeerJob]
+Call = Callable[..., dict[str, Any]]
 
 
-def bench(case: Case, options: BenchStep) -> Record:
+def bench(case: Case, options: BenchStep, call: Call) -> Record:
     """Measures all methods and peers, and prints the table. The file is written after every row.
+
+    `call` does a job and returns what it measured, as `children.call` does.
 
     Raises:
       InputError: for bad words, a device that cannot be used, or a path whose results are wrong.
     """
     with tempfile.TemporaryDirectory(prefix="mora-bench-") as programs:
-        record = measured(case, options, programs)
+        record = measured(case, options, programs, call)
     report.show(record)
     return record
 
 
-def measured(case: Case, options: BenchStep, programs: str) -> Record:
+def measured(case: Case, options: BenchStep, programs: str, call: Call) -> Record:
     """Returns the record of `bench`. The folder caches the frozen base's program, which is compiled twice."""
     began = time.monotonic()
     record = start(case, options.out)
     work = list(planned(case, options, record))
     if not work:
         return record
-    begin_run(record, case)
+    begin_run(record, case, call)
     if not options.no_check:
-        check(record, case, [job for _, job in work if isinstance(job, StepJob)])
+        check(record, case, [job for _, job in work if isinstance(job, StepJob)], call)
     longest = 0.0
     for what, job in work:
         spent = time.monotonic() - began
         if options.minutes and spent + longest > 60 * options.minutes:
             progress(f"{options.minutes:g} minutes are over: {label(what)} and later rows were not measured")
             break
-        measure(record, what, job, options.peer_timeout, programs)
+        measure(record, what, job, options.peer_timeout, programs, call)
         longest = max(longest, time.monotonic() - began - spent)
         record.save(options.out)
     else:
-        measure_drift(record, work, programs)
+        measure_drift(record, work, programs, call)
     record.save(options.out)
     return record
 
@@ -68,7 +71,7 @@ def planned(case: Case, options: BenchStep, record: Record) -> Iterator[Work]:
     for text in expanded(options.methods, case.methods):
         what = method_row(case, text)
         if not (options.missing and done(record, what)):
-            yield what, step_job(case, text, *times)
+            yield what, step_job(case, text, *times, options.profiled_steps)
     peers = [peer_job(case, text, *times) for text in expanded(options.peers, case.peers)]
     absent = [name for name in NEEDED_BY_PEERS if importlib.util.find_spec(name) is None]
     if peers and absent:
@@ -91,9 +94,9 @@ def done(record: Record, what: dict[str, Any]) -> bool:
     return row is not None and "error" not in row
 
 
-def begin_run(record: Record, case: Case) -> None:
+def begin_run(record: Record, case: Case, call: Call) -> None:
     """Adds a run to the record: the matmul rate, the device and the versions."""
-    found = children.call(JAX, MatmulJob(case.config.compute.dtype), SECONDS)
+    found = call(JAX, MatmulJob(case.config.compute.dtype), SECONDS)
     if "error" in found:
         raise InputError(f"the device cannot be used: {found['error']}")
     if case.config.compute.attention == "cudnn" and found["platform"] != "gpu":
@@ -114,11 +117,11 @@ def begin_run(record: Record, case: Case) -> None:
     progress(f"{device}: {found['matmul_tflops']:.3g} TFLOP/s ({found['matmul_side']}-cube matmul)")
 
 
-def check(record: Record, case: Case, jobs: Sequence[StepJob]) -> None:
+def check(record: Record, case: Case, jobs: Sequence[StepJob], call: Call) -> None:
     """Raises InputError unless every path of every method agrees with its formula."""
     if not jobs:
         return
-    found = children.call(JAX, check_job(case, jobs), SECONDS)
+    found = call(JAX, check_job(case, jobs), SECONDS)
     if "error" in found:
         raise InputError(f"the check of the paths failed: {found['error']}")
     if found["failures"]:
@@ -130,13 +133,18 @@ def check(record: Record, case: Case, jobs: Sequence[StepJob]) -> None:
 
 
 def measure(
-    record: Record, what: dict[str, Any], job: StepJob | PeerJob, peer_seconds: float, programs: str
+    record: Record,
+    what: dict[str, Any],
+    job: StepJob | PeerJob,
+    peer_seconds: float,
+    programs: str,
+    call: Call,
 ) -> None:
-    """Measures one row in a process of its own."""
+    """Measures one row."""
     if isinstance(job, PeerJob):
-        figures = children.call(TORCH, job, peer_seconds)
+        figures = call(TORCH, job, peer_seconds)
     else:
-        figures = children.call(JAX, job, SECONDS, environment(what, programs))
+        figures = call(JAX, job, SECONDS, environment(what, programs))
     record.put(what, figures)
     progress(f"{label(what)}: {figures.get('error') or _figures(figures)}")
 
@@ -148,12 +156,12 @@ def environment(what: dict[str, Any], programs: str) -> dict[str, str]:
     return {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def measure_drift(record: Record, work: list[Work], programs: str) -> None:
+def measure_drift(record: Record, work: list[Work], programs: str, call: Call) -> None:
     """Measures the frozen base again, to see whether the device has become faster or slower."""
     for what, job in work:
         if what["framework"] == "jax" and what["name"] == FROZEN and done(record, what):
             before = record.find(what) or {}
-            after = children.call(JAX, job, SECONDS, environment(what, programs))
+            after = call(JAX, job, SECONDS, environment(what, programs))
             if "error" not in after:
                 record.runs[-1]["frozen_milliseconds"] = [before["milliseconds"], after["milliseconds"]]
                 drift = after["milliseconds"] / before["milliseconds"] - 1

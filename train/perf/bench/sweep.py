@@ -36,7 +36,7 @@ def bench(case: Case, options: BenchSweep) -> Record:
     record = start(case, options.out)
     missing = [(what, job) for what, job in points(case, options) if not done(record, what)]
     if missing:
-        begin_run(record, case)
+        begin_run(record, case, children.call)
     for what, job in missing:
         spent = time.monotonic() - began
         if options.minutes and spent + longest > 60 * options.minutes:

@@ -126,6 +126,8 @@ def _bytes(instruction: Instruction, size: int) -> int:
         return shapes[1]  # (input, output, two semaphores)
     if instruction.opcode == "all-gather-start":
         return sum(shapes[len(shapes) // 2 :])  # (inputs, outputs)
+    if instruction.opcode in ("reduce-scatter-start", "all-to-all-start"):  # GPUs: ((inputs), outputs)
+        return sum(shapes[: len(shapes) // 2])
     return sum(shapes) * (size if instruction.opcode == "reduce-scatter" else 1)
 
 
