@@ -10,7 +10,6 @@ from train.cli.commands.arguments import Study
 from train.config.paths import spell_out
 from train.console import exits
 
-
 Settings = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="(default: none)")
 ]
