@@ -84,7 +84,11 @@ class Method:
         raise NotImplementedError(f"{self.name} is not additive: it has no update that is linear in x alone")
 
     def gradients(
-        self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+        self,
+        arrays: Sequence[Arrays],
+        x: Float[Array, "*B K"],
+        dy: Float[Array, "*B N D"],
+        divided: tuple[bool, bool] = (False, False),
     ) -> list[Arrays]:
         """Returns the gradients of the arrays of N kernels with one shape and one input.
 
@@ -94,6 +98,7 @@ class Method:
           arrays: the arrays of each kernel's adapter.
           x: the input.
           dy: the gradients of the kernels' outputs.
+          divided: whether `tensor` divides the inputs and the outputs.
         """
         return self.compressed_gradients(arrays, x, dy)
 
@@ -253,8 +258,8 @@ def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Flo
     parts = math.gcd(sharding.batch_shards(), x.shape[0])
     if parts == 1:
         return outer(x, dy)[None]
-    x_GTK, dy_GTD = (sharding.whole(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
-    return sharding.whole(jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32))
+    x_GTK, dy_GTD = (sharding.by_batch(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
+    return sharding.by_batch(jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32))
 
 
 def check_dropout(rate: float) -> None:

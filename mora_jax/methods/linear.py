@@ -32,6 +32,7 @@ def dense(
     dropout_key: PRNGKeyArray | None = None,
     tile: int = 1,
     layouts: Sequence[Layout] | None = None,
+    keep: bool = False,
 ) -> list[Float[Array, "*B ?D"]]:
     """Applies one or several kernels to one input, in one product, each with an adapter of its own or none.
 
@@ -51,6 +52,8 @@ def dense(
       dropout_key: random key of a training step whose methods have dropout, which takes the activation path.
       tile: outputs are padded with zeros to a multiple of this.
       layouts: how each kernel may be divided over an ambient mesh. Without it, XLA decides.
+      keep: whether kernels that a mesh all-gathers are kept for the backward pass; otherwise they are
+        all-gathered again.
 
     Returns:
       One output for each kernel, in x's type.
@@ -80,8 +83,8 @@ def dense(
     if len(ws) > 1 and (sharding.divides_products() or all(w.dtype == x.dtype for w in ws)):
         # Kernels that need no cast would be copied just to be joined. A mesh that divides kernels along
         # their widths would move every shard.
-        return [y for kernel in kernels for y in _applied(x, [kernel], path, tile)]
-    return _applied(x, kernels, path, tile)
+        return [y for kernel in kernels for y in _applied(x, [kernel], path, tile, keep)]
+    return _applied(x, kernels, path, tile, keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,7 @@ class _Factors:
         return zip(self.ws, self.arrays, self.methods, self.layouts, strict=True)
 
 
-def _applied(x: Array, kernels: Sequence[_Kernel], path: Path, tile: int) -> list[Array]:
+def _applied(x: Array, kernels: Sequence[_Kernel], path: Path, tile: int, keep: bool) -> list[Array]:
     merged = _merged(x, kernels, path)
     inside = [k.adapter if is_merged else None for k, is_merged in zip(kernels, merged, strict=True)]
     factors = _Factors(
@@ -126,7 +129,7 @@ def _applied(x: Array, kernels: Sequence[_Kernel], path: Path, tile: int) -> lis
         tuple(adapter.method if adapter else None for adapter in inside),
         tuple(k.layout for k in kernels),
     )
-    y: Any = _product(path, tile, x, factors)
+    y: Any = _product(path, tile, keep, x, factors)
     ys = jnp.split(y, _ends(_widths(factors, tile)), axis=-1)
     return [
         y + padded(_delta(x, k), -1, tile) if k.adapter and not is_merged else y
@@ -168,8 +171,8 @@ def _delta(x: Array, kernel: _Kernel) -> Array:
     return adapter.method.delta(arrays, x, kernel.w.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
     """Returns x times the effective kernels, side by side."""
     return x @ _effective(tile, x, factors)
 
@@ -190,13 +193,13 @@ def _widened(w: Array) -> Array:
     return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
-def _product_forward(path: Path, tile: int, x: Array, factors: _Factors) -> Any:
+def _product_forward(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
     return x @ _effective(tile, x, factors), (x, factors)  # plain, so that it has a forward mode
 
 
-def _product_backward(path: Path, tile: int, saved: Any, dy: Array) -> Any:
-    if any(saved[1].layouts) and sharding.gathers():
+def _product_backward(path: Path, tile: int, keep: bool, saved: Any, dy: Array) -> Any:
+    if any(saved[1].layouts) and sharding.gathers() and not keep:
         saved = jax.lax.optimization_barrier(saved)  # gathers kernels again instead of keeping them
     x, factors = saved
     # Without the barrier XLA computes dy again for each sum over it, instead of reading it.
@@ -224,7 +227,9 @@ def _factor_gradients(path: Path, tile: int, x: Array, factors: _Factors, dy: Ar
         elif method:
             together.setdefault((method, w.shape), []).append(i)
     for (method, shape), at in together.items():
-        gradients = method.compressed_gradients if path == "compressed" else method.gradients
+        gradients = method.compressed_gradients
+        if path != "compressed":
+            gradients = functools.partial(method.gradients, divided=sharding.divided(factors.layouts[at[0]]))
         dy_BND = _stacked(dy, widths, at)[..., : shape[1]]
         for i, gradient in zip(at, gradients([arrays[i] for i in at], x, dy_BND), strict=True):
             found[i] = gradient

@@ -112,19 +112,25 @@ class MoRA(Method):
         return sharding.whole(self.operator.decompress(y, d))
 
     def gradients(
-        self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+        self,
+        arrays: Sequence[Arrays],
+        x: Float[Array, "*B K"],
+        dy: Float[Array, "*B N D"],
+        divided: tuple[bool, bool] = (False, False),
     ) -> list[Arrays]:
         """Returns f_comp(x)^T f_decomp^T(dy), with sums over groups before or after the product.
 
         The sums commute with the product. Before it they make it smaller but read all activations once more;
         after it they cost O(k d). The cheapest of the four orders is taken. An operator that applies M to
         several blocks cuts either the activations into blocks, or the full product.
+
+        Groups do not end where `tensor` divides a width. Such a width is summed after the product, which is
+        then all-gathered instead of the activations.
         """
         k, (n, d) = x.shape[-1], dy.shape[-2:]
         r_hat, side = self.r_hat(k, d), _rows(arrays[0])
-        x, dy = sharding.whole(x), sharding.whole(dy)
         if sums := self.operator.sums(r_hat, side):
-            gs = _gradients_of_sums(sums, x, dy)
+            gs = _gradients_of_sums(sums, x, dy, divided)
         elif _cut_first(k, d, n, side, self.operator.blocks(r_hat, k, d)):
             gs = self._gradients_of_blocks(r_hat, side, x, dy)
         else:
@@ -136,6 +142,7 @@ class MoRA(Method):
     ) -> list[Array]:
         """Returns N gradients from the blocks of inputs and outputs that M connects."""
         d = dy.shape[-1]
+        x, dy = sharding.whole(x), sharding.whole(dy)
         z = sharding.whole(self.operator.compress(x, r_hat, d))
         outputs = jax.linear_transpose(lambda y: self.operator.decompress(y, d), z)
         z = padded(z, -1, side)
@@ -147,6 +154,7 @@ class MoRA(Method):
     ) -> list[Array]:
         """Returns N gradients from one product x^T dy, by the transpose of the operator's `matrix`."""
         k, (n, d) = x.shape[-1], dy.shape[-2:]
+        x, dy = sharding.whole(x), sharding.whole(dy)
         m_RR = jax.ShapeDtypeStruct((r_hat, r_hat), jnp.float32)
         folded = jax.vmap(jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR))
         g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
@@ -267,12 +275,16 @@ def _square(m: Array, side: int) -> Array:
 
 
 def _gradients_of_sums(
-    sums: tuple[GroupSums, GroupSums], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+    sums: tuple[GroupSums, GroupSums],
+    x: Float[Array, "*B K"],
+    dy: Float[Array, "*B N D"],
+    divided: tuple[bool, bool],
 ) -> list[Array]:
     """Returns N gradients; x and dy are summed over their groups before or after the product."""
     k, (n, d) = x.shape[-1], dy.shape[-2:]
     sum_x, sum_dy = sums
-    first_x, first_dy = _summed_first(k, d, n, sum_x.width)
+    first_x, first_dy = _summed_first(k, d, n, sum_x.width, divided)
+    x, dy = (a if cut else sharding.whole(a) for a, cut in zip((x, dy), divided, strict=True))
     x = sum_x(x) if first_x else x
     dy = sum_dy(dy) if first_dy else dy
     g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))
@@ -283,8 +295,13 @@ def _gradients_of_sums(
     return [g.sum(axis=0) for g in gs]
 
 
-def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
-    """Returns whether summing x, and the dy of every kernel, before the product x^T dy is cheapest."""
+def _summed_first(
+    k: int, d: int, kernels: int, side: int, divided: tuple[bool, bool] = (False, False)
+) -> tuple[bool, bool]:
+    """Returns whether summing x, and the dy of every kernel, before the product x^T dy is cheapest.
+
+    What `tensor` divides is never summed before it.
+    """
 
     def cost(order: tuple[bool, bool]) -> float:
         first_x, first_dy = order
@@ -292,7 +309,8 @@ def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
         numbers = first_x * (k + side) + first_dy * kernels * (d + side)  # moved for each token, 2 bytes each
         return 2 * inputs * kernels * outputs + flops_per_byte() * 2 * numbers
 
-    return min([(False, False), (True, False), (False, True), (True, True)], key=cost)
+    orders = [(False, False), (True, False), (False, True), (True, True)]
+    return min((o for o in orders if not ((o[0] and divided[0]) or (o[1] and divided[1]))), key=cost)
 
 
 def _cut_first(k: int, d: int, kernels: int, side: int, blocks: int) -> bool:

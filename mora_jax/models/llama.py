@@ -270,8 +270,9 @@ class Llama(nn.Module):
         return cos_BTJ, sin_BTJ
 
     def _embedded(self, tokens_BT: Array) -> Array:
-        table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS)
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.dtype(self.compute.dtype))
+        dtype = jnp.dtype(self.compute.dtype)
+        table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS, dtype)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
         return sharding.constrain(x_BTD, _HIDDEN)
 
     def head(self) -> Float[Array, "D V"]:
@@ -317,7 +318,9 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 1) -> list[Array]:
     ws, layouts, biases = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    ys = dense(x, ws, None, module.compute.adapter_path, key, tile, layouts)
+    # What keeps activations for the backward pass also keeps the kernels, which are much smaller.
+    keep = module.compute.remat == "none"
+    ys = dense(x, ws, None, module.compute.adapter_path, key, tile, layouts, keep)
     return [y if b_D is None else y + _like(b_D, y) for y, b_D in zip(ys, biases, strict=True)]
 
 

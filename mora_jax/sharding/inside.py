@@ -7,9 +7,22 @@ from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from mora_jax.sharding.rules import AXES, BATCH, Layout, Rules, Sizes, canonical, divides, spec, spec_at, used
+from mora_jax.sharding.rules import (
+    AXES,
+    BATCH,
+    Layout,
+    Rules,
+    Sizes,
+    canonical,
+    divides,
+    names,
+    spec,
+    spec_at,
+    used,
+)
 
 
 def pin(tree: Any, rules: Rules) -> Any:
@@ -51,17 +64,32 @@ def whole(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, canonical(P(BATCH), 1, sizes))
 
 
+def by_batch(x: Array) -> Array:
+    """Returns an activation (batch, ..., width) divided along its batch, and along its width as XLA likes."""
+    sizes = _ambient()
+    if not divides_products() or x.shape[0] % math.prod(sizes[axis] for axis in BATCH):
+        return whole(x)
+    first, *_ = (*canonical(P(BATCH), 1, sizes), None)
+    between = (None,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, P(first, *between, P.UNCONSTRAINED))
+
+
 def undivided(x: Array) -> Array:
     """Returns an array replicated on every device."""
     return jax.lax.with_sharding_constraint(x, P()) if _ambient() else x
 
 
-def gathered(w: Array, layout: Layout) -> Array:
+def gathered(w: Array, layout: Layout, sent: DTypeLike | None = None) -> Array:
     """Returns a parameter's or adapter's array as products need it, no longer divided over `fsdp`.
 
-    The array is all-gathered in the type that it has here. Its gradient is scattered back to its layout.
+    Its gradient, in its own type, is scattered back to its layout.
+
+    Args:
+      w: the array.
+      layout: how it may be divided.
+      sent: type in which it is all-gathered, and rounded to; by default its own.
     """
-    return _gathered(w, layout) if _ambient() else w
+    return _gathered(w, layout, sent if gathers() else None) if _ambient() else w
 
 
 def scattered(g: Array, layout: Layout) -> Array:
@@ -76,6 +104,12 @@ def scattered(g: Array, layout: Layout) -> Array:
     for target in (used(layout, g.shape, sizes), spec(layout, g.shape, sizes)):
         g = jax.lax.with_sharding_constraint(g, target)
     return g
+
+
+def stored(x: Array, layout: Layout) -> Array:
+    """Returns an array divided as arrays of its layout are stored."""
+    sizes = _ambient()
+    return jax.lax.with_sharding_constraint(x, spec(layout, x.shape, sizes)) if sizes else x
 
 
 def batch_shards(mesh: Any = None) -> int:
@@ -93,6 +127,14 @@ def divides_products() -> bool:
     """Returns whether kernels are divided along their widths, so that joining them would reshard them."""
     sizes = _ambient()
     return bool(sizes) and sizes["tensor"] > 1
+
+
+def divided(layout: Layout | None) -> tuple[bool, bool]:
+    """Returns whether `tensor` divides the inputs and the outputs of a kernel while products use it."""
+    if layout is None or not divides_products():
+        return False, False
+    inputs, outputs = ("tensor" in names(axis) for axis in (None, None, *layout.used)[-2:])
+    return inputs, outputs
 
 
 def tile(width: int, whole: int) -> int:
@@ -116,19 +158,20 @@ def device_kind() -> str:
     return device.device_kind if device is not None else ""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(w: Array, layout: Layout) -> Array:
-    sizes = _ambient()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: Array, layout: Layout, sent: DTypeLike | None) -> Array:
+    sizes, stored_type = _ambient(), w.dtype
+    w = w.astype(sent or stored_type)
     for target in (spec(layout, w.shape, sizes), used(layout, w.shape, sizes)):
         w = jax.lax.with_sharding_constraint(w, target)
-    return w
+    return w.astype(stored_type)
 
 
-def _gathered_forward(w: Array, layout: Layout) -> tuple[Array, None]:
-    return _gathered(w, layout), None
+def _gathered_forward(w: Array, layout: Layout, sent: DTypeLike | None) -> tuple[Array, None]:
+    return _gathered(w, layout, sent), None
 
 
-def _gathered_backward(layout: Layout, _: None, g: Array) -> tuple[Array]:
+def _gathered_backward(layout: Layout, sent: DTypeLike | None, _: None, g: Array) -> tuple[Array]:
     return (scattered(g, layout),)
 
 

@@ -98,7 +98,7 @@ def divides(choice: P, shape: Sequence[int], sizes: Sizes) -> bool:
         return False
     widths = shape[len(shape) - len(choice) :]
     return all(
-        width % math.prod(sizes[name] for name in _names(axis)) == 0
+        width % math.prod(sizes[name] for name in names(axis)) == 0
         for width, axis in zip(widths, choice, strict=True)
     )
 
@@ -107,12 +107,13 @@ def canonical(choice: P, ndim: int, sizes: Sizes) -> P:
     """Returns a spec for all axes, without mesh axes of size 1: equal layouts have equal specs."""
     entries: list[Any] = [None] * (ndim - len(choice))
     for axis in choice:
-        names = tuple(name for name in _names(axis) if sizes[name] > 1)
-        entries.append(names if len(names) > 1 else names[0] if names else None)
+        wide = tuple(name for name in names(axis) if sizes[name] > 1)
+        entries.append(wide if len(wide) > 1 else wide[0] if wide else None)
     while entries and entries[-1] is None:
         entries.pop()
     return P(*entries)
 
 
-def _names(axis: Any) -> tuple[str, ...]:
+def names(axis: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a spec."""
     return axis if isinstance(axis, tuple) else (axis,) if axis else ()

@@ -25,6 +25,8 @@ WORDS = (
     "prompt",
     "stop",
     "tasks",
+    "set",
+    "sbatch",
 )  # strings that are no paths
 # Read by the config's reader, before the flags are known.
 READ_FIRST = dict.fromkeys(("Pretrain", "Finetune", "Plan"), ("config",))

@@ -1,7 +1,7 @@
 """`mora study`."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -9,6 +9,10 @@ from mora_jax.errors import InputError
 from train.cli.commands.arguments import Study
 from train.config.paths import spell_out
 from train.console import exits
+
+Settings = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]", help_behavior_hint="(default: none)")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +23,7 @@ class RunStudy:
     status is 0 once every run has finished, diverged or been stopped by halving, and 5 if one failed.
 
     Attributes:
-      file: YAML file of the study.
+      path: YAML file of the study.
       run_dir: folder for the study, with a folder for each run; empty for the file's run_dir.
       set: settings of all runs, as KEY=VALUE, such as data.directory=data/c4; they override the file's set.
       jobs: runs at a time on each GPU, or on a machine without GPUs.
@@ -29,9 +33,9 @@ class RunStudy:
       sbatch: options for sbatch, in one word, such as --sbatch="--gres=gpu:1 --time=08:00:00".
     """
 
-    file: Study
+    path: Study
     run_dir: str = ""
-    set: tuple[str, ...] = ()
+    set: Settings = ()
     jobs: int = 1
     gpus_per_run: int = 1
     report: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -39,7 +43,7 @@ class RunStudy:
     sbatch: str = ""
 
     def __post_init__(self) -> None:
-        spell_out(self, "", "file")
+        spell_out(self, "", "path")
         spell_out(self, "--", optional=("run_dir",))
         for name, value in (("--jobs", self.jobs), ("--gpus-per-run", self.gpus_per_run)):
             if value < 1:
@@ -60,7 +64,7 @@ def run_study(command: RunStudy) -> None:
     from train.jobs.study import study as job
     from train.jobs.study.table import markdown
 
-    study = read_study(command.file, command.run_dir, command.set)
+    study = read_study(command.path, command.run_dir, command.set)
     if command.submit:
         print(job.submit_study(study, command.sbatch))
         return
