@@ -137,6 +137,15 @@ class MoRA(Method):
             gs = self._gradients_of_product(r_hat, x, dy)
         return [{"m_RR": _square(g, a["m_RR"].shape[0])} for g, a in zip(gs, arrays, strict=True)]
 
+    def gathered_product(self, k: int, d: int, divided: tuple[bool, bool]) -> int | None:
+        """Returns the size of x^T dy with the sums over groups that come first; None for blocks."""
+        side = self.shapes(k, d)["m_RR"][0]
+        side += -side % ROW
+        if not self.operator.sums(self.r_hat(k, d), side):
+            return None
+        first_x, first_dy = _summed_first(k, d, 1, side, divided)
+        return (side if first_x else k) * (side if first_dy else d)
+
     def _gradients_of_blocks(
         self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Array]:
