@@ -28,6 +28,7 @@ def work(job):
 
 def rows():
     yield {"row": 1}
+    time.sleep(0.5)
     yield {"row": 2}
     raise ValueError("no third")
 
