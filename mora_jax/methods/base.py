@@ -113,6 +113,13 @@ class Method:
 
         return [one(i) for i in range(len(arrays))]
 
+    def gathered_product(self, k: int, d: int, divided: tuple[bool, bool]) -> int | None:
+        """Returns the size of the float32 product that `gradients` all-gathers over `tensor` for a kernel.
+
+        Returns None if it all-gathers activations instead, or nothing (`gathers_activations`).
+        """
+        return None
+
     # What a restart does.
 
     def after_restart(self, restarts: int = 1) -> "Method":

@@ -195,16 +195,20 @@ def _widened(w: Array) -> Array:
 
 def _product_forward(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
-    return x @ _effective(tile, x, factors), (x, factors)  # plain, so that it has a forward mode
+    # XLA merges no two all-gathers, so kernels to keep are saved, too.
+    gathers = any(factors.layouts) and sharding.gathers()
+    w = _effective(tile, x, factors)
+    return x @ w, (x, factors, w if gathers and keep else None)  # plain, so that it has a forward mode
 
 
 def _product_backward(path: Path, tile: int, keep: bool, saved: Any, dy: Array) -> Any:
-    if any(saved[1].layouts) and sharding.gathers() and not keep:
-        saved = jax.lax.optimization_barrier(saved)  # gathers kernels again instead of keeping them
-    x, factors = saved
+    x, factors, w = saved
+    if w is None and any(factors.layouts) and sharding.gathers():
+        x, factors = jax.lax.optimization_barrier((x, factors))  # gathers kernels again
+    w = _effective(tile, x, factors) if w is None else w
     # Without the barrier XLA computes dy again for each sum over it, instead of reading it.
     dy = jax.lax.optimization_barrier(dy)
-    dx = dy @ _effective(tile, x, factors).T
+    dx = dy @ w.T
     return dx, _factor_gradients(path, tile, x, factors, dy)
 
 

@@ -90,7 +90,7 @@ class MoRA(Method):
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
         """Returns m_RR of zeros; no key is needed."""
-        side = -(-self.r_hat(*w.shape) // self.align) * self.align
+        side = self._side(*w.shape)
         return {"m_RR": jnp.zeros((side, side), jnp.float32)}
 
     def leaves(self) -> dict[str, Leaf]:
@@ -136,6 +136,15 @@ class MoRA(Method):
         else:
             gs = self._gradients_of_product(r_hat, x, dy)
         return [{"m_RR": _square(g, a["m_RR"].shape[0])} for g, a in zip(gs, arrays, strict=True)]
+
+    def gathered_product(self, k: int, d: int, divided: tuple[bool, bool]) -> int | None:
+        """Returns the size of x^T dy with the sums over groups that come first; None for blocks."""
+        side = self._side(k, d)
+        side += -side % ROW
+        if not self.operator.sums(self.r_hat(k, d), side):
+            return None
+        first_x, first_dy = _summed_first(k, d, 1, side, divided)
+        return (side if first_x else k) * (side if first_dy else d)
 
     def _gradients_of_blocks(
         self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
@@ -224,6 +233,10 @@ class MoRA(Method):
         if not jnp.array_equal(tensors[A], tensors[B]):
             raise InputError("lora_A and lora_B differ, and MoRA has one matrix")
         return {"m_RR": _square(tensors[A].T, *self.shapes(k, d)["m_RR"][:1])}
+
+    def _side(self, k: int, d: int) -> int:
+        """Returns the side of M as it is stored."""
+        return -(-self.r_hat(k, d) // self.align) * self.align
 
     def _used(self, arrays: Arrays, k: int, d: int) -> Float[Array, "R R"]:
         """Returns m without its padding."""

@@ -319,7 +319,7 @@ def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 
     ws, layouts, biases = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
     # What keeps activations for the backward pass also keeps the kernels, which are much smaller.
-    keep = module.compute.remat == "none"
+    keep = module.compute.layers == "unrolled" and module.compute.remat == "none"
     ys = dense(x, ws, None, module.compute.adapter_path, key, tile, layouts, keep)
     return [y if b_D is None else y + _like(b_D, y) for y, b_D in zip(ys, biases, strict=True)]
 

@@ -111,9 +111,8 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
     zeros_GDP = sharding.constrain(jnp.zeros((parts, *w_DP.shape), jnp.float32), _HEAD_GRADIENTS)
     start = (jnp.zeros((), jnp.float32), zeros_GDP)
     (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
-    # Scattered before the padding is cut: XLA makes no reduce-scatter of a sum that is cut.
-    dw_DP = sharding.scattered(dw_GDP.sum(axis=0), HEAD)
-    dw_DV = sharding.stored(dw_DP[:, :vocabulary].astype(w_DV.dtype), HEAD)
+    # The padding is cut before the sum: XLA makes no reduce-scatter of a sum that is cut.
+    dw_DV = sharding.scattered(dw_GDP[:, :, :vocabulary].sum(axis=0).astype(w_DV.dtype), HEAD)
     return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
 
 

@@ -106,12 +106,6 @@ def scattered(g: Array, layout: Layout) -> Array:
     return g
 
 
-def stored(x: Array, layout: Layout) -> Array:
-    """Returns an array divided as arrays of its layout are stored."""
-    sizes = _ambient()
-    return jax.lax.with_sharding_constraint(x, spec(layout, x.shape, sizes)) if sizes else x
-
-
 def batch_shards(mesh: Any = None) -> int:
     """Returns the number of shards of a batch on a mesh, by default on the ambient one."""
     sizes = _ambient() if mesh is None else mesh.shape

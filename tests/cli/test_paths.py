@@ -18,6 +18,8 @@ WORDS = (
     "methods",
     "method",
     "peers",
+    "meshes",
+    "flags",
     "axes",
     "case",
     "text_key",

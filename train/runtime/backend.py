@@ -22,6 +22,7 @@ from etils import epath
 from mora_jax.errors import InputError
 from mora_jax.io import is_plain_file
 from train.config.run import RunConfig
+from train.config.sections import Mesh
 from train.runtime import workarounds
 from train.storage.buckets import in_bucket
 
@@ -41,6 +42,9 @@ _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 # for each of LoRA's small products, which takes over a minute and made no step faster. It would also
 # concatenate kernels that share an input, which takes longer than one product saves.
 _PRODUCTS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_dot_merger_threshold_mb=0")
+# Options for programs of several GPUs, which hide communication behind products. None is here until a
+# measurement shows that it pays (`mora bench scaling --flags`, docs/performance.md).
+OF_MESHES: tuple[str, ...] = ()
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # Seconds of compilation that are worth a file.
 _WORTH_KEEPING = 0.1
@@ -48,17 +52,23 @@ _WORTH_KEEPING = 0.1
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
-def set_flags(deterministic: bool) -> None:
+def set_flags(deterministic: bool, mesh: Mesh | None = None) -> None:
     """Sets XLA's flags for GPUs: products by cuBLAS as written and, if asked, only deterministic kernels.
 
-    Flags for products that XLA_FLAGS already has are kept.
+    On a mesh of several GPUs, it also sets the flags that hide communication. Flags that XLA_FLAGS already
+    has are kept, except those against determinism.
+
+    Args:
+      deterministic: whether only deterministic kernels are used.
+      mesh: the devices of all programs of this process; one device by default.
 
     Raises:
       InputError: if JAX has started and a deterministic run needs a flag: XLA reads flags once.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
     chosen = {flag.partition("=")[0] for flag in given}
-    flags = [flag for flag in _PRODUCTS if flag.partition("=")[0] not in chosen]
+    wanted = (*_PRODUCTS, *(OF_MESHES if mesh and _several(mesh) else ()))
+    flags = [flag for flag in wanted if flag.partition("=")[0] not in chosen]
     if deterministic and _DETERMINISTIC not in given:
         flags.append(_DETERMINISTIC)
     if not flags or not _gpu_expected():
@@ -136,6 +146,14 @@ def _gpu_expected() -> bool:
     platforms = getattr(jax.config, "jax_platforms")  # noqa: B009 (pyright does not know it)
     asked_for = not platforms or any(name in platforms for name in ("cuda", "rocm", "gpu"))
     return asked_for and any(importlib.util.find_spec(name) for name in _GPU_PLUGINS)
+
+
+def _several(mesh: Mesh) -> bool:
+    """Whether a mesh may have several devices. Counting them by JAX would start it."""
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    here = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(here.split(",")) if here is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return max(sizes) > 1 or (-1 in sizes and gpus > 1)
 
 
 def _remove_truncated(folder: epath.Path) -> None:

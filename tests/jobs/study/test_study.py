@@ -39,18 +39,26 @@ def start(file: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_updates(folder: Path, process: subprocess.Popen) -> None:
-    while not any((path / "metrics.jsonl").exists() for path in folder.glob("LoRA*")):
-        assert process.poll() is None
-        time.sleep(0.05)
+def wait_for_training(process: subprocess.Popen) -> None:
+    """Waits until a study, which holds its folder then, has started its two runs, and they train."""
+    assert process.stderr
+    started = 0
+    while started < 2:
+        line = process.stderr.readline()
+        assert line, "the study has ended"
+        started += "started on" in line
+    time.sleep(5)
 
 
 @pytest.mark.slow
 def test_a_study_is_stopped_killed_and_resumed(file: Path, tmp_path: Path):
-    longer, folder = ("--set", "steps=400"), tmp_path / "s"
+    longer, folder = (
+        ("--set", "steps=1500", "eval.every=500", "checkpoint.every=250", "checkpoint.keep=2"),
+        tmp_path / "s",
+    )
     for number, status in ((signal.SIGINT, exits.PREEMPTED), (signal.SIGKILL, -signal.SIGKILL)):
         process = start(file, *longer)
-        wait_for_updates(folder, process)
+        wait_for_training(process)
         second = start(file, *longer)
         out, err = second.communicate(timeout=60)
         assert second.returncode == exits.BAD_INPUT
@@ -66,7 +74,7 @@ def test_a_study_is_stopped_killed_and_resumed(file: Path, tmp_path: Path):
         steps = [
             line["step"] for line in read_metrics(f"{run.config.run_dir}/metrics.jsonl") if "loss" in line
         ]
-        assert steps == list(range(400))
+        assert steps == list(range(1500))
     assert (folder / "loss.png").exists()
     done = start(file, *longer)
     assert done.communicate(timeout=60)[0] == out

@@ -22,7 +22,15 @@ def work(job):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         open(PID, "w").write(str(child.pid))
         time.sleep(60)
+    if job == "rows":
+        return rows()
     return {"twice": 2 * job}
+
+def rows():
+    yield {"row": 1}
+    time.sleep(0.5)
+    yield {"row": 2}
+    raise ValueError("no third")
 
 children.serve(work)
 """
@@ -38,6 +46,12 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_result_is_returned(child: str):
     assert children.call(child, 21, 60) == {"twice": 42}
+
+
+def test_rows_are_yielded_one_by_one_and_the_last_says_what_failed(child: str):
+    found = children.stream(child, "rows", 60)
+    assert next(found) == {"row": 1}
+    assert list(found) == [{"row": 2}, {"error": "ValueError: no third"}]
 
 
 def test_a_failure_is_one_line(child: str):

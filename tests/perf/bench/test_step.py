@@ -11,6 +11,7 @@ import pytest
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, Method, MoRA, Rotate, to_json
 from train.cli import main as cli
+from train.config.sections import Mesh
 from train.perf.bench import children, measure, options, record, step
 from train.perf.bench.cases import SIZES, Case
 from train.perf.bench.jobs import CheckJob, MatmulJob, PeerJob, StepJob, check_job, peer_job, step_job
@@ -276,9 +277,17 @@ def test_a_deterministic_case_sets_the_flags_of_xla(monkeypatch: pytest.MonkeyPa
     assert record.setting(case) != record.setting(deterministic)
 
 
-@pytest.mark.parametrize("command", ["step", "sweep", "profile"])
+@pytest.mark.parametrize("command", ["sweep", "scaling"])
 def test_a_mesh_of_several_devices_is_refused(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", command, "tiny", "--mesh.data", "-1", "--mesh.fsdp", "4"])
     assert stop.value.code == 2
-    assert "benchmarks compute on one device, not with --mesh.fsdp 4" in capsys.readouterr().err
+    assert "this benchmark computes on one device, not with --mesh.fsdp 4" in capsys.readouterr().err
+
+
+def test_figures_of_a_mesh_are_of_another_setting():
+    case = SIZES["tiny"]()
+    wide = dataclasses.replace(case, config=dataclasses.replace(case.config, mesh=Mesh(1, 4)))
+    assert "mesh" not in record.setting(case)
+    assert record.setting(wide) == record.setting(case) | {"mesh": {"data": 1, "fsdp": 4, "tensor": 1}}
+    assert step_job(wide, "mora", 1, 2).mesh == (1, 4, 1)

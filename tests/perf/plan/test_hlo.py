@@ -101,6 +101,18 @@ def test_tuples_layouts_and_widths():
     ]
 
 
+def test_a_reduce_scatter_that_a_gpu_starts_counts_its_input():
+    text = (
+        HEAD + "ENTRY %m () -> f32[] {\n"
+        "  %s = ((f32[64,8]{1,0}, f32[32]{0}), (f32[16,8]{1,0}, f32[8]{0})) reduce-scatter-start(%x, %y), "
+        "channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add\n"
+        "  %d = (f32[16,8]{1,0}, f32[8]{0}) reduce-scatter-done(%s)\n}\n"
+    )
+    size = (64 * 8 + 32) * 4
+    expected = Collective("reduce-scatter", "data+fsdp", 1, size, size * 3 // 4)
+    assert collectives(text, {"data": 2, "fsdp": 2}) == [expected]
+
+
 def test_a_collective_that_is_started_and_finished_counts_once():
     text = entry(
         "%s = (f32[32,256]{1,0}, f32[32,256]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=6, "

@@ -189,6 +189,34 @@ def test_mora_all_gathers_activations_over_tensor(abstract, config):
     assert lines["all-reduce", "data"].adapters == m  # replicated
 
 
+def test_mora_all_gathers_products_over_tensor_on_the_merged_path(abstract, config):
+    """By hand: x^T dy in float32, with what tensor does not divide summed first where that is cheaper."""
+    state, methods, mesh = abstract(data=2, tensor=2)
+    large = dataclasses.replace(config, batch_size=64)  # 2048 tokens
+    lines = {(line.kind, line.axes): line for line in expected(large, methods, state, mesh)}
+    products = 0
+    for path, method in methods.adapted():
+        layers, k, d = trees.flatten(state.params)[path].shape
+        inward = path.endswith(("o_proj/kernel", "down_proj/kernel"))
+        products += layers * method.gathered_product(k, d, (inward, not inward))
+    m = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
+    assert lines["all-gather", "tensor"].adapters == products * 4 / 2 + 2 * m / 2
+
+
+def test_kernels_that_are_kept_are_all_gathered_once(abstract, config):
+    state, methods, mesh = abstract(data=1, fsdp=2)
+
+    def sent(**compute: object) -> tuple[int, int]:
+        computed = dataclasses.replace(config.compute, **compute)
+        other = dataclasses.replace(config, batch_size=64, compute=computed)
+        lines = {(line.kind, line.axes): line for line in expected(other, methods, state, mesh)}
+        return lines["all-gather", "fsdp"].base, lines["all-gather", "fsdp"].adapters
+
+    base, adapters = sent(layers="unrolled", remat="full")
+    once = 2 * 384 * 32 * 4 // 2  # embedding and head
+    assert sent(layers="unrolled", remat="none") == ((base - once) / 2 + once, adapters / 2)
+
+
 # The command
 
 

@@ -17,6 +17,7 @@ from train.perf.bench import children, communication, flops
 from train.perf.bench.jobs import Placement, ScalingJob, StepJob
 from train.perf.bench.program import Lowered, Program, compiled, lower_step, placed
 from train.perf.bench.spread import GIB, spread
+from train.runtime import backend
 from train.runtime.memory import exhausted
 
 ROUNDS = 4  # a mesh and one device take turns, so that a device that slows down slows both
@@ -95,7 +96,9 @@ def compile_all(step: StepJob, placements: Sequence[Placement], compilers: int) 
         if isinstance(found, str):
             return found
         try:
-            return found, *compiled(found, placement.flags)
+            # As options of one program, so that one device beside it is compiled without them.
+            defaults = backend.OF_MESHES if found.mesh.size > 1 and _on_gpus(found) else ()
+            return found, *compiled(found, (*defaults, *placement.flags))
         except (jax.errors.JaxRuntimeError, InputError) as error:
             return children.one_line(error)
 
@@ -116,6 +119,10 @@ def _lowered(step: StepJob, sizes: tuple[int, int, int], rows: int) -> Lowered |
         return lower_step(step.spec, step.rules, (rows, step.batch[1]), mesh)
     except InputError as error:
         return children.one_line(error)
+
+
+def _on_gpus(lowered: Lowered) -> bool:
+    return lowered.mesh.devices.flat[0].platform == "gpu"
 
 
 def first(step: StepJob, program: Compiled) -> Measured:

@@ -32,10 +32,11 @@ def bench(case: Case, options: BenchScaling) -> Record:
     Raises:
       InputError: for bad words, a mesh that the devices do not fill, or a device that cannot be used.
     """
-    began, record = time.monotonic(), start(case, options.out)
+    began = time.monotonic()
     given = None if "all" in options.meshes else parsed(options.meshes)  # bad words are found at once
     sets = flag_sets(options.flags)
     case = dataclasses.replace(case, config=dataclasses.replace(case.config, mesh=ONE_DEVICE))
+    record = start(case, options.out)
     jobs = {
         text: step_job(case, text, options.warmup_steps, options.timed_steps, options.profiled_steps)
         for text in expanded(options.methods, case.methods)

@@ -3,16 +3,18 @@
 Each figure is what one device sends in one step by ring algorithms, over the n devices of an axis:
 
 - fsdp: each microbatch all-gathers every sharded array, kernels in the dtype of the products, others in
-  their own. It does so for the forward and for the backward pass (embedding and head once). That is
-  (n - 1) / n of the bytes. It reduce-scatters the gradient of every trained one: (n - 1) / n of the bytes.
+  their own, the embedding as kernels. It does so for the forward and for the backward pass (embedding and
+  head once). Unrolled layers that keep activations keep kernels, too. That is (n - 1) / n of the bytes.
+  It reduce-scatters the gradient of every trained one: (n - 1) / n of the bytes.
 - data, and fsdp too for replicated arrays: each microbatch all-reduces the gradient of every trained array,
   or of the shard that a device holds: 2 (n - 1) / n of the bytes.
 - tensor: each microbatch all-reduces the outputs of attention and MLP of every layer in the forward pass,
   and the gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
   Arrays of adapters are all-gathered for both passes, and their complete gradients are summed over `data`.
-  The groups of a method such as MoRA do not end where a kernel is sharded. So it all-gathers the activations
-  on the sharded side of every adapted kernel: (n - 1) / n of them, counted once, in the backward pass, as on
-  the merged path.
+  The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path it sums them
+  after the product of inputs and outputs' gradients, which it all-gathers in float32: (n - 1) / n of it. On
+  the activation path, and with blocks, it all-gathers the activations on the sharded side of every adapted
+  kernel: (n - 1) / n of them, counted once, in the backward pass.
 
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
 (one number a token), and kernels whose width the axis does not divide (they are all-gathered too).
@@ -35,6 +37,7 @@ from jax.sharding import Mesh
 
 from mora_jax import trees
 from mora_jax.methods.linear import merges_float32
+from mora_jax.models.llama import Compute
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.plan.hlo import SENT
@@ -66,11 +69,14 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
     sent: Counter[tuple[str, str, bool]] = Counter()
     gradients = _gradients(config, methods)
     arrays = trees.flatten({"params": state.params, "adapters": state.adapters})
+    by_parts, keeps = _summed_by_parts(config, methods), _keeps(config.compute)
     for path, leaf in arrays.items():
-        for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), config, mesh.shape):
+        once = path.endswith(ONCE) or (keeps and (path.endswith("kernel") or path in by_parts))
+        for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
             sent[kind, axes, path.startswith("adapters/")] += round(size * config.microbatches)
     sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
-    sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
+    with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
+        sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
     pairs = {(kind, axes) for (kind, axes, _), size in sent.items() if size}
     lines = [Expected(*pair, sent[(*pair, False)], sent[(*pair, True)]) for pair in pairs]
     return sorted(lines, key=lambda line: -line.base - line.adapters)
@@ -78,14 +84,7 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
 
 def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     """Returns the itemsize in which each trained array's gradient is sent."""
-    tokens, how = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
-    in_float32 = {
-        f"adapters/{path}/{name}"
-        for path, method in methods.adapted()
-        if how != "compressed" and config.base_dtype == "float32" and merges_float32(tokens, how, [method])
-        if method.float32_gradients and not method.dropout
-        for name in method.leaves()
-    }
+    in_float32 = _summed_by_parts(config, methods)
     products = jnp.dtype(config.compute.dtype).itemsize
     return {
         path: products if path.startswith("adapters/") and path not in in_float32 else FLOAT32
@@ -93,19 +92,35 @@ def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     }
 
 
+def _summed_by_parts(config: RunConfig, methods: Methods) -> set[str]:
+    """Returns the arrays of adapters whose gradients are summed in float32, part by part of the batch.
+
+    They depend on inputs and gradients of outputs alone, not on the arrays themselves.
+    """
+    tokens, how = config.tokens_per_step() / config.microbatches, config.compute.adapter_path
+    return {
+        f"adapters/{path}/{name}"
+        for path, method in methods.adapted()
+        if how != "compressed" and config.base_dtype == "float32" and merges_float32(tokens, how, [method])
+        if method.float32_gradients and not method.dropout
+        for name in method.leaves()
+    }
+
+
 def _of_array(
-    path: str, leaf: Any, gradient: int, config: RunConfig, mesh: Mapping[str, int]
+    path: str, leaf: Any, gradient: int, once: bool, config: RunConfig, mesh: Mapping[str, int]
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (kind, axes, bytes) that one microbatch sends for an array.
 
-    `gradient` is the itemsize of its gradient, 0 if it is frozen.
+    `gradient` is the itemsize of its gradient, 0 if it is frozen; `once` says whether `fsdp` all-gathers the
+    array for one pass only.
     """
     sharded, adapter = _sharded(leaf), path.startswith("adapters/")
-    kernel = path.endswith("kernel")
+    kernel = path.endswith(("kernel", "embedding"))
     itemsize = (jnp.dtype(config.compute.dtype) if kernel else leaf.dtype).itemsize
     held = leaf.size / math.prod(mesh[axis] for axis in sharded if axis != "fsdp")
     if "fsdp" in sharded:
-        uses = 1 if path.endswith(ONCE) else 2
+        uses = 1 if once else 2
         yield "all-gather", "fsdp", uses * held * itemsize * SENT["all-gather"](mesh["fsdp"])
     if "tensor" in sharded and adapter:
         yield "all-gather", "tensor", 2 * leaf.size * itemsize * SENT["all-gather"](mesh["tensor"])
@@ -128,14 +143,26 @@ def _summed(config: RunConfig, mesh: Mapping[str, int]) -> int:
 
 
 def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], mesh: Mapping[str, int]) -> int:
-    """Returns the bytes a step of the activations all-gathered over `tensor` for adapters' gradients."""
-    entries = 0
+    """Returns the bytes a step of what is all-gathered over `tensor` for adapters' gradients."""
+    sent, by_parts = 0.0, _summed_by_parts(config, methods)
     for path, method in methods.adapted():
         *layers, k, d = arrays[f"params/{path}"].shape
-        width = k if path.endswith(INWARD) else d
-        if method.gathers_activations and width % mesh["tensor"] == 0:
-            entries += math.prod(layers) * width
-    return round(entries * _column(config, mesh) * SENT["all-gather"](mesh["tensor"]))
+        inward = path.endswith(INWARD)
+        width = k if inward else d
+        if not method.gathers_activations or width % mesh["tensor"]:
+            continue
+        merged = by_parts.issuperset(f"adapters/{path}/{name}" for name in method.leaves())
+        product = method.gathered_product(k, d, (inward, not inward)) if merged else None
+        if product is None:
+            sent += math.prod(layers) * width * _column(config, mesh)
+        else:
+            sent += math.prod(layers) * product * FLOAT32 * config.microbatches
+    return round(sent * SENT["all-gather"](mesh["tensor"]))
+
+
+def _keeps(compute: Compute) -> bool:
+    """Returns whether kernels that were all-gathered are kept for the backward pass."""
+    return compute.layers == "unrolled" and compute.remat == "none"
 
 
 def _column(config: RunConfig, mesh: Mapping[str, int]) -> float:

@@ -1,0 +1,85 @@
+"""`dense` on a mesh: the numbers of one device, and what is all-gathered for them."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mora_jax import sharding
+from mora_jax.methods import Adapter, MoRA, Share, dense, mora
+from mora_jax.sharding import COLUMNS, ROWS, Layout
+from train.perf.plan.hlo import collectives
+
+B, T, K, D = 8, 64, 64, 96
+METHODS = {"strided": MoRA(8, Share(0), align=8), "contiguous": MoRA(8, Share(1), align=8)}
+
+
+def inputs(method: MoRA) -> tuple[jax.Array, jax.Array, Any]:
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((B, T, K), (K, D))))
+    return x, 0.1 * w, method.example(jax.random.key(2), w, 0.1)
+
+
+def gradients(method: MoRA, layout: Layout, keep: bool, places: Any = None) -> Any:
+    """Returns the compiled gradients of a loss for x, the kernel and the adapter."""
+
+    def loss(x: jax.Array, w: jax.Array, arrays: Any) -> jax.Array:
+        (y,) = dense(x, [w], [Adapter(arrays, method)], "merged", layouts=[layout], keep=keep)
+        y = sharding.constrain(y, Layout((jax.sharding.PartitionSpec(sharding.BATCH, None, None),)))
+        return jnp.sum(jnp.sin(y))
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 2)), in_shardings=places)
+    return step.lower(*(jax.eval_shape(lambda: inputs(method)) if places else inputs(method))).compile()
+
+
+def gathered(program: Any, mesh: Any) -> Counter[str]:
+    """Returns the number of all-gathers by axis, and under "bytes" their complete size."""
+    found: Counter[str] = Counter()
+    for collective in collectives(program.as_text(), mesh.shape):
+        if collective.kind == "all-gather":
+            found[collective.axes] += collective.times
+            found["bytes"] += collective.bytes
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("layout", [COLUMNS, ROWS], ids=["columns", "rows"])
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (1, 1, 4), (2, 1, 2), (2, 2, 2)])
+def test_the_gradients_are_those_of_one_device(name: str, layout: Layout, sizes: tuple[int, int, int]):
+    method = METHODS[name]
+    expected = gradients(method, layout, False)(*inputs(method))
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        for keep in (False, True):
+            got = gradients(method, layout, keep)(*inputs(method))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
+
+
+def test_a_kernel_that_is_kept_is_all_gathered_once():
+    method, mesh = METHODS["strided"], sharding.make_mesh(1, 4)
+    rows, m = sharding.batch(mesh), method.leaves()["m_RR"].layout
+    with jax.set_mesh(mesh):
+        at = {"m_RR": jax.NamedSharding(mesh, m.choices[0])}
+        places = (rows, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", None)), at)
+        again, once = (gathered(gradients(method, COLUMNS, keep, places), mesh) for keep in (False, True))
+    assert once["fsdp"] == again["fsdp"] / 2  # the kernel and M
+
+
+def test_over_tensor_no_activations_are_all_gathered_for_the_gradient(monkeypatch: pytest.MonkeyPatch):
+    """By hand: the sums of x times dy of both halves, in float32."""
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: 0.0)  # sums come first where they may
+    method, mesh = METHODS["contiguous"], sharding.make_mesh(1, 1, 2)
+    side = method.shapes(K, D)["m_RR"][0]
+    assert method.gathered_product(K, D, (False, True)) == side * D
+    assert method.gathered_product(K, D, (True, False)) == K * side
+    assert method.gathered_product(K, D, (False, False)) == side * side
+    x = jax.ShapeDtypeStruct((B, T, K), jnp.float32)
+    dy = jax.ShapeDtypeStruct((B, T, 1, D), jnp.float32)
+    spec = jax.sharding.PartitionSpec
+    places = (jax.NamedSharding(mesh, spec()), jax.NamedSharding(mesh, spec(None, None, None, "tensor")))
+    arrays = [{"m_RR": jnp.zeros((side, side))}]
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda x, dy: method.gradients(arrays, x, dy, (False, True)), in_shardings=places)
+        program = step.lower(x, dy).compile()
+    assert gathered(program, mesh)["bytes"] == side * D * 4
