@@ -79,7 +79,7 @@ def test_a_new_method_and_a_new_operator_need_an_entry_only(monkeypatch):
     monkeypatch.setitem(METHODS, "new", _New)
     monkeypatch.setitem(OPERATORS, "half", _Half)
     fields = flat_fields(_New, "half")
-    assert list(fields) == ["width", "bias", "operator", "pad", "surplus", "share"]
+    assert list(fields) == ["width", "bias", "operator", "reorder", "seed", "draw", "pad", "surplus", "share"]
     assert fields["operator"].default == "half"
     assert (fields["share"].owner, fields["width"].owner) == (_Half, _New)
     assert flat_fields(_New)["pad"].default == "wrap"  # of the method's own default, not of the operator
