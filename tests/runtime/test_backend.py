@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import compilation_cache
 
 from mora_jax.errors import InputError
 from train.config.run import RunConfig
@@ -283,6 +284,16 @@ def test_a_deterministic_run_loads_the_programs_it_kept(config, tmp_path):
         os.utime(path, (0, 0))
     with pytest.raises(InputError, match="-cache is damaged"):
         compile_something(deterministic, 10)
+
+
+def test_a_program_that_decompresses_to_something_else_is_refused(config, tmp_path):
+    """As where a damaged stream has no checksum."""
+    deterministic, folder = dataclasses.replace(config, deterministic=True), tmp_path / "runs/a/jax_cache"
+    compile_something(deterministic, 11)
+    for path in folder.glob("*-cache"):
+        path.write_bytes(compilation_cache.compress_executable(b"no program at all"))
+    with pytest.raises(InputError, match=r"a file .*-cache is damaged"):
+        compile_something(deterministic, 11)
 
 
 @pytest.mark.slow

@@ -115,6 +115,14 @@ def compiled_programs(config: RunConfig) -> Iterator[None]:
         if error.filename or not workarounds.raised_by_compilation_cache(error):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+    except jax.errors.JaxRuntimeError as error:
+        # A program without a checksum may decompress although it is damaged.
+        if not workarounds.raised_by_compilation_cache(error):
+            raise
+        raise InputError(
+            f"a file {folder}/*-cache is damaged: remove them to recompile the programs, which may change "
+            "bits, or restore them"
+        ) from error
     finally:
         _set_options(before)
 

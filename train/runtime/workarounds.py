@@ -52,7 +52,7 @@ def reset_compilation_cache() -> None:
 def raised_by_compilation_cache(error: BaseException) -> bool:
     """Returns whether JAX's reading or writing of a cached program raised an error.
 
-    JAX 0.10 to 0.12. The error is the system's OSError without a file name. Only its traceback, which passes
+    JAX 0.10 to 0.12. Errors of the system have no file name then. Only its traceback, which passes
     through `compilation_cache.py`, says that it concerns the cache.
     """
     frames = traceback.extract_tb(error.__traceback__)
