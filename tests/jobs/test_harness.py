@@ -12,6 +12,7 @@ from harness_tasks import write_tasks
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.hf.tokenizer_files import TokenizerFiles
 from mora_jax.models.generate import Sampling, generate
 from mora_jax.models.llama import Llama
 from train.cli.main import main
@@ -116,6 +117,15 @@ def test_what_is_too_long_is_cut_from_the_left_and_counted(generator):
         model.loglikelihood(asked("loglikelihood", ("ij", context)))
     with pytest.raises(InputError, match="a continuation has no token of its own: ''"):
         model.loglikelihood(asked("loglikelihood", ("ij", "")))
+
+
+def test_the_files_of_the_tokenizer_are_read_once_for_many_texts(generator, monkeypatch):
+    """A tokenizer.json of 2 MB takes a tenth of a second: more than its text does on a GPU."""
+    model, reads, read = HarnessModel(generator, 4), [], TokenizerFiles.special_ids
+    monkeypatch.setattr(TokenizerFiles, "special_ids", lambda self: reads.append(1) or read(self))
+    generator.codec.__dict__.pop("prefix_id", None)
+    model.loglikelihood_rolling(asked("loglikelihood_rolling", *[(text,) for text in ("ab", "cd", "ef")]))
+    assert len(reads) == 1
 
 
 def test_a_text_is_scored_in_windows_that_do_not_overlap(generator):

@@ -1,5 +1,6 @@
 """Text to tokens and back, for generation: prompts as a model was trained on them, and what it answers."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ class Codec:
             found |= zip(numbers, self._tokens([texts[i] for i in numbers], whole), strict=True)
         return [found[i] for i in range(len(texts))]
 
-    @property
+    @functools.cached_property  # it reads the tokenizer's files again
     def prefix_id(self) -> int:
         """The token before a text that has no context: begin-of-text, else end-of-text.
 
