@@ -53,7 +53,7 @@ def wait_for_training(process: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_a_study_is_stopped_killed_and_resumed(file: Path, tmp_path: Path):
     longer, folder = (
-        ("--set", "steps=1500", "eval.every=500", "checkpoint.every=250", "checkpoint.keep=2"),
+        ("--set", "steps=4000", "eval.every=1000", "checkpoint.every=500", "checkpoint.keep=2"),
         tmp_path / "s",
     )
     for number, status in ((signal.SIGINT, exits.PREEMPTED), (signal.SIGKILL, -signal.SIGKILL)):
@@ -63,18 +63,19 @@ def test_a_study_is_stopped_killed_and_resumed(file: Path, tmp_path: Path):
         out, err = second.communicate(timeout=60)
         assert second.returncode == exits.BAD_INPUT
         assert "is in use by process" in err
+        assert process.poll() is None, "the runs are too short for this test"
         process.send_signal(number)
         process.communicate(timeout=60)
         assert process.returncode == status
     process = start(file, *longer)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert out == (folder / "table.md").read_text()
     for run in read_study(str(file)).runs:
         steps = [
             line["step"] for line in read_metrics(f"{run.config.run_dir}/metrics.jsonl") if "loss" in line
         ]
-        assert steps == list(range(1500))
+        assert steps == list(range(4000))
     assert (folder / "loss.png").exists()
     done = start(file, *longer)
     assert done.communicate(timeout=60)[0] == out
