@@ -87,7 +87,7 @@ def lines(queue: Queue) -> list[str]:
         run = queue.training[name].run
         parts = dict(zip(_HEADS, cells(queue, run), strict=True))
         facts = [parts["state"], f"step {parts['step']}"]
-        facts += [f"{parts[key]} tokens/s" for key in ("tokens/s",) if parts[key]]
+        facts += [f"{parts['tokens/s']} tokens/s"] if parts["tokens/s"] else []
         facts += [f"loss {parts['loss']}"] if parts["loss"] else []
         facts += [f"{parts['left']} left"] if parts["left"] else []
         found.append(f"{name}: {' · '.join(facts)}")
@@ -121,7 +121,7 @@ def cells(queue: Queue, run: StudyRun) -> Sequence[str]:
     step, loss, left = outcome.step, "", ""
     if words == "training":
         now = newest(run)
-        step = max(now.done, step) if not now.done else now.done
+        step = now.done or step
         words = queue.training[run.name].device.name
         loss = "" if now.loss is None else f"{now.loss:.3f}"
         if now.tokens_per_second:

@@ -21,6 +21,8 @@ from train.run.metrics import LINES, read_metrics
 from train.storage.files import write_result
 
 State = Literal["waiting", "unfinished", "finished", "diverged", "failed"]
+# File in the study's folder that names its runs.
+RUNS = "study.json"
 # Bytes at the end of a log that hold its newest lines.
 _TAIL = 1 << 13
 
@@ -145,9 +147,6 @@ def _in_steps(run: StudyRun) -> StudyRun:
         return dataclasses.replace(run, config=dataclasses.replace(run.config, steps=steps, epochs=0.0))
     rows = load_info(run.config.data.directory, splits=()).rows["train"]
     return dataclasses.replace(run, config=run.config.in_steps(rows))
-
-
-RUNS = "study.json"
 
 
 def keep_names(study: Study) -> None:

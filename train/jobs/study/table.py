@@ -174,7 +174,7 @@ def _by_rate(results: Results) -> Iterator[list[str]]:
 def _cell_text(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    others = [f"{n}{word}" for word in dict.fromkeys(cell.others) for n in [_times(cell, word)]]
+    others = [f"{_times(cell, word)}{word}" for word in dict.fromkeys(cell.others)]
     if not cell.perplexities:
         return ", ".join(others)
     figure = _figure(cell)

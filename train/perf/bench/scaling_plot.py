@@ -1,17 +1,14 @@
 """Draws speedup over devices: a column for each method, a line for each kind of mesh, and the ideal."""
 
-import io
 import re
 from collections.abc import Mapping
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mora_jax.errors import InputError
-from train.jobs.plot import COLORS, GREY, style
+from train.jobs.plot import COLORS, GREY, style, write_png
 from train.perf.bench.record import Record, label
 from train.perf.bench.scaling_table import mesh_of
-from train.storage.files import write_result
 
 
 def plot(record: Record, png_path: str) -> None:
@@ -43,9 +40,7 @@ def plot(record: Record, png_path: str) -> None:
     figure.legend(
         handles=list(handles.values()), loc="outside upper left", ncols=5, fontsize=11, frameon=False
     )
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_result(png_path, png.getvalue())
+    write_png(figure, png_path)
 
 
 def lines(record: Record) -> Mapping[str, Mapping[str, Mapping[int, float]]]:

@@ -1,17 +1,14 @@
 """Draws a sweep: step time above, peak memory below, one column for each axis."""
 
-import io
 from typing import Any
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mora_jax.errors import InputError
-from train.jobs.plot import COLORS, style
+from train.jobs.plot import COLORS, style, write_png
 from train.perf.bench.record import Record, Row, label
-from train.storage.files import write_result
 
 AXES = {
     "batch": "batch (sequences)",
@@ -46,9 +43,7 @@ def plot(record: Record, png_path: str) -> None:
     figure.legend(
         handles=list(handles.values()), loc="outside upper left", ncols=4, fontsize=11, frameon=False
     )
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_result(png_path, png.getvalue())
+    write_png(figure, png_path)
 
 
 def lines(record: Record, axis: str) -> dict[str, tuple[list[int], list[Row]]]:
