@@ -37,6 +37,9 @@ RESIDUAL = "residual"
 # The kernels that are stacked over layers, by path.
 STACKED = "layers/.*"
 
+# The token embedding and the head, by path. A model with tied ones has the first alone.
+EMBEDDINGS = ("embed_tokens/embedding", "lm_head/kernel")
+
 # How the parameters may be divided over a mesh, by the end of their path.
 LAYOUTS: Rules = (
     ("embed_tokens/embedding", ROWS),

@@ -58,6 +58,7 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         ),
         (lambda: s.Optimizer(learning_rate=1e7), r"optimizer\.learning_rate must be at most 1,000,000"),
         (lambda: s.GroupRule(lr_scale=1e7), r"lr_scale of optimizer\.groups must be at most 1,000,000"),
+        (lambda: s.Optimizer(embedding_lr_scale=-1.0), r"optimizer\.embedding_lr_scale must be at least 0"),
         (lambda: s.Optimizer(eps=1e-45), r"optimizer\.eps 1e-45 is zero in float32"),
         (lambda: s.Optimizer(eps=1e39), r"optimizer\.eps 1e\+39 is infinite in float32"),
         (lambda: s.Optimizer(weight_decay=1e-39), r"optimizer\.weight_decay 1e-39 is zero in float32"),

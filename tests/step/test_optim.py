@@ -134,6 +134,26 @@ def test_a_group_that_decides_nothing_is_refused():
         optim.array_options(Optimizer(groups=groups), METHODS)
 
 
+def test_embedding_and_head_have_their_multiple_of_the_rate():
+    model = {
+        "embed_tokens": {"embedding": jnp.ones((8, 4))},
+        "layers": {"mlp": {"kernel": jnp.ones((4, 4))}},
+        "lm_head": {"kernel": jnp.ones((4, 8))},
+    }
+    groups = (("lm_head/kernel", GroupRule(lr_scale=0.5)),)
+    config = Optimizer(embedding_lr_scale=3.0, groups=groups)
+    adapted = [("layers/mlp/kernel", LoRA(2))]
+    options = optim.array_options(config, assign([*adapted, (".*", "train")], model))
+    assert {path: o.lr_scale for path, o in options.items()} == {
+        "params/embed_tokens/embedding": 3.0,
+        "params/lm_head/kernel": 1.5,
+        "adapters/layers/mlp/kernel/a_KR": 1.0,
+        "adapters/layers/mlp/kernel/b_RD": 1.0,
+    }
+    with pytest.raises(InputError, match="neither the embedding nor the head is trained; leave it 1"):
+        optim.array_options(Optimizer(embedding_lr_scale=2.0), assign([*adapted, (".*", "frozen")], model))
+
+
 def test_a_reset_clears_moments_and_count_of_adapters_alone():
     tx = optim.adamw(Optimizer(), OPTIONS)
     _, state = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)

@@ -119,6 +119,7 @@ class Optimizer:
 
     Attributes:
       learning_rate: the peak rate.
+      embedding_lr_scale: multiple of the rate for the token embedding and the head, where they are trained.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
@@ -128,6 +129,7 @@ class Optimizer:
     """
 
     learning_rate: float = 5e-4
+    embedding_lr_scale: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -137,6 +139,7 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         above("optimizer.learning_rate", self.learning_rate, 0, LARGEST_FACTOR)
+        at_least("optimizer.embedding_lr_scale", self.embedding_lr_scale, 0, LARGEST_FACTOR)
         for name in ("b1", "b2"):
             value = getattr(self, name)
             if not 0 <= value < 1:

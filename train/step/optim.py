@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mora_jax import moments, trees
 from mora_jax.errors import InputError
+from mora_jax.models.llama import EMBEDDINGS
 from mora_jax.transform import Methods
 from train.config.sections import GroupRule, Optimizer, Restart
 from train.step.spec import StepSpec
@@ -68,10 +69,12 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
     """Returns the options of every trainable array, by its path under `params/` or `adapters/`.
 
     A method states a multiple of the rate and whether its arrays are decayed; scales of norms and biases are
-    not decayed. The first of `config.groups` whose regex matches the rest of the path changes these.
+    not decayed. The first of `config.groups` whose regex matches the rest of the path changes these, and
+    `config.embedding_lr_scale` multiplies the rate of the embedding and the head.
 
     Raises:
-      InputError: if a group's rule decides nothing.
+      InputError: if a group's rule decides nothing, or neither embedding nor head is trained and their
+        multiple is not 1.
     """
     groups = methods.trainable()
     rules = [*config.groups, (trees.CATCH_ALL, GroupRule())]
@@ -79,14 +82,20 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
         chosen = trees.first_match(rules, {path.partition("/")[2]: None for path in groups})
     except InputError as error:
         raise InputError(f"optimizer.groups: {error}") from error
+    embeddings = {f"params/{path}" for path in EMBEDDINGS}
+    if config.embedding_lr_scale != 1 and not embeddings & groups.keys():
+        raise InputError(
+            "optimizer.embedding_lr_scale: neither the embedding nor the head is trained; leave it 1"
+        )
     options = {}
     for path, group in groups.items():
         rule = chosen[path.partition("/")[2]]
+        scale = group.lr_scale * rule.lr_scale
         decayed = group.weight_decay and path.rpartition("/")[2] not in UNDECAYED
         decay = config.weight_decay if decayed else 0.0
         options[path] = ArrayOptions(
             group.adapter,
-            group.lr_scale * rule.lr_scale,
+            scale * config.embedding_lr_scale if path in embeddings else scale,
             decay if rule.weight_decay is None else rule.weight_decay,
         )
     return options
