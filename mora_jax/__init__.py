@@ -21,6 +21,7 @@ from mora_jax.methods import (
     Operator,
     Rotate,
     Share,
+    Spectral,
     Truncate,
     dense,
 )
@@ -34,6 +35,7 @@ from mora_jax.state import State
 from mora_jax.transform import (
     Group,
     Methods,
+    align,
     assign,
     attach,
     bind,
@@ -67,9 +69,11 @@ __all__ = [
     "Rope",
     "Rotate",
     "Share",
+    "Spectral",
     "State",
     "Truncate",
     "adapted",
+    "align",
     "assign",
     "attach",
     "bind",

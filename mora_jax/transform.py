@@ -51,6 +51,10 @@ class Methods:
         """Returns the paths of the adapted kernels, each with its method."""
         return ((path, on.method) for path, on in self.kernels())
 
+    def aligned(self) -> Iterator[tuple[str, On]]:
+        """Returns the kernels whose adapters `align` fits to gradients."""
+        return ((path, on) for path, on in self.kernels() if on.method.aligns)
+
     def trained(self) -> frozenset[str]:
         """Returns the paths of the parameters that are trained themselves."""
         return frozenset(path for path, choice in self.choices if choice == "train")
@@ -194,6 +198,36 @@ def attach(key: PRNGKeyArray, params: Params, methods: Methods) -> Tree:
         for name, array in _init(key, on.method, on.axes(flat[path].shape).matrices(flat[path])).items()
     }
     return trees.unflatten(arrays)
+
+
+def align(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
+    """Fits adapters that have no update yet to the gradients of their kernels, for methods that do so.
+
+    Args:
+      adapters: as `attach` or `restart` returned them.
+      methods: what the arrays mean.
+      gradients: nested dict of the gradients of the kernels of `methods.aligned()`, at their paths.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import Spectral, align, assign, attach
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> methods = assign([(".*", Spectral(1))], params)
+      >>> adapters = attach(jax.random.key(0), params, methods)
+      >>> gradient = jax.random.normal(jax.random.key(1), (8, 4))
+      >>> arrays = align(adapters, methods, {"kernel": gradient})["kernel"]
+      >>> u, s, v = jnp.linalg.svd(gradient)
+      >>> bool(jnp.abs(jnp.vdot(arrays["u_KR"][:, 0], u[:, 0])) > 0.99)
+      True
+    """
+    found, flat = trees.flatten(gradients), trees.flatten(adapters)
+    for path, on in methods.aligned():
+        names = [*on.method.leaves()]
+        arrays = {name: flat[f"{path}/{name}"] for name in names}
+        matrices = on.axes(found[path].shape).matrices(found[path])
+        fitted = _stacked(on.method.aligned, arrays, matrices)
+        flat |= {f"{path}/{name}": array for name, array in fitted.items()}
+    return trees.unflatten(flat)
 
 
 def bind(params: Params, adapters: Tree, methods: Methods) -> Params:
@@ -364,6 +398,13 @@ def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:
     layers = w.reshape(-1, *w.shape[-2:])
     arrays = jax.vmap(method.init)(jax.random.split(key, layers.shape[0]), layers)
     return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), arrays)
+
+
+def _stacked(function: Callable[..., Any], arrays: dict[str, Array], matrices: Array) -> Any:
+    """Applies a function of an adapter's arrays and a matrix to a stack, one after another to save memory."""
+    if matrices.ndim == 2:
+        return function(arrays, matrices)
+    return jax.lax.map(lambda both: _stacked(function, *both), (arrays, matrices))
 
 
 def _each_layer(function: Callable[..., Array], arrays: dict[str, Array], w: Array) -> Array:

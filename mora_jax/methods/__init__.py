@@ -7,6 +7,7 @@ from mora_jax.methods.lora import LoRA
 from mora_jax.methods.mora import MoRA
 from mora_jax.methods.operators import Decouple, Operator, Rotate, Share, Truncate
 from mora_jax.methods.registry import METHODS, OPERATORS, from_json, to_json
+from mora_jax.methods.spectral import Spectral
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,7 @@ __all__ = [
     "Path",
     "Rotate",
     "Share",
+    "Spectral",
     "Truncate",
     "dense",
     "from_json",

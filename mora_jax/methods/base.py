@@ -51,6 +51,7 @@ class Method:
         `delta`. The former costs O(k d) a step, the latter O(tokens (k + d)) (docs/performance.md).
       float32_gradients: whether the merged path sums the arrays' gradients over devices in float32.
       gathers_activations: whether gradients need activations that `tensor` divides to be all-gathered.
+      aligns: whether `aligned` does something with the kernel's gradient.
       dropout: share of the adapter's inputs that training sets to zero. A field where a method has it.
     """
 
@@ -59,6 +60,7 @@ class Method:
     merged_min_tokens: ClassVar[int] = 2048
     float32_gradients: ClassVar[bool] = False
     gathers_activations: ClassVar[bool] = False
+    aligns: ClassVar[bool] = False
     dropout: float = 0.0
 
     # What the method computes.
@@ -66,6 +68,10 @@ class Method:
     def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
         """Returns the adapter's arrays (float32) for a kernel like w, such that `weight(arrays, w) == w`."""
         raise NotImplementedError
+
+    def aligned(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
+        """Returns the arrays of an adapter without an update yet, fitted to the gradient of its kernel."""
+        return dict(arrays)
 
     def leaves(self) -> dict[str, Leaf]:
         """Returns how each array that `init` makes is trained and sharded."""

@@ -18,8 +18,9 @@ from mora_jax.methods.lora import LoRA
 from mora_jax.methods.mora import MoRA
 from mora_jax.methods.operators import OPERATORS, Operator
 from mora_jax.methods.peft import PeftAdapter
+from mora_jax.methods.spectral import Spectral
 
-METHODS: dict[str, type[Method]] = {c.name: c for c in (MoRA, LoRA, DoRA)}
+METHODS: dict[str, type[Method]] = {c.name: c for c in (MoRA, LoRA, DoRA, Spectral)}
 
 T = TypeVar("T")
 

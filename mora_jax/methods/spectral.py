@@ -1,0 +1,162 @@
+"""A square matrix between orthonormal bases, which a restart takes from the gradient.
+
+Legend of shapes in names: K inputs, D outputs, R the side of M.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mora_jax import sharding
+from mora_jax.methods.base import (
+    Arrays,
+    Leaf,
+    Method,
+    RestartEffect,
+    check_dropout,
+    check_rank,
+    outer_by_parts,
+)
+from mora_jax.methods.peft import A, B, PeftAdapter
+from mora_jax.sharding import STATE, Layout
+
+_M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)))
+_U_LAYOUT = Layout((P(STATE, None), P("fsdp", "tensor"), P("tensor", "fsdp")))
+_V_LAYOUT = Layout((P(None, STATE), P("tensor", "fsdp"), P("fsdp", "tensor")))
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectral(Method):
+    """y = x @ w + scale (x @ u) @ m @ v with m square and trained, and u and v orthonormal and not trained.
+
+    MoRA (arXiv:2405.12130) with other operators: its groups are bases that know nothing of the kernel. Here
+    `aligned` makes u and v the leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507)
+    projects gradients, so that m holds most of what one step would change. Until then they are random.
+    The scale makes an entry of the update as large as an entry of m, as sharing does.
+
+    m has as many parameters as LoRA of the same rank; u and v need memory for r_hat (k + d) more numbers.
+
+    Arrays: m_RR (r_hat, r_hat), u_KR (k, r_hat), v_RD (r_hat, d), float32.
+
+    Attributes:
+      rank: LoRA rank whose number of trainable parameters is matched.
+      dropout: share of the adapter's inputs that training sets to zero.
+    """
+
+    rank: int = 128
+    dropout: float = 0.0
+    name: ClassVar[str] = "spectral"
+    aligns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_rank("the rank of spectral", self.rank)
+        check_dropout(self.dropout)
+
+    def r_hat(self, k: int, d: int) -> int:
+        """Returns the side of m for a (k, d) kernel: sqrt((k + d) rank) rounded down, at most min(k, d)."""
+        return min(math.isqrt((k + d) * self.rank), k, d)
+
+    def scale(self, k: int, d: int) -> float:
+        """Returns the factor of the update, sqrt(k d) / r_hat."""
+        return math.sqrt(k * d) / self.r_hat(k, d)
+
+    def init(self, key: PRNGKeyArray, w: Float[Array, "K D"]) -> dict[str, Array]:
+        """Returns m_RR of zeros, and normal u_KR and v_RD whose vectors have length 1 on average."""
+        (k, d), side = w.shape, self.r_hat(*w.shape)
+        u_key, v_key = jax.random.split(key)
+        return {
+            "m_RR": jnp.zeros((side, side), jnp.float32),
+            "u_KR": jax.random.normal(u_key, (k, side)) / math.sqrt(k),
+            "v_RD": jax.random.normal(v_key, (side, d)) / math.sqrt(d),
+        }
+
+    def aligned(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
+        """Returns the arrays with the gradient's leading singular vectors as bases."""
+        g_KD, side = gradient.astype(jnp.float32), arrays["m_RR"].shape[0]
+        k, d = g_KD.shape
+        if k > d:
+            v_DR, u_KR = _leading(g_KD.T, side)
+        else:
+            u_KR, v_DR = _leading(g_KD, side)
+        return {"m_RR": arrays["m_RR"], "u_KR": u_KR, "v_RD": v_DR.T}
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Returns m_RR as trained, and the bases as not."""
+        return {
+            "m_RR": Leaf(layout=_M_LAYOUT),
+            "u_KR": Leaf(trainable=False, layout=_U_LAYOUT),
+            "v_RD": Leaf(trainable=False, layout=_V_LAYOUT),
+        }
+
+    def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
+        """Returns w + scale u @ m @ v, (k, d) in w's type."""
+        u_KR, m_RR, v_RD = arrays["u_KR"], arrays["m_RR"], arrays["v_RD"]
+        product = jnp.matmul(jnp.matmul(u_KR, m_RR, precision=_EXACT), v_RD, precision=_EXACT)
+        return w + (self.scale(*w.shape) * product).astype(w.dtype)
+
+    def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
+        """Returns scale (x @ u) @ m @ v: (..., k) -> (..., d)."""
+        u_KR, m_RR, v_RD = (arrays[name].astype(x.dtype) for name in ("u_KR", "m_RR", "v_RD"))
+        return ((x @ u_KR) @ m_RR * self.scale(x.shape[-1], d)) @ v_RD
+
+    def gradients(
+        self,
+        arrays: Sequence[Arrays],
+        x: Float[Array, "*B K"],
+        dy: Float[Array, "*B N D"],
+        divided: tuple[bool, bool] = (False, False),
+    ) -> list[Arrays]:
+        """Returns scale u^T (x^T dy) v^T for m, where one product of x and dy is cheaper than three."""
+        k, (n, d) = x.shape[-1], dy.shape[-2:]
+        side = self.r_hat(k, d)
+        if n * side * (d + side) + k * side < n * k * d:
+            return self.compressed_gradients(arrays, x, dy)
+        x, dy = sharding.whole(x), sharding.whole(dy)
+        g_KND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).sum(axis=0).reshape(k, n, d)
+        return [
+            {
+                "m_RR": self.scale(k, d) * (a["u_KR"].T @ g_KND[:, i] @ a["v_RD"].T),
+                "u_KR": jnp.zeros_like(a["u_KR"]),
+                "v_RD": jnp.zeros_like(a["v_RD"]),
+            }
+            for i, a in enumerate(arrays)
+        ]
+
+    @property
+    def restart_effect(self) -> RestartEffect:
+        """A restart draws the bases again, or takes them from a gradient."""
+        return "redraw"
+
+    def to_peft(self, arrays: Arrays, k: int, d: int) -> PeftAdapter:
+        """Returns the update as LoRA of rank r_hat, without loss."""
+        b_RD = self.scale(k, d) * jnp.matmul(arrays["m_RR"], arrays["v_RD"], precision=_EXACT)
+        side = self.r_hat(k, d)
+        return PeftAdapter({A: arrays["u_KR"].T, B: b_RD.T}, side, side)
+
+    def count(self, k: int, d: int) -> int:
+        """Returns r_hat^2."""
+        return self.r_hat(k, d) ** 2
+
+    def rank_bound(self, k: int, d: int) -> int:
+        """Returns r_hat."""
+        return self.r_hat(k, d)
+
+    def describe(self, k: int, d: int) -> str:
+        """Returns the rank that is matched, and r_hat."""
+        return f"spectral r {self.rank}, r_hat {self.r_hat(k, d)}"
+
+
+def _leading(g_KD: Float[Array, "K D"], side: int) -> tuple[Float[Array, "K R"], Float[Array, "D R"]]:
+    """Returns the leading singular vectors of a matrix with K <= D, by the eigenvectors of its smaller Gram matrix."""
+    g_KD = g_KD / jnp.maximum(jnp.linalg.norm(g_KD), jnp.finfo(jnp.float32).tiny)
+    _, ascending = jnp.linalg.eigh(jnp.matmul(g_KD, g_KD.T, precision=_EXACT))
+    u_KR = ascending[:, ::-1][:, :side]
+    v_DR, _ = jnp.linalg.qr(jnp.matmul(g_KD.T, u_KR, precision=_EXACT))
+    return u_KR, v_DR
