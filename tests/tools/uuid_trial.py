@@ -2,6 +2,7 @@
 
     python tests/tools/uuid_trial.py MODEL WORK --out OUT --gpus 4 --seconds 540
     python tests/tools/uuid_trial.py MODEL WORK --out OUT --runs mora_r8=3e-4,1e-3 -- --microbatches 4
+    CUDA_VISIBLE_DEVICES=2 python tests/tools/uuid_trial.py MODEL WORK --out OUT --gpus 1
 
 MODEL is a Hugging Face folder. WORK holds the pairs, the data set and a folder for each run and its log. The
 same command resumes: finished runs and scores are kept, stopped runs go on. OUT gets few small files, written
@@ -84,6 +85,7 @@ class Trial:
     pairs: int
     ends: float
     batch_size: int
+    sequence_length: int
     flags: tuple[str, ...]
 
     def folder(self, run: Run) -> Path:
@@ -124,7 +126,8 @@ def prepare(trial: Trial) -> None:
     done = mora([*words, str(pairs), "--count", str(trial.pairs)], log)
     done = done or mora([*words, str(others), "--count", "200", "--seed", "1"], log)
     words = f"prepare-data --form prompt --source {pairs} --validation {others} --tokenizer {trial.model}"
-    done = done or mora([*words.split(), "--sequence-length", "80", "--out", str(trial.work / "data")], log)
+    words = [*words.split(), "--sequence-length", str(trial.sequence_length)]
+    done = done or mora([*words, "--out", str(trial.work / "data")], log)
     if done:
         sys.exit(f"the data set could not be prepared: {last_line(log)}")
 
@@ -137,6 +140,7 @@ def carry_out(trial: Trial, run: Run, gpu: str) -> str:
             return "not begun: no time left"
         words = ["finetune", f"configs/paper/uuid_{run.method}.yaml", "--init-from", str(trial.model)]
         words += ["--run-dir", str(folder), "--data.directory", str(trial.work / "data")]
+        words += ["--data.sequence-length", str(trial.sequence_length)]
         words += ["--optimizer.learning-rate", run.rate, "--batch-size", str(trial.batch_size)]
         epochs = trial.steps * trial.batch_size / trial.pairs
         words += ["--epochs", str(epochs), *HOW, *trial.flags]
@@ -256,6 +260,13 @@ def go(trial: Trial, runs: list[Run], gpus: list[str]) -> dict[str, str]:
     return said
 
 
+def first_gpus(count: int) -> list[str]:
+    """Returns the first GPUs that CUDA_VISIBLE_DEVICES leaves visible, at most so many; [""] for none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(count)] if visible is None else list(filter(None, visible.split(",")))
+    return names[:count] or [""]
+
+
 def in_order(rates: dict[str, tuple[str, ...]]) -> list[Run]:
     """Returns the runs: the first rate of every method, then the second, and so on."""
     most = max(map(len, rates.values()))
@@ -267,12 +278,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=4, help="number of them; 0 for the CPU")
+    parser.add_argument("--gpus", type=int, default=4, help="the first of those visible; 0 for the CPU")
     parser.add_argument("--runs", nargs="+", default=[], metavar="METHOD=RATE,RATE", help="instead of all")
     parser.add_argument("--steps", type=int, default=900, help="updates of each run")
     parser.add_argument("--scored", type=int, nargs="+", default=[300, 500, 700, 900])
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=1000, help="pairs of an update")
+    parser.add_argument("--sequence-length", type=int, default=80, help="tokens of a row: one pair, not two")
     parser.add_argument(
         "--seconds", type=float, default=540, help="then runs are stopped, and can be resumed"
     )
@@ -292,12 +304,13 @@ def main() -> None:
         args.pairs,
         time.monotonic() + args.seconds,
         args.batch_size,
+        args.sequence_length,
         tuple(flags),
     )
     prepare(trial)
     runs = in_order(rates)
     print(f"{len(runs)} runs of {args.steps} updates: {', '.join(run.name for run in runs)}", flush=True)
-    said = go(trial, runs, [str(i) for i in range(args.gpus)] or [""])
+    said = go(trial, runs, first_gpus(args.gpus))
     print(report(trial, runs, said))
 
 
