@@ -12,6 +12,7 @@ from harness_tasks import write_tasks
 
 from mora_jax import hf
 from mora_jax.errors import InputError
+from mora_jax.hf.chat import ChatTemplate
 from mora_jax.hf.tokenizer_files import TokenizerFiles
 from mora_jax.models.generate import Sampling, generate
 from mora_jax.models.llama import Llama
@@ -164,19 +165,22 @@ def test_generation_takes_the_arguments_of_each_request(generator):
             model.generate_until(asked("generate_until", ("abc", odd)))
 
 
-def test_conversations_are_written_by_the_chat_template(generator):
+def test_conversations_are_written_by_the_chat_template(generator, monkeypatch):
     files = hf.TokenizerFiles(
         "here", {**generator.codec.files.files, "chat_template.jinja": TEMPLATE.encode()}
     )
     chatting = dataclasses.replace(generator, codec=dataclasses.replace(generator.codec, files=files))
-    model = HarnessModel(chatting, 4)
+    model, reads, read = HarnessModel(chatting, 4), [], ChatTemplate.read
+    monkeypatch.setattr(ChatTemplate, "read", lambda files: reads.append(1) or read(files))
     said = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "The answer: "}]
     assert model.apply_chat_template(said[:1]) == "<user> abc <a>"
     assert model.apply_chat_template(said, False) == "<user> abc <assistant> The answer: "
+    assert len(reads) == 1
     strict = TEMPLATE.replace("<{{", "{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}<{{")
     files.files["chat_template.jinja"] = strict.replace(
         "{{ m.content }} ", "{{ m.content.strip() }}!"
     ).encode()
+    del chatting.codec.__dict__["chat_template"]
     assert model.apply_chat_template([{"role": "system", "content": "be"}, *said], False).endswith("answer:")
 
 

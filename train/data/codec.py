@@ -85,6 +85,11 @@ class Codec:
         token = self.encoder.token_to_id(text)
         return token if token is not None and not self._text([token]) else None
 
+    @functools.cached_property  # it reads the tokenizer's files again
+    def chat_template(self) -> ChatTemplate:
+        """The chat template. Reading it raises InputError if there is none, or one that is no Jinja."""
+        return ChatTemplate.read(self.files)
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the answer begins.
 
@@ -92,7 +97,7 @@ class Codec:
           InputError: if the tokenizer has no chat template, or it refuses the messages.
         """
         # The template writes the special tokens.
-        return self._tokens([ChatTemplate.read(self.files).render(messages)], False)[0]
+        return self._tokens([self.chat_template.render(messages)], False)[0]
 
     def decode(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """Returns the text of tokens that follow those of a prompt, without special tokens."""

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from mora_jax import hf, transform, trees
 from mora_jax.errors import InputError
-from mora_jax.hf.chat import ChatTemplate
 from mora_jax.hf.names import parameter_shapes
 from mora_jax.io import parse_json, read_bytes
 from mora_jax.models.generate import Sampling, check_prompts, generate
@@ -170,7 +169,7 @@ def chat(
     Raises:
       InputError: if there is no chat template, it fails, or the conversation fills the model's context.
     """
-    ChatTemplate.read(generator.codec.files)  # before anybody types
+    _ = generator.codec.chat_template  # before anybody types
     messages, sampling = [], _with_eos(sampling, generator.codec)
     for line in filter(str.strip, lines):
         messages.append({"role": "user", "content": line})

@@ -22,7 +22,6 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks._yaml_loader import load_yaml  # pyright: ignore[reportMissingImports]
 
 from mora_jax.errors import InputError, nearest, reason, some
-from mora_jax.hf.chat import ChatTemplate
 from mora_jax.io import json_text
 from train.console.terminal import log, warn
 from train.jobs.generate import Generator
@@ -127,7 +126,7 @@ def run_tasks(generator: Generator, tasks: Any, asked: Asked, batch_size: int) -
       InputError: if a task needs what the model cannot do, or the tokenizer has no chat template.
     """
     if asked.chat:
-        ChatTemplate.read(generator.codec.files)
+        _ = generator.codec.chat_template  # before anything is computed
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise InputError(f"task {name} executes what a model writes, or shows pictures; run it elsewhere")

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
 
 from mora_jax.errors import InputError, some
-from mora_jax.hf.chat import ChatTemplate, Message
+from mora_jax.hf.chat import Message
 from mora_jax.models.generate import Sampling
 from mora_jax.models.score import Row, score
 from train.console.progress import progress
@@ -62,7 +62,7 @@ class HarnessModel(LM):
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """Returns a conversation as text, up to where the answer begins, or continues if it has begun."""
-        template = ChatTemplate.read(self._generator.codec.files)
+        template = self._generator.codec.chat_template
         render = template.render if add_generation_prompt else template.render_open
         try:
             return render(chat_history)
