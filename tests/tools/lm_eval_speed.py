@@ -126,6 +126,7 @@ def main() -> None:
             "seconds of ours": round(peers.seconds[0], 2),
             "seconds of hf": round(peers.seconds[1], 2),
             "first time of ours": round(peers.first[0], 2),
+            "first time of hf": round(peers.first[1], 2),
             "times as fast": round(peers.seconds[1] / peers.seconds[0], 2),
         }
         print(json.dumps(line))
