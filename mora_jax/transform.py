@@ -396,7 +396,8 @@ def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:
     if not stack:
         return method.init(key, w)
     layers = w.reshape(-1, *w.shape[-2:])
-    arrays = jax.vmap(method.init)(jax.random.split(key, layers.shape[0]), layers)
+    # One after another: XLA hangs on few CPU cores if several batches of decompositions run side by side.
+    arrays = jax.lax.map(lambda of: method.init(*of), (jax.random.split(key, layers.shape[0]), layers))
     return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), arrays)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
+from mora_jax.errors import InputError
 from mora_jax.methods.base import (
     Arrays,
     Leaf,
@@ -26,7 +27,7 @@ from mora_jax.methods.base import (
 from mora_jax.methods.peft import A, B, PeftAdapter
 from mora_jax.sharding import STATE, Layout
 
-_M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)))
+_M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)), hint="method.multiple 8 makes it divisible")
 _U_LAYOUT = Layout((P(STATE, None), P("fsdp", "tensor"), P("tensor", "fsdp")))
 _V_LAYOUT = Layout((P(None, STATE), P("tensor", "fsdp"), P("fsdp", "tensor")))
 _EXACT = jax.lax.Precision.HIGHEST
@@ -34,34 +35,41 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class Spectral(Method):
-    """y = x @ w + scale (x @ u) @ m @ v with m square and trained, and u and v orthonormal and not trained.
+    """y = x @ w + scale (x @ u) @ m @ v with m square and trained; the orthonormal u and v are not trained.
 
-    MoRA (arXiv:2405.12130) with other operators: its groups are bases that know nothing of the kernel. Here
-    `aligned` makes u and v the leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507)
-    projects gradients, so that m holds most of what one step would change. Until then they are random.
-    The scale makes an entry of the update as large as an entry of m, as sharing does.
+    This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `aligned` makes u and v the
+    leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507) projects gradients, so
+    that m holds most of what a step would change. MoRA's groups know nothing of the kernel. Without a
+    gradient u and v are random. The scale makes the entries of the update about as large as those of m.
 
-    m has as many parameters as LoRA of the same rank; u and v need memory for r_hat (k + d) more numbers.
+    m has as many parameters as LoRA of the same rank. u and v are r_hat (k + d) numbers more to hold.
 
     Arrays: m_RR (r_hat, r_hat), u_KR (k, r_hat), v_RD (r_hat, d), float32.
 
     Attributes:
       rank: LoRA rank whose number of trainable parameters is matched.
+      multiple: r_hat is rounded down to a multiple of this; 8 lets a mesh divide m among 8 devices.
       dropout: share of the adapter's inputs that training sets to zero.
     """
 
     rank: int = 128
+    multiple: int = 1
     dropout: float = 0.0
     name: ClassVar[str] = "spectral"
     aligns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank("the rank of spectral", self.rank)
+        check_rank("the multiple of spectral", self.multiple)
         check_dropout(self.dropout)
 
     def r_hat(self, k: int, d: int) -> int:
         """Returns the side of m for a (k, d) kernel: sqrt((k + d) rank) rounded down, at most min(k, d)."""
-        return min(math.isqrt((k + d) * self.rank), k, d)
+        side = min(math.isqrt((k + d) * self.rank), k, d)
+        side -= side % self.multiple
+        if not side:
+            raise InputError(f"a kernel of {k}x{d} is too thin for multiple {self.multiple}")
+        return side
 
     def scale(self, k: int, d: int) -> float:
         """Returns the factor of the update, sqrt(k d) / r_hat."""
@@ -113,21 +121,16 @@ class Spectral(Method):
         dy: Float[Array, "*B N D"],
         divided: tuple[bool, bool] = (False, False),
     ) -> list[Arrays]:
-        """Returns scale u^T (x^T dy) v^T for m, where one product of x and dy is cheaper than three."""
+        """Returns the gradients from one product x^T dy where that is cheaper than those of `delta`."""
         k, (n, d) = x.shape[-1], dy.shape[-2:]
         side = self.r_hat(k, d)
         if n * side * (d + side) + k * side < n * k * d:
             return self.compressed_gradients(arrays, x, dy)
         x, dy = sharding.whole(x), sharding.whole(dy)
         g_KND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).sum(axis=0).reshape(k, n, d)
-        return [
-            {
-                "m_RR": self.scale(k, d) * (a["u_KR"].T @ g_KND[:, i] @ a["v_RD"].T),
-                "u_KR": jnp.zeros_like(a["u_KR"]),
-                "v_RD": jnp.zeros_like(a["v_RD"]),
-            }
-            for i, a in enumerate(arrays)
-        ]
+        zero_KD = jnp.zeros((k, d))
+        vjps = [jax.vjp(lambda a: self.weight(a, zero_KD), dict(a))[1] for a in arrays]
+        return [vjp(g_KND[:, i])[0] for i, vjp in enumerate(vjps)]
 
     @property
     def restart_effect(self) -> RestartEffect:
@@ -154,7 +157,7 @@ class Spectral(Method):
 
 
 def _leading(g_KD: Float[Array, "K D"], side: int) -> tuple[Float[Array, "K R"], Float[Array, "D R"]]:
-    """Returns the leading singular vectors of a matrix with K <= D, by the eigenvectors of its smaller Gram matrix."""
+    """Returns the leading singular vectors of a matrix with K <= D, from its smaller Gram matrix."""
     g_KD = g_KD / jnp.maximum(jnp.linalg.norm(g_KD), jnp.finfo(jnp.float32).tiny)
     _, ascending = jnp.linalg.eigh(jnp.matmul(g_KD, g_KD.T, precision=_EXACT))
     u_KR = ascending[:, ::-1][:, :side]

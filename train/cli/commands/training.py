@@ -113,8 +113,8 @@ def plan(command: Plan) -> None:
     from train.perf.plan.report import show
 
     check_free(command.out, "--out", command.overwrite)
-    programs = ["train", *(["restart"] if command.run.restart.every else []), "eval"]
-    programs = programs if command.every_program else programs[:1]
+    programs = ["train", "align", *(["restart"] if command.run.restart.every else []), "eval"]
+    programs = programs if command.every_program else programs[:2]
     made = make(command.run, command.topology, command.devices, command.memory, programs)
     show(made, command.config, command.out)
     if made.fits() is False:

@@ -96,7 +96,8 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     Args:
       config: the run.
       target: the devices.
-      programs: "train", "restart" and "eval"; if empty, only the state's sizes and the formula are computed.
+      programs: "train", "align", "restart" and "eval"; if empty, only the state's sizes and the formula are
+        computed. "align" is left out if no method fits its adapters to gradients.
 
     Raises:
       InputError: if mesh, batches and devices do not fit each other.
@@ -105,6 +106,7 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     check_mesh(config, mesh)
     methods = assign_methods(config)
     state = abstract_state(config, methods, mesh)
+    names = [name for name in programs if name != "align" or any(methods.aligned())]
     return Plan(
         target=target.name,
         compiler=target.compiler,
@@ -114,7 +116,7 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
         microbatches=config.microbatches,
         usable=target.memory,
         held=held(state, adapter_labels(array_options(config.optimizer, methods))),
-        programs=[PROGRAMS[name](config, methods, state, mesh) for name in programs],
+        programs=[PROGRAMS[name](config, methods, state, mesh) for name in names],
         expected=expected(config, methods, state, mesh),
     )
 

@@ -1,0 +1,78 @@
+"""Bases from gradients, and the sizes of updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mora_jax import Spectral, State, align, assign, attach, transform
+
+
+@pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24), (24, 24)])
+def test_bases_are_the_leading_singular_vectors(k, d):
+    method = Spectral(rank=3)
+    gradient = np.random.default_rng(0).normal(size=(k, d)) * np.geomspace(1, 1e-3, d)
+    arrays = method.aligned(method.init(jax.random.key(0), jnp.zeros((k, d))), jnp.asarray(gradient))
+    side = method.r_hat(k, d)
+    u, s, vt = np.linalg.svd(gradient)
+    kept = np.asarray(arrays["u_KR"] @ (arrays["u_KR"].T @ gradient @ arrays["v_RD"].T) @ arrays["v_RD"])
+    best = (u[:, :side] * s[:side]) @ vt[:side]
+    np.testing.assert_allclose(kept, best, atol=2e-3 * s[0])
+    for basis in (arrays["u_KR"], arrays["v_RD"].T):
+        np.testing.assert_allclose(basis.T @ basis, np.eye(side), atol=1e-5)
+
+
+def test_a_gradient_of_zeros_leaves_finite_orthonormal_bases():
+    method = Spectral(rank=3)
+    arrays = method.aligned(method.init(jax.random.key(0), jnp.zeros((24, 40))), jnp.zeros((24, 40)))
+    for basis in (arrays["u_KR"], arrays["v_RD"].T):
+        np.testing.assert_allclose(basis.T @ basis, np.eye(method.r_hat(24, 40)), atol=1e-5)
+
+
+def test_entries_of_the_update_are_as_large_as_those_of_m():
+    method, w = Spectral(rank=8), jnp.zeros((96, 160))
+    gradient = jax.random.normal(jax.random.key(1), w.shape)
+    arrays = method.aligned(method.init(jax.random.key(0), w), gradient)
+    m_RR = jax.random.normal(jax.random.key(2), arrays["m_RR"].shape)
+    update = method.weight(arrays | {"m_RR": m_RR}, w)
+    assert float(jnp.std(update)) == pytest.approx(float(jnp.std(m_RR)), rel=0.02)
+
+
+def test_stacks_are_fitted_layer_by_layer():
+    params = {"kernel": jnp.zeros((3, 8, 12)), "other": jnp.zeros((8, 8))}
+    methods = assign([("kernel", Spectral(2)), ("other", "train")], params, stacked="kernel")
+    adapters = attach(jax.random.key(0), params, methods)
+    gradient = jax.random.normal(jax.random.key(1), (3, 8, 12))
+    found = align(adapters, methods, {"kernel": gradient, "other": jnp.zeros((8, 8))})["kernel"]
+    for layer in range(3):
+        alone = Spectral(2).aligned({n: a[layer] for n, a in adapters["kernel"].items()}, gradient[layer])
+        for name, array in alone.items():
+            np.testing.assert_allclose(found[name][layer], array, atol=1e-5)
+
+
+def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one():
+    target = jax.random.normal(jax.random.key(3), (32, 3)) @ jax.random.normal(jax.random.key(4), (3, 32))
+    state = State.init(jax.random.key(0), {"w": jnp.zeros((32, 32))}, [("w", Spectral(2))])
+
+    def loss(params):
+        return jnp.sum((params["w"] - target) ** 2)
+
+    def after_a_step(state):
+        def of_m(trainable):
+            return loss(state.with_trainable(trainable).merged())
+
+        tx = optax.sgd(1e-3)
+        updates, _ = tx.update(jax.grad(of_m)(state.trainable), tx.init(state.trainable))
+        return float(loss(state.updated(updates).merged()))
+
+    fitted = state.aligned(jax.grad(loss)(state.merged()))
+    np.testing.assert_array_equal(fitted.merged()["w"], state.merged()["w"])
+    assert after_a_step(fitted) < after_a_step(state) < float(loss(state.merged()))
+
+
+def test_other_methods_are_left_alone():
+    params = {"kernel": jnp.zeros((8, 8))}
+    methods = assign([("kernel", "train")], params)
+    assert not list(methods.aligned())
+    assert transform.align({}, methods, {}) == {}
