@@ -102,6 +102,9 @@ def plot_runs(runs: Mapping[str, str], png_path: str) -> None:
             upper.plot(c.loss[0], smooth(c.loss[1]), style, color=color, linewidth=1.8, label=name)
         lower.plot(*c.rate, style, color=color, linewidth=1.4)
     upper.set_ylabel("validation loss (nats a token)" if validated else "training loss (nats a token)")
+    if validated:  # runs differ where they end, far below where they begin
+        highest = max(np.nanmax(c.validation[1], initial=0.0) for c in curves.values())
+        upper.set_ylim(0.99 * upper.dataLim.y0, 1.02 * highest)
     _save(figure, upper, png_path)
 
 
@@ -169,7 +172,7 @@ def _mark_restarts(upper: Axes, lower: Axes, restarts: tuple[tuple[int, str], ..
 
 
 def _save(figure: Figure, upper: Axes, png_path: str) -> None:
-    low, high = upper.dataLim.intervaly
+    low, high = upper.dataLim.y0, min(upper.dataLim.y1, upper.get_ylim()[1])
     if low > 0 and high > 2 * low:  # most of a run happens in the lower part of the range
         upper.set_yscale("log")
     upper.yaxis.set_major_locator(ticker.MaxNLocator(9))

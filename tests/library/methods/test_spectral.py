@@ -1,5 +1,9 @@
 """Bases from gradients, and the sizes of updates."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +80,22 @@ def test_other_methods_are_left_alone():
     methods = assign([("kernel", "train")], params)
     assert not list(methods.aligned())
     assert transform.align({}, methods, {}) == {}
+
+
+def test_stacks_of_decompositions_end_on_two_cores():
+    """XLA's CPU client hangs there if several batches of them run side by side."""
+    code = """
+import jax, jax.numpy as jnp
+from mora_jax import LoRA, assign, attach
+params = {f"w{i}": jax.ShapeDtypeStruct((4, 64, 64), jnp.float32) for i in range(7)}
+methods = assign([(".*", LoRA(32, a_init="orthogonal"))], params, stacked=".*")
+zeros = jax.tree.map(lambda w: jnp.zeros(w.shape), params)
+for seed in range(10):
+    jax.block_until_ready(jax.jit(attach, static_argnums=2)(jax.random.key(seed), zeros, methods))
+"""
+    two = set(sorted(os.sched_getaffinity(0))[:2])
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=90, env=env,
+        preexec_fn=lambda: os.sched_setaffinity(0, two),
+    )  # fmt: skip
