@@ -88,7 +88,7 @@ class State:
         """Returns the parameters with every adapter merged, for the plain model."""
         return transform.merge(self.params, self.adapters, self.methods)
 
-    def aligned(self, gradients: Params) -> "State":
+    def oriented(self, gradients: Params) -> "State":
         """Returns the state with adapters fitted to gradients, before they are trained or after a restart.
 
         Only methods such as `Spectral` do so; the arrays of others stay.
@@ -96,7 +96,7 @@ class State:
         Args:
           gradients: the gradient of the loss for `merged()`, or that of the adapted kernels as a nested dict.
         """
-        adapters = transform.align(self.adapters, self.methods, gradients)
+        adapters = transform.orient(self.adapters, self.methods, gradients)
         return dataclasses.replace(self, adapters=adapters)
 
     def optimizer(

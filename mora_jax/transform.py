@@ -51,9 +51,9 @@ class Methods:
         """Returns the paths of the adapted kernels, each with its method."""
         return ((path, on.method) for path, on in self.kernels())
 
-    def aligned(self) -> Iterator[tuple[str, On]]:
-        """Returns the kernels whose adapters `align` fits to gradients."""
-        return ((path, on) for path, on in self.kernels() if on.method.aligns)
+    def oriented(self) -> Iterator[tuple[str, On]]:
+        """Returns the kernels whose adapters `orient` fits to gradients."""
+        return ((path, on) for path, on in self.kernels() if on.method.orients)
 
     def trained(self) -> frozenset[str]:
         """Returns the paths of the parameters that are trained themselves."""
@@ -200,33 +200,36 @@ def attach(key: PRNGKeyArray, params: Params, methods: Methods) -> Tree:
     return trees.unflatten(arrays)
 
 
-def align(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
+def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
     """Fits adapters that have no update yet to the gradients of their kernels, for methods that do so.
+
+    A kernel's adapter stays as it is if the gradient is not finite.
 
     Args:
       adapters: as `attach` or `restart` returned them.
       methods: what the arrays mean.
-      gradients: nested dict of the gradients of the kernels of `methods.aligned()`, at their paths.
+      gradients: nested dict of the gradients of the kernels of `methods.oriented()`, at their paths.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import Spectral, align, assign, attach
+      >>> from mora_jax import Spectral, assign, attach, orient
       >>> params = {"kernel": jnp.ones((8, 4))}
       >>> methods = assign([(".*", Spectral(1))], params)
       >>> adapters = attach(jax.random.key(0), params, methods)
       >>> gradient = jax.random.normal(jax.random.key(1), (8, 4))
-      >>> arrays = align(adapters, methods, {"kernel": gradient})["kernel"]
+      >>> arrays = orient(adapters, methods, {"kernel": gradient})["kernel"]
       >>> u, s, v = jnp.linalg.svd(gradient)
       >>> bool(jnp.abs(jnp.vdot(arrays["u_KR"][:, 0], u[:, 0])) > 0.99)
       True
     """
     found, flat = trees.flatten(gradients), trees.flatten(adapters)
-    for path, on in methods.aligned():
+    for path, on in methods.oriented():
         names = [*on.method.leaves()]
         arrays = {name: flat[f"{path}/{name}"] for name in names}
         matrices = on.axes(found[path].shape).matrices(found[path])
-        fitted = _stacked(on.method.aligned, arrays, matrices)
-        flat |= {f"{path}/{name}": array for name, array in fitted.items()}
+        fitted = _stacked(on.method.oriented, arrays, matrices)
+        usable = jnp.isfinite(matrices).all()
+        flat |= {f"{path}/{n}": jnp.where(usable, a, arrays[n]) for n, a in fitted.items()}
     return trees.unflatten(flat)
 
 

@@ -51,7 +51,7 @@ class Method:
         `delta`. The former costs O(k d) a step, the latter O(tokens (k + d)) (docs/performance.md).
       float32_gradients: whether the merged path sums the arrays' gradients over devices in float32.
       gathers_activations: whether gradients need activations that `tensor` divides to be all-gathered.
-      aligns: whether `aligned` does something with the kernel's gradient.
+      orients: whether `oriented` does something with the kernel's gradient.
       dropout: share of the adapter's inputs that training sets to zero. A field where a method has it.
     """
 
@@ -60,7 +60,7 @@ class Method:
     merged_min_tokens: ClassVar[int] = 2048
     float32_gradients: ClassVar[bool] = False
     gathers_activations: ClassVar[bool] = False
-    aligns: ClassVar[bool] = False
+    orients: ClassVar[bool] = False
     dropout: float = 0.0
 
     # What the method computes.
@@ -69,7 +69,7 @@ class Method:
         """Returns the adapter's arrays (float32) for a kernel like w, such that `weight(arrays, w) == w`."""
         raise NotImplementedError
 
-    def aligned(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
+    def oriented(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
         """Returns the arrays of an adapter without an update yet, fitted to the gradient of its kernel."""
         return dict(arrays)
 

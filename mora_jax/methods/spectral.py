@@ -37,7 +37,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 class Spectral(Method):
     """y = x @ w + scale (x @ u) @ m @ v with m square and trained; the orthonormal u and v are not trained.
 
-    This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `aligned` makes u and v the
+    This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `oriented` makes u and v the
     leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507) projects gradients, so
     that m holds most of what a step would change. MoRA's groups know nothing of the kernel. Without a
     gradient u and v are random. The scale makes the entries of the update about as large as those of m.
@@ -56,7 +56,7 @@ class Spectral(Method):
     multiple: int = 1
     dropout: float = 0.0
     name: ClassVar[str] = "spectral"
-    aligns: ClassVar[bool] = True
+    orients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank("the rank of spectral", self.rank)
@@ -85,7 +85,7 @@ class Spectral(Method):
             "v_RD": jax.random.normal(v_key, (side, d)) / math.sqrt(d),
         }
 
-    def aligned(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
+    def oriented(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
         """Returns the arrays with the gradient's leading singular vectors as bases."""
         g_KD, side = gradient.astype(jnp.float32), arrays["m_RR"].shape[0]
         k, d = g_KD.shape
@@ -127,10 +127,12 @@ class Spectral(Method):
         if n * side * (d + side) + k * side < n * k * d:
             return self.compressed_gradients(arrays, x, dy)
         x, dy = sharding.whole(x), sharding.whole(dy)
-        g_KND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).sum(axis=0).reshape(k, n, d)
+        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
         zero_KD = jnp.zeros((k, d))
         vjps = [jax.vjp(lambda a: self.weight(a, zero_KD), dict(a))[1] for a in arrays]
-        return [vjp(g_KND[:, i])[0] for i, vjp in enumerate(vjps)]
+        # Devices sum what is as small as m, not the product.
+        parts = [jax.vmap(vjp)(g_GKND[:, :, i])[0] for i, vjp in enumerate(vjps)]
+        return [jax.tree.map(lambda g: g.sum(axis=0), part) for part in parts]
 
     @property
     def restart_effect(self) -> RestartEffect:

@@ -117,7 +117,7 @@ def test_a_new_method_has_its_flags_and_their_help(monkeypatch, method, capsys):
     with pytest.raises(SystemExit):
         method("{}", "--method.name", "new", "--help")
     out = capsys.readouterr().out
-    assert "{mora,lora,dora,new,full,frozen}" in "".join(out.split())
+    assert "{mora,lora,dora,spectral,new,full,frozen}" in "".join(out.split())
     assert "of it, in kernels. (default: 3)" in out
     assert "--method.kind {a,b}" in out
     assert "--method.align" not in out

@@ -37,7 +37,7 @@ from train.run.step_log import StepLog
 from train.runtime import agree, backend
 from train.step.spec import spec_of
 from train.step.state import TrainState
-from train.step.step import align_step, restart_step, train_step
+from train.step.step import orient_step, restart_step, train_step
 from train.storage import buckets
 from train.storage.files import naming_errors, write_whole
 
@@ -105,8 +105,8 @@ def train(run: Run) -> dict[str, Any]:
                 methods = methods.after_restart()
                 log.note(step, restart_note(config, methods, step, float(cleared)))
             batch, data_wait = next_batch(batches)
-            if (step == 0 or config.restarts_at(step)) and any(methods.aligned()):
-                state = align_step(spec, methods, state, batch)
+            if (step == 0 or config.restarts_at(step)) and any(methods.oriented()):
+                state = orient_step(spec, methods, state, batch)
             state, scalars = train_step(spec, methods, state, batch)
             log.add(step, scalars, data_wait)
             run.saved.poll()

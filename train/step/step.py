@@ -69,16 +69,16 @@ def restart_step(spec: StepSpec, methods: Methods, state: TrainState) -> tuple[T
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def align_step(spec: StepSpec, methods: Methods, state: TrainState, batch: Batch) -> TrainState:
+def orient_step(spec: StepSpec, methods: Methods, state: TrainState, batch: Batch) -> TrainState:
     """Fits adapters without an update, as at the start and after a restart, to the kernels' gradients.
 
     Needs the memory of these gradients beside the state. Outputs of the model do not change.
     """
-    kernels = {f"params/{path}" for path, _ in methods.aligned()}
+    kernels = {f"params/{path}" for path, _ in methods.oriented()}
     both = {"params": state.params, "adapters": state.adapters}
     adapted, others = trees.split(both, kernels.__contains__)
     _, gradients = _mean_gradient(spec, methods, adapted, others, batch, state.step)
-    adapters = transform.align(state.adapters, methods, gradients["params"])
+    adapters = transform.orient(state.adapters, methods, gradients["params"])
     return sharding.pin(dataclasses.replace(state, adapters=adapters), layouts(methods))
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from mora_jax import Spectral, State, align, assign, attach, transform
+from mora_jax import Spectral, State, assign, attach, orient, transform
 
 
 @pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24), (24, 24)])
 def test_bases_are_the_leading_singular_vectors(k, d):
     method = Spectral(rank=3)
     gradient = np.random.default_rng(0).normal(size=(k, d)) * np.geomspace(1, 1e-3, d)
-    arrays = method.aligned(method.init(jax.random.key(0), jnp.zeros((k, d))), jnp.asarray(gradient))
+    arrays = method.oriented(method.init(jax.random.key(0), jnp.zeros((k, d))), jnp.asarray(gradient))
     side = method.r_hat(k, d)
     u, s, vt = np.linalg.svd(gradient)
     kept = np.asarray(arrays["u_KR"] @ (arrays["u_KR"].T @ gradient @ arrays["v_RD"].T) @ arrays["v_RD"])
@@ -29,7 +29,7 @@ def test_bases_are_the_leading_singular_vectors(k, d):
 
 def test_a_gradient_of_zeros_leaves_finite_orthonormal_bases():
     method = Spectral(rank=3)
-    arrays = method.aligned(method.init(jax.random.key(0), jnp.zeros((24, 40))), jnp.zeros((24, 40)))
+    arrays = method.oriented(method.init(jax.random.key(0), jnp.zeros((24, 40))), jnp.zeros((24, 40)))
     for basis in (arrays["u_KR"], arrays["v_RD"].T):
         np.testing.assert_allclose(basis.T @ basis, np.eye(method.r_hat(24, 40)), atol=1e-5)
 
@@ -37,7 +37,7 @@ def test_a_gradient_of_zeros_leaves_finite_orthonormal_bases():
 def test_entries_of_the_update_are_as_large_as_those_of_m():
     method, w = Spectral(rank=8), jnp.zeros((96, 160))
     gradient = jax.random.normal(jax.random.key(1), w.shape)
-    arrays = method.aligned(method.init(jax.random.key(0), w), gradient)
+    arrays = method.oriented(method.init(jax.random.key(0), w), gradient)
     m_RR = jax.random.normal(jax.random.key(2), arrays["m_RR"].shape)
     update = method.weight(arrays | {"m_RR": m_RR}, w)
     assert float(jnp.std(update)) == pytest.approx(float(jnp.std(m_RR)), rel=0.02)
@@ -48,9 +48,9 @@ def test_stacks_are_fitted_layer_by_layer():
     methods = assign([("kernel", Spectral(2)), ("other", "train")], params, stacked="kernel")
     adapters = attach(jax.random.key(0), params, methods)
     gradient = jax.random.normal(jax.random.key(1), (3, 8, 12))
-    found = align(adapters, methods, {"kernel": gradient, "other": jnp.zeros((8, 8))})["kernel"]
+    found = orient(adapters, methods, {"kernel": gradient, "other": jnp.zeros((8, 8))})["kernel"]
     for layer in range(3):
-        alone = Spectral(2).aligned({n: a[layer] for n, a in adapters["kernel"].items()}, gradient[layer])
+        alone = Spectral(2).oriented({n: a[layer] for n, a in adapters["kernel"].items()}, gradient[layer])
         for name, array in alone.items():
             np.testing.assert_allclose(found[name][layer], array, atol=1e-5)
 
@@ -70,21 +70,33 @@ def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one():
         updates, _ = tx.update(jax.grad(of_m)(state.trainable), tx.init(state.trainable))
         return float(loss(state.updated(updates).merged()))
 
-    fitted = state.aligned(jax.grad(loss)(state.merged()))
+    fitted = state.oriented(jax.grad(loss)(state.merged()))
     np.testing.assert_array_equal(fitted.merged()["w"], state.merged()["w"])
     assert after_a_step(fitted) < after_a_step(state) < float(loss(state.merged()))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    params = {"kernel": jnp.zeros((3, 8, 12))}
+    methods = assign([("kernel", Spectral(2))], params, stacked="kernel")
+    adapters = attach(jax.random.key(0), params, methods)
+    bad = jnp.zeros((3, 8, 12)).at[1, 2, 3].set(jnp.nan)
+    found = orient(adapters, methods, {"kernel": bad})["kernel"]
+    for name, array in adapters["kernel"].items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_other_methods_are_left_alone():
     params = {"kernel": jnp.zeros((8, 8))}
     methods = assign([("kernel", "train")], params)
-    assert not list(methods.aligned())
-    assert transform.align({}, methods, {}) == {}
+    assert not list(methods.oriented())
+    assert transform.orient({}, methods, {}) == {}
 
 
 def test_stacks_of_decompositions_end_on_two_cores():
     """XLA's CPU client hangs there if several batches of them run side by side."""
     code = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 import jax, jax.numpy as jnp
 from mora_jax import LoRA, assign, attach
 params = {f"w{i}": jax.ShapeDtypeStruct((4, 64, 64), jnp.float32) for i in range(7)}
@@ -93,9 +105,5 @@ zeros = jax.tree.map(lambda w: jnp.zeros(w.shape), params)
 for seed in range(10):
     jax.block_until_ready(jax.jit(attach, static_argnums=2)(jax.random.key(seed), zeros, methods))
 """
-    two = set(sorted(os.sched_getaffinity(0))[:2])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=90, env=env,
-        preexec_fn=lambda: os.sched_setaffinity(0, two),
-    )  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=90, env=env)

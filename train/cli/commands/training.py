@@ -113,7 +113,7 @@ def plan(command: Plan) -> None:
     from train.perf.plan.report import show
 
     check_free(command.out, "--out", command.overwrite)
-    programs = ["train", "align", *(["restart"] if command.run.restart.every else []), "eval"]
+    programs = ["train", "orient", *(["restart"] if command.run.restart.every else []), "eval"]
     programs = programs if command.every_program else programs[:2]
     made = make(command.run, command.topology, command.devices, command.memory, programs)
     show(made, command.config, command.out)

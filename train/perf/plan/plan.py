@@ -96,8 +96,8 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     Args:
       config: the run.
       target: the devices.
-      programs: "train", "align", "restart" and "eval"; if empty, only the state's sizes and the formula are
-        computed. "align" is left out if no method fits its adapters to gradients.
+      programs: "train", "orient", "restart" and "eval"; if empty, only the state's sizes and the formula are
+        computed. "orient" is left out if no method fits its adapters to gradients.
 
     Raises:
       InputError: if mesh, batches and devices do not fit each other.
@@ -106,7 +106,7 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     check_mesh(config, mesh)
     methods = assign_methods(config)
     state = abstract_state(config, methods, mesh)
-    names = [name for name in programs if name != "align" or any(methods.aligned())]
+    names = [name for name in programs if name != "orient" or any(methods.oriented())]
     return Plan(
         target=target.name,
         compiler=target.compiler,

@@ -21,7 +21,7 @@ from train.data.rows.info import load_info
 from train.perf.plan.flops import product_flops
 from train.perf.plan.hlo import Collective, collectives
 from train.step.spec import spec_of
-from train.step.step import align_step, eval_step, restart_step, train_step
+from train.step.step import eval_step, orient_step, restart_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,10 @@ def restart_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh)
     return _compiled(restart_step, mesh, config, spec_of(config), methods, state)
 
 
-def align_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
+def orient_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
     """Compiles what fits adapters to gradients, at the start and after restarts."""
     batch = _batch(config.batch_size, config, mesh)
-    return _compiled(align_step, mesh, config, spec_of(config), methods, state, batch)
+    return _compiled(orient_step, mesh, config, spec_of(config), methods, state, batch)
 
 
 def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> Program:
@@ -77,7 +77,7 @@ def eval_program(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) ->
 
 PROGRAMS = {
     "train": train_program,
-    "align": align_program,
+    "orient": orient_program,
     "restart": restart_program,
     "eval": eval_program,
 }

@@ -1,4 +1,4 @@
-"""Runs whose adapters are fitted to gradients, at the start and after each restart."""
+"""Runs whose adapters are oriented, that is fitted, to gradients, at the start and after each restart."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def config_file(tiny_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("aligned")
+    folder = tmp_path_factory.mktemp("oriented")
     plain = yaml.safe_load(TINY) | {"data": {"directory": str(tiny_data), "sequence_length": 32}} | CONFIG
     (folder / "c.yaml").write_text(yaml.safe_dump(plain))
     return folder / "c.yaml"
@@ -78,6 +78,6 @@ def test_two_devices_find_the_same_directions(run, config_file, tmp_path):
 
 def test_a_plan_has_the_memory_of_the_gradients(config_file, capsys):
     cli.main(["plan", str(config_file), "--devices", "1"])
-    assert "align_step" in capsys.readouterr().out
+    assert "orient_step" in capsys.readouterr().out
     cli.main(["plan", str(config_file), "--devices", "1", "--method.name", "lora"])
-    assert "align_step" not in capsys.readouterr().out
+    assert "orient_step" not in capsys.readouterr().out
