@@ -203,7 +203,7 @@ def attach(key: PRNGKeyArray, params: Params, methods: Methods) -> Tree:
 def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
     """Fits adapters that have no update yet to the gradients of their kernels, for methods that do so.
 
-    A kernel's adapter stays as it is if the gradient is not finite.
+    A kernel's adapter stays as it is if its gradient, or what is fitted to it, is not finite.
 
     Args:
       adapters: as `attach` or `restart` returned them.
@@ -229,6 +229,8 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
         matrices = on.axes(found[path].shape).matrices(found[path])
         fitted = _stacked(on.method.oriented, arrays, matrices)
         usable = jnp.isfinite(matrices).all()
+        for array in fitted.values():
+            usable &= jnp.isfinite(array).all()
         flat |= {f"{path}/{n}": jnp.where(usable, a, arrays[n]) for n, a in fitted.items()}
     return trees.unflatten(flat)
 

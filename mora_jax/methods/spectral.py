@@ -40,7 +40,7 @@ class Spectral(Method):
     This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `oriented` makes u and v the
     leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507) projects gradients, so
     that m holds most of what a step would change. MoRA's groups know nothing of the kernel. Without a
-    gradient u and v are random. The scale makes the entries of the update about as large as those of m.
+    gradient u and v are random, with vectors of length 1 on average. The scale makes the entries of the update about as large as those of m.
 
     m has as many parameters as LoRA of the same rank. u and v are r_hat (k + d) numbers more to hold.
 
@@ -124,7 +124,7 @@ class Spectral(Method):
         """Returns the gradients from one product x^T dy where that is cheaper than those of `delta`."""
         k, (n, d) = x.shape[-1], dy.shape[-2:]
         side = self.r_hat(k, d)
-        if n * side * (d + side) + k * side < n * k * d:
+        if side * (k + d + side) < k * d:
             return self.compressed_gradients(arrays, x, dy)
         x, dy = sharding.whole(x), sharding.whole(dy)
         g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
