@@ -40,7 +40,8 @@ class Spectral(Method):
     This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `oriented` makes u and v the
     leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507) projects gradients, so
     that m holds most of what a step would change. MoRA's groups know nothing of the kernel. Without a
-    gradient u and v are random, with vectors of length 1 on average. The scale makes the entries of the update about as large as those of m.
+    gradient u and v are random, with vectors of length 1 on average. The scale makes the entries of the
+    update about as large as those of m.
 
     m has as many parameters as LoRA of the same rank. u and v are r_hat (k + d) numbers more to hold.
 
