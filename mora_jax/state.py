@@ -91,7 +91,8 @@ class State:
     def oriented(self, gradients: Params) -> "State":
         """Returns the state with adapters fitted to gradients, before they are trained or after a restart.
 
-        Only methods such as `Spectral` do so; the arrays of others stay.
+        Only methods such as `Spectral` do so; the arrays of others stay. An update that they hold
+        would be lost.
 
         Args:
           gradients: the gradient of the loss for `merged()`, or that of the adapted kernels as a nested dict.

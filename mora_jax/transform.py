@@ -8,6 +8,7 @@ depends on it.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -51,7 +52,7 @@ class Methods:
         """Returns the paths of the adapted kernels, each with its method."""
         return ((path, on.method) for path, on in self.kernels())
 
-    def oriented(self) -> Iterator[tuple[str, On]]:
+    def orientable(self) -> Iterator[tuple[str, On]]:
         """Returns the kernels whose adapters `orient` fits to gradients."""
         return ((path, on) for path, on in self.kernels() if on.method.orients)
 
@@ -208,7 +209,7 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
     Args:
       adapters: as `attach` or `restart` returned them.
       methods: what the arrays mean.
-      gradients: nested dict of the gradients of the kernels of `methods.oriented()`, at their paths.
+      gradients: nested dict of the gradients of the kernels of `methods.orientable()`, at their paths.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -223,11 +224,11 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
       True
     """
     found, flat = trees.flatten(gradients), trees.flatten(adapters)
-    for path, on in methods.oriented():
+    for path, on in methods.orientable():
         names = [*on.method.leaves()]
         arrays = {name: flat[f"{path}/{name}"] for name in names}
         matrices = on.axes(found[path].shape).matrices(found[path])
-        fitted = _stacked(on.method.oriented, arrays, matrices)
+        fitted = _by_layer(on.method.oriented, arrays, matrices)
         usable = jnp.isfinite(matrices).all()
         for array in fitted.values():
             usable &= jnp.isfinite(array).all()
@@ -398,19 +399,19 @@ def _like(old: Any, new: Array) -> Array:
 
 def _init(key: PRNGKeyArray, method: Method, w: Any) -> dict[str, Any]:
     stack = w.shape[:-2]
-    if not stack:
-        return method.init(key, w)
-    layers = w.reshape(-1, *w.shape[-2:])
-    # One after another: XLA hangs on few CPU cores if several batches of decompositions run side by side.
-    arrays = jax.lax.map(lambda of: method.init(*of), (jax.random.split(key, layers.shape[0]), layers))
-    return jax.tree.map(lambda a: a.reshape(*stack, *a.shape[1:]), arrays)
+    keys = jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
+    return _by_layer(method.init, keys, w)
 
 
-def _stacked(function: Callable[..., Any], arrays: dict[str, Array], matrices: Array) -> Any:
-    """Applies a function of an adapter's arrays and a matrix to a stack, one after another to save memory."""
-    if matrices.ndim == 2:
-        return function(arrays, matrices)
-    return jax.lax.map(lambda both: _stacked(function, *both), (arrays, matrices))
+def _by_layer(function: Callable[..., dict[str, Array]], first: Any, w: Any) -> dict[str, Array]:
+    """Returns a function of a matrix and of something that belongs to it for each matrix of a stack.
+
+    One after another: this saves memory, and XLA hangs on few CPU cores if several batches of decompositions
+    run side by side.
+    """
+    if len(w.shape) == 2:
+        return function(first, w)
+    return jax.lax.map(lambda of: _by_layer(function, *of), (first, w))
 
 
 def _each_layer(function: Callable[..., Array], arrays: dict[str, Array], w: Array) -> Array:

@@ -41,7 +41,7 @@ class Method:
     """One way to update a kernel.
 
     Subclasses are frozen, hashable dataclasses. All functions are about one kernel (k, d), laid out (inputs,
-    outputs). Stacked kernels are handled by `jax.vmap` outside. A subclass states everything that the rest
+    outputs). Stacked kernels are handled outside. A subclass states everything that the rest
     of the project needs to know about it; no other file names a method.
 
     Attributes:

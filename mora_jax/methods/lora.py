@@ -26,8 +26,8 @@ from mora_jax.methods.base import (
 from mora_jax.methods.peft import A, B, PeftAdapter
 from mora_jax.sharding import STATE, Layout
 
-_A_LAYOUT = Layout((P(STATE, None), P("fsdp", "tensor"), P("tensor", "fsdp")))
-_B_LAYOUT = Layout((P(None, STATE), P("tensor", "fsdp"), P("fsdp", "tensor")))
+A_LAYOUT = Layout((P(STATE, None), P("fsdp", "tensor"), P("tensor", "fsdp")))
+B_LAYOUT = Layout((P(None, STATE), P("tensor", "fsdp"), P("fsdp", "tensor")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,8 @@ class LoRA(Method):
     def leaves(self) -> dict[str, Leaf]:
         """Returns both factors, or only b as trained; b has its own learning rate."""
         return {
-            "a_KR": Leaf(self.train_factors == "ab", layout=_A_LAYOUT),
-            "b_RD": Leaf(lr_scale=self.b_lr_scale, layout=_B_LAYOUT),
+            "a_KR": Leaf(self.train_factors == "ab", layout=A_LAYOUT),
+            "b_RD": Leaf(lr_scale=self.b_lr_scale, layout=B_LAYOUT),
         }
 
     def count(self, k: int, d: int) -> int:

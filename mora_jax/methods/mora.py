@@ -79,10 +79,8 @@ class MoRA(Method):
 
     def r_hat(self, k: int, d: int) -> int:
         """Returns the side of M for a (k, d) kernel: sqrt((k + d) rank), rounded as `r_hat_from` says."""
-        if self.r_hat_from == "rounded":
-            side = _rounded(self.rank, k, d)
-        else:
-            side = min(math.isqrt((k + d) * self.rank), k, d)
+        rounding = _rounded if self.r_hat_from == "rounded" else matching_side
+        side = rounding(self.rank, k, d)
         side -= side % self.operator.multiple
         if not side:
             raise InputError(f"a kernel of {k}x{d} is too thin for operator {self.operator.name}")
@@ -269,6 +267,11 @@ class MoRA(Method):
         m_RR = super().example(key, w, std)["m_RR"]
         inside = jnp.arange(m_RR.shape[0]) < self.r_hat(*w.shape)
         return {"m_RR": jnp.where(inside[:, None] & inside[None, :], m_RR, 0.0)}
+
+
+def matching_side(rank: int, k: int, d: int) -> int:
+    """Returns the side of a square as large as LoRA's factors of a rank, rounded down, at most min(k, d)."""
+    return min(math.isqrt((k + d) * rank), k, d)
 
 
 def _rounded(rank: int, k: int, d: int) -> int:

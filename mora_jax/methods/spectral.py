@@ -24,12 +24,12 @@ from mora_jax.methods.base import (
     check_rank,
     outer_by_parts,
 )
+from mora_jax.methods.lora import A_LAYOUT, B_LAYOUT, low_rank_product
+from mora_jax.methods.mora import matching_side
 from mora_jax.methods.peft import A, B, PeftAdapter
 from mora_jax.sharding import STATE, Layout
 
 _M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)), hint="method.multiple 8 makes it divisible")
-_U_LAYOUT = Layout((P(STATE, None), P("fsdp", "tensor"), P("tensor", "fsdp")))
-_V_LAYOUT = Layout((P(None, STATE), P("tensor", "fsdp"), P("fsdp", "tensor")))
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -66,7 +66,7 @@ class Spectral(Method):
 
     def r_hat(self, k: int, d: int) -> int:
         """Returns the side of m for a (k, d) kernel: sqrt((k + d) rank) rounded down, at most min(k, d)."""
-        side = min(math.isqrt((k + d) * self.rank), k, d)
+        side = matching_side(self.rank, k, d)
         side -= side % self.multiple
         if not side:
             raise InputError(f"a kernel of {k}x{d} is too thin for multiple {self.multiple}")
@@ -100,15 +100,15 @@ class Spectral(Method):
         """Returns m_RR as trained, and the bases as not."""
         return {
             "m_RR": Leaf(layout=_M_LAYOUT),
-            "u_KR": Leaf(trainable=False, layout=_U_LAYOUT),
-            "v_RD": Leaf(trainable=False, layout=_V_LAYOUT),
+            "u_KR": Leaf(trainable=False, layout=A_LAYOUT),
+            "v_RD": Leaf(trainable=False, layout=B_LAYOUT),
         }
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """Returns w + scale u @ m @ v, (k, d) in w's type."""
-        u_KR, m_RR, v_RD = arrays["u_KR"], arrays["m_RR"], arrays["v_RD"]
-        product = jnp.matmul(jnp.matmul(u_KR, m_RR, precision=_EXACT), v_RD, precision=_EXACT)
-        return w + (self.scale(*w.shape) * product).astype(w.dtype)
+        a_KR = jnp.matmul(arrays["u_KR"], arrays["m_RR"], precision=_EXACT)
+        factors = {"a_KR": a_KR, "b_RD": arrays["v_RD"]}
+        return w + low_rank_product(factors, self.scale(*w.shape)).astype(w.dtype)
 
     def delta(self, arrays: Arrays, x: Float[Array, "*B K"], d: int) -> Float[Array, "*B D"]:
         """Returns scale (x @ u) @ m @ v: (..., k) -> (..., d)."""

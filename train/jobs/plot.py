@@ -102,9 +102,10 @@ def plot_runs(runs: Mapping[str, str], png_path: str) -> None:
             upper.plot(c.loss[0], smooth(c.loss[1]), style, color=color, linewidth=1.8, label=name)
         lower.plot(*c.rate, style, color=color, linewidth=1.4)
     upper.set_ylabel("validation loss (nats a token)" if validated else "training loss (nats a token)")
-    highest = max(np.nanmax(c.validation[1], initial=0.0) for c in curves.values())
+    finite = [c.validation[1][np.isfinite(c.validation[1])] for c in curves.values()]
+    highest = max(values.max(initial=0.0) for values in finite)
     lowest = upper.dataLim.y0
-    if all(c.validation[0].size > 1 for c in curves.values()) and 0 < lowest < highest < np.inf:
+    if all(values.size > 1 for values in finite) and 0 < lowest < highest:
         # Runs differ where they end, far below where they begin.
         upper.set_ylim(0.99 * lowest, 1.02 * highest)
     _save(figure, upper, png_path)

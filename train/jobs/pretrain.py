@@ -105,7 +105,7 @@ def train(run: Run) -> dict[str, Any]:
                 methods = methods.after_restart()
                 log.note(step, restart_note(config, methods, step, float(cleared)))
             batch, data_wait = next_batch(batches)
-            if (step == 0 or config.restarts_at(step)) and any(methods.oriented()):
+            if (step == 0 or config.restarts_at(step)) and any(methods.orientable()):
                 state = orient_step(spec, methods, state, batch)
             state, scalars = train_step(spec, methods, state, batch)
             log.add(step, scalars, data_wait)

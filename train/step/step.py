@@ -74,7 +74,7 @@ def orient_step(spec: StepSpec, methods: Methods, state: TrainState, batch: Batc
 
     Needs the memory of these gradients beside the state. Outputs of the model do not change.
     """
-    kernels = {f"params/{path}" for path, _ in methods.oriented()}
+    kernels = {f"params/{path}" for path, _ in methods.orientable()}
     both = {"params": state.params, "adapters": state.adapters}
     adapted, others = trees.split(both, kernels.__contains__)
     _, gradients = _mean_gradient(spec, methods, adapted, others, batch, state.step)

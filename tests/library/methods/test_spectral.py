@@ -88,7 +88,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_other_methods_are_left_alone():
     params = {"kernel": jnp.zeros((8, 8))}
     methods = assign([("kernel", "train")], params)
-    assert not list(methods.oriented())
+    assert not list(methods.orientable())
     assert transform.orient({}, methods, {}) == {}
 
 

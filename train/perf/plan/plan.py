@@ -106,7 +106,7 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     check_mesh(config, mesh)
     methods = assign_methods(config)
     state = abstract_state(config, methods, mesh)
-    names = [name for name in programs if name != "orient" or any(methods.oriented())]
+    names = [name for name in programs if name != "orient" or any(methods.orientable())]
     return Plan(
         target=target.name,
         compiler=target.compiler,
