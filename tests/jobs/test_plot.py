@@ -97,6 +97,15 @@ def test_several_runs_in_one_plot(tmp_path: Path, validation: bool):
     assert all(len(pixels_of(tmp_path / "runs.png", color)) > 300 for color in COLORS[:3])
 
 
+def test_validations_of_several_runs_fill_the_upper_panel(tmp_path: Path):
+    """The training losses of the first steps, three times as high, are cut off."""
+    logs = {name: write_run(tmp_path / f"{name}.jsonl", i) for i, name in enumerate("ab")}
+    plot_runs(logs, str(tmp_path / "p.png"))
+    # The second run covers the first. The faint training losses have other colours.
+    rows, columns = pixels_of(tmp_path / "p.png", COLORS[1]).T
+    assert rows[columns < 750].min() < 0.15 * 975  # the legend is on the right
+
+
 def test_a_run_that_has_no_loss_is_refused(tmp_path: Path):
     (tmp_path / "m.jsonl").write_text('{"step": 0, "restart": 1}\n')
     with pytest.raises(InputError, match="holds no loss"):

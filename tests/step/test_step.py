@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from mora_jax import transform, trees
-from mora_jax.methods import DoRA, LoRA, MoRA, Rotate
+from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Spectral
 from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from train.config.run import RunConfig
@@ -21,7 +21,7 @@ from train.run.state import assign_methods
 from train.step import optim
 from train.step.spec import spec_of
 from train.step.state import init_params, init_state, random_state
-from train.step.step import eval_step, restart_step, train_step
+from train.step.step import eval_step, orient_step, restart_step, train_step
 
 CONFIG = RunConfig(
     steps=8,
@@ -371,3 +371,24 @@ def test_a_batch_of_which_nothing_counts_has_no_loss():
     after, metrics = train_step(spec_of(CONFIG), methods, state, batch)
     assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0, 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+# Orienting
+
+
+def test_bases_are_those_of_the_gradient_of_the_batch():
+    config = dataclasses.replace(CONFIG, method=Spectral(4, multiple=8), microbatches=2)
+    methods, state = started(config)
+
+    def loss(params, batch):
+        total, count = Llama(config.model, config.compute).apply({"params": params}, batch, method=Llama.loss)
+        return total / count
+
+    gradients = trees.flatten(jax.grad(loss)(state.params, Batch(tokens(0))))
+    found = trees.flatten(orient_step(spec_of(config), methods, state, Batch(tokens(0))).adapters)
+    for path, _ in methods.orientable():
+        u_LKR, v_LRD = found[f"{path}/u_KR"], found[f"{path}/v_RD"]
+        g_LRR = jnp.einsum("lkr,lkd,lsd->lrs", u_LKR, gradients[path], v_LRD)
+        held = jnp.linalg.norm(g_LRR, axis=(1, 2))
+        singular = np.linalg.svd(gradients[path], compute_uv=False)[:, : u_LKR.shape[2]]
+        np.testing.assert_allclose(held, np.linalg.norm(singular, axis=1), rtol=1e-4)

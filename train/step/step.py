@@ -131,6 +131,7 @@ def _mean_gradient(
         # Interleaved, so that each microbatch is spread over the devices as the batch is.
         return rows.reshape(-1, spec.microbatches, *rows.shape[1:]).swapaxes(0, 1)
 
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    # A bfloat16 kernel's gradient, which orients, is summed in float32.
+    start = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trainable))
     inputs = (jax.tree.map(parts, batch), jnp.arange(spec.microbatches))
     return jax.lax.scan(accumulate, start, inputs)[0]

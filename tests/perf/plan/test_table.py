@@ -13,7 +13,7 @@ from train.perf.plan import table
 from train.perf.plan.formula import Expected
 from train.perf.plan.hlo import Collective
 from train.perf.plan.plan import Held, Plan
-from train.perf.plan.programs import Program
+from train.perf.plan.programs import TRAINING, Program
 from train.perf.plan.targets import chips
 
 CONFIG = str(Path(__file__).parents[3] / "configs/250m_remora.yaml")
@@ -29,11 +29,12 @@ def compiled(monkeypatch) -> list[tuple]:
         assert (devices, memory) == (0, 0.0)
         asked.append((topology, config.mesh.fsdp, config.microbatches, *programs))
         sent = [Collective("all-gather", "fsdp", 3, 2 * GIB, GIB), Collective("all-gather", "data", 1, 8, 4)]
-        program = Program("train_step", 0, 0, 7 * GIB // 2, "", 5e12, sent, 1.0)
+        train = Program("train_step", 0, 0, 3 * GIB, "", 5e12, sent, 1.0)
+        made = [train, Program("orient_step", 0, 0, 7 * GIB // 2, "", 4e12, sent[:1], 1.0)]
         held = Held(3 * 2**20, 2**20, 2 * 2**20, 2 * 2**20)
         lines = [Expected("all-gather", "fsdp", GIB // 2, GIB // 2)]
         return Plan(
-            topology, "none", chips(topology), {}, 4.0, 1, 16 * GIB, held, [program][: len(programs)], lines
+            topology, "none", chips(topology), {}, 4.0, 1, 16 * GIB, held, made[: len(programs)], lines
         )
 
     monkeypatch.setattr(table, "plan", plan)
@@ -60,7 +61,7 @@ def test_a_plan_is_compiled_once(compiled, tmp_path, capsys):
     words = ["plan-table", "--configs", CONFIG, "--out", str(out), "--topologies"]
     cli.main([*words, "v5e:2x4"])
     cli.main([*words, "v5e:2x4", "v5p:2x2x4"])
-    assert compiled == [("v5e:2x4", 8, 32, "train"), ("v5p:2x2x4", 16, 16, "train")]
+    assert compiled == [("v5e:2x4", 8, 32, *TRAINING), ("v5p:2x2x4", 16, 16, *TRAINING)]
     assert len(json.loads(out.read_text())) == 2
     header, _, *rows = capsys.readouterr().out.splitlines()[-4:]
     assert [cells(row)[1] for row in rows] == ["v5e:2x4", "v5p:2x2x4"]
@@ -80,7 +81,7 @@ def test_the_state_alone(compiled, tmp_path, capsys):
     assert cells(bare)[-6:] == ["", "", "", "1.00", "50%", ""]
     cli.main(words)
     cli.main([*words, "--state-only"])
-    assert compiled[2:] == [("v5e:2x4", 8, 32, "train")]
+    assert compiled[2:] == [("v5e:2x4", 8, 32, *TRAINING)]
     assert cells(capsys.readouterr().out.splitlines()[-1])[-6:] == [
         "3.50 of 16",
         "yes",

@@ -89,7 +89,8 @@ class Plan:
       topology: slice of TPUs to compile for, with the TPU compiler, such as v5e:16x16; empty for none.
       devices: number of GPUs to plan for instead, simulated by CPU devices; 0 for none.
       memory: memory of one such GPU, in GiB.
-      every_program: also compile the restart and the evaluation.
+      every_program: also compile the restart and the evaluation. The training step, and what fits
+        adapters to gradients where the method does, are always compiled.
       out: JSON file for all figures, in bytes; empty for none.
       overwrite: replace the file of --out if there is one; otherwise it is an error.
     """
@@ -109,12 +110,12 @@ class Plan:
 
 def plan(command: Plan) -> None:
     """Runs `mora plan`."""
+    from train.perf.plan.programs import PROGRAMS, TRAINING
     from train.perf.plan.report import plan as make
     from train.perf.plan.report import show
 
     check_free(command.out, "--out", command.overwrite)
-    programs = ["train", "orient", *(["restart"] if command.run.restart.every else []), "eval"]
-    programs = programs if command.every_program else programs[:2]
+    programs = tuple(PROGRAMS) if command.every_program else TRAINING
     made = make(command.run, command.topology, command.devices, command.memory, programs)
     show(made, command.config, command.out)
     if made.fits() is False:

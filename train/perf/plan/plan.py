@@ -11,7 +11,7 @@ from mora_jax import sharding
 from train.config.run import RunConfig
 from train.jobs.evaluate import check_mesh
 from train.perf.plan.formula import Expected, expected
-from train.perf.plan.programs import PROGRAMS, Program
+from train.perf.plan.programs import PROGRAMS, TRAINING, Program, names_of
 from train.perf.plan.targets import CPU_COMPILER, Target
 from train.run.state import abstract_state, assign_methods
 from train.step.optim import adapter_labels, array_options
@@ -90,14 +90,14 @@ class Plan:
         return dataclasses.asdict(self) | {"fits": self.fits()}
 
 
-def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("train",)) -> Plan:
+def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = TRAINING) -> Plan:
     """Compiles a config's programs for a target.
 
     Args:
       config: the run.
       target: the devices.
-      programs: "train", "orient", "restart" and "eval"; if empty, only the state's sizes and the formula are
-        computed. "orient" is left out if no method fits its adapters to gradients.
+      programs: names in PROGRAMS, of which those that the run has are compiled; if empty, only the state's
+        sizes and the formula are computed.
 
     Raises:
       InputError: if mesh, batches and devices do not fit each other.
@@ -106,7 +106,6 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
     check_mesh(config, mesh)
     methods = assign_methods(config)
     state = abstract_state(config, methods, mesh)
-    names = [name for name in programs if name != "orient" or any(methods.orientable())]
     return Plan(
         target=target.name,
         compiler=target.compiler,
@@ -116,7 +115,11 @@ def make_plan(config: RunConfig, target: Target, programs: Sequence[str] = ("tra
         microbatches=config.microbatches,
         usable=target.memory,
         held=held(state, adapter_labels(array_options(config.optimizer, methods))),
-        programs=[PROGRAMS[name](config, methods, state, mesh) for name in names],
+        programs=[
+            PROGRAMS[name](config, methods, state, mesh)
+            for name in names_of(config, methods)
+            if name in programs
+        ],
         expected=expected(config, methods, state, mesh),
     )
 

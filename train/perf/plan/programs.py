@@ -81,6 +81,17 @@ PROGRAMS = {
     "restart": restart_program,
     "eval": eval_program,
 }
+TRAINING = ("train", "orient")  # those that need the most memory
+
+
+def names_of(config: RunConfig, methods: Methods) -> list[str]:
+    """Returns the names of the programs that a run has."""
+    lacks = set()
+    if not any(methods.orientable()):
+        lacks.add("orient")
+    if not config.restart.every:
+        lacks.add("restart")
+    return [name for name in PROGRAMS if name not in lacks]
 
 
 def _batch(rows: int, config: RunConfig, mesh: Mesh, weighted: bool = False) -> Batch:

@@ -12,7 +12,7 @@ from mora_jax.io import json_text
 from train.config.run import RunConfig
 from train.console.terminal import console
 from train.perf.plan.plan import Plan, make_plan
-from train.perf.plan.programs import Program
+from train.perf.plan.programs import TRAINING, Program
 from train.perf.plan.targets import simulated, topology, use_no_accelerator
 from train.storage.files import write_result
 
@@ -20,7 +20,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def plan(
-    config: RunConfig, topology_name: str, devices: int, memory: float, programs: Sequence[str] = ("train",)
+    config: RunConfig, topology_name: str, devices: int, memory: float, programs: Sequence[str] = TRAINING
 ) -> Plan:
     """Returns the plan for a topology of TPUs, or for simulated devices of `memory` GiB.
 

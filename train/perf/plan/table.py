@@ -14,6 +14,7 @@ from mora_jax.io import json_text, read_object
 from train.config import flags
 from train.config.run import RunConfig
 from train.perf.plan.plan import Plan
+from train.perf.plan.programs import TRAINING
 from train.perf.plan.report import plan
 from train.perf.plan.targets import chips
 from train.storage.files import write_result
@@ -50,7 +51,7 @@ def make_table(
         name = f"{epath.Path(config).stem} {topology}"
         if name not in kept:
             here = spread(flags.read_config(config), chips(topology), sequences)
-            made = to_row(plan(here, topology, 0, 0.0, ["train"] if compiling else []))
+            made = to_row(plan(here, topology, 0, 0.0, TRAINING if compiling else ()))
             if not compiling:
                 rows.append((name, made))
                 continue
@@ -96,11 +97,13 @@ def to_row(made: Plan) -> dict[str, Any]:
         "expected": sum(line.base + line.adapters for line in made.expected),
         "expected_adapters": sum(line.adapters for line in made.expected),
     }
-    for program in made.programs:
+    if made.programs:
+        step = made.programs[0]
         sent: Counter[str] = Counter()
-        for collective in program.collectives:
+        for collective in step.collectives:
             sent[collective.kind] += collective.sent
-        kept |= {"peak": program.peak, "fits": made.fits(), "flops": program.flops, "sent": dict(sent)}
+        peak = max(program.peak for program in made.programs)
+        kept |= {"peak": peak, "fits": made.fits(), "flops": step.flops, "sent": dict(sent)}
     return kept
 
 
