@@ -16,9 +16,11 @@ from pathlib import Path
 
 import jaxlib.version
 
+# Splitting small programs among threads costs more than it saves.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
 # These versions have two code generators for fusions. The older one compiles three times as fast.
 if jaxlib.version.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import fake_store
 import jax

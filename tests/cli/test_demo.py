@@ -59,6 +59,7 @@ def test_the_whole_path(config, tmp_path, capsys):
         assert name in out
 
 
+@pytest.mark.slow
 def test_a_second_demo_starts_from_scratch(config, tmp_path, tiny_text, short, monkeypatch):
     folder = tmp_path / "demo"
     folder.mkdir()
@@ -98,6 +99,7 @@ def test_a_running_demo_is_not_removed(config, tmp_path):
     assert (tmp_path / MARK).exists()
 
 
+@pytest.mark.slow
 def test_a_second_demo_at_once_is_refused_and_leaves_the_text(config, tmp_path, monkeypatch):
     """From its first moment, when the first one still gathers text."""
     folder, words = tmp_path / "demo", [sys.executable, "-m", "train.cli.main", "demo"]

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from sentencepiece import sentencepiece_model_pb2
+from slow import slow
 
 from train.cli import main as cli
 from train.cli.commands import training
@@ -463,8 +464,8 @@ def losses(folder: Path) -> list[float]:
     ("words", "redirection", "status"),
     [
         ("methods", ">/dev/full", 74),
-        ("methods", ">&-", 0),
-        pytest.param("evaluate nowhere", "2>/dev/full", 2, marks=pytest.mark.slow),
+        slow("methods", ">&-", 0),
+        slow("evaluate nowhere", "2>/dev/full", 2),
         ("evaluate nowhere", ">&- 2>&-", 2),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from etils import epath
 from made_text import SHARDS, T, contents, npy, prepared, random_texts, write_lines
+from slow import slow
 
 from mora_jax.errors import InputError
 from train.data.rows import build, layout, shard, workers
@@ -105,7 +106,7 @@ def test_a_damaged_piece_is_written_again(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, slow(2)])
 def test_a_bad_file_keeps_the_finished_shards(text: Path, tmp_path: Path, count: int):
     write_lines(tmp_path / "0.json.gz", random_texts(50, seed=0))
     write_lines(tmp_path / "1.json.gz", random_texts(50, seed=1))

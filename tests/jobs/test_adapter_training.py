@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hf_folders import assert_same
 from peft_folders import FROZEN, random_adapted, read_folder, write_folder
+from slow import slow
 from tiny import TINY
 
 from mora_jax import DoRA, LoRA, MoRA, Share, hf, save_adapter, sharding, trees
@@ -130,7 +131,7 @@ def test_a_saved_config_needs_no_adapter(folder, tmp_path):
         with_adapter(dataclasses.replace(bare, adapter=str(folder / "mora"), method=LoRA(4)))
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("mora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["lora", slow("mora")])
 def test_the_state_starts_with_the_files_arrays(folder, name):
     words = ["--method.name", "mora", "--method.align", "16"] if name == "mora" else []
     config = config_of(folder, name, *words)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from slow import slow
 
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
@@ -43,14 +44,12 @@ def blank(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "harm", "message"),
     [
-        pytest.param("train", cut, r"the train rows take \d+ bytes, not", marks=pytest.mark.slow),
+        slow("train", cut, r"the train rows take \d+ bytes, not"),
         ("train", blank, "cannot be read: Corrupted"),
-        ("train", Path.unlink, ""),
-        ("validation", cut, r"the validation rows take \d+ bytes, not"),
-        pytest.param("validation", blank, "cannot be read: ", marks=pytest.mark.slow),
-        pytest.param(
-            "validation", Path.unlink, r"the validation rows take \d+ bytes, not", marks=pytest.mark.slow
-        ),
+        slow("train", Path.unlink, ""),
+        slow("validation", cut, r"the validation rows take \d+ bytes, not"),
+        slow("validation", blank, "cannot be read: "),
+        slow("validation", Path.unlink, r"the validation rows take \d+ bytes, not"),
     ],
 )
 def test_a_shard_damaged_during_a_run(free, large_data, tmp_path, monkeypatch, split, harm, message):

@@ -68,6 +68,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(run, config_file, tmp_path, mo
     assert without_times(tmp_path / "run") == without_times(run)
 
 
+@pytest.mark.slow
 def test_two_devices_find_the_same_directions(run, config_file, tmp_path):
     pretrain(config_file, tmp_path / "run", "--mesh.data", "1", "--mesh.fsdp", "2")
     ours, theirs = (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from slow import slow
 from tiny_runs import (
     Interrupted,
     arrays,
@@ -28,7 +29,7 @@ from train.step.step import train_step
 
 @pytest.mark.parametrize(
     ("updates", "saved"),
-    [pytest.param(4, 3, marks=pytest.mark.slow), (7, 6)],
+    [slow(4, 3), (7, 6)],
     ids=["before a restart", "exactly at a restart"],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):

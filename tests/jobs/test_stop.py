@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slow import slow
 from tiny_runs import Interrupted, equal_runs, lines, signalled_at, stop_after
 
 from train.console import exits
@@ -48,7 +49,7 @@ def test_a_second_signal_ends_the_last_save(tiny_yaml, tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("update", [pytest.param(0, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("update", [slow(0), 7])
 def test_a_signal_saves_the_current_update_and_the_same_command_resumes(free, tiny_run, monkeypatch, update):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from slow import slow
 from states import a_state, abstract, files_of, flip_a_bit, sharding
 
 from mora_jax.errors import InputError
@@ -34,7 +35,7 @@ def assert_refused(directory: Path, name: str) -> None:
         assert any(name in problem for problem in problems)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.parametrize("seed", [0, *(slow(n) for n in (1, 2))])
 def test_every_flipped_bit_is_found(directory: Path, seed: int):
     for path in files_of(directory / "2"):
         content = path.read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from slow import slow
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -67,7 +68,7 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, disk, update: int) -> None:
 @pytest.mark.parametrize(
     ("every", "message"),
     [
-        pytest.param(0, r"run/metrics\.jsonl|run/tensorboard", marks=pytest.mark.slow),
+        slow(0, r"run/metrics\.jsonl|run/tensorboard"),
         (3, "could not be saved: No space left"),
     ],
     ids=["in the metrics", "in a save"],
@@ -90,6 +91,7 @@ def test_a_full_disk_stops_the_run_and_it_resumes(config, tiny_run, disk, monkey
     assert_undisturbed(config, tiny_run)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end(config, tiny_run, disk, monkeypatch):
     real = loop.plot_loss
     with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from slow import quick, slow
 
 from mora_jax import hf, sharding, transform, trees
 from mora_jax.errors import InputError
@@ -235,7 +236,7 @@ def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(copy, capsys)
 
 
 @pytest.mark.parametrize("at", ["damage", "restore"])
-@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("older", quick([False], [True, False]))
 def test_a_checkpoint_removed_while_it_is_read_is_replaced_by_a_newer_one(
     tiny_run, copy, monkeypatch, capsys, at, older
 ):
@@ -280,7 +281,7 @@ def test_a_run_without_a_checkpoint_has_no_model(copy):
         load_model(str(copy))
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [slow((1, 8, 1)), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["run", "Hugging Face"])
 def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
     mesh = sharding.make_mesh(*sizes)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from slow import quick
 
 from mora_jax import hf, sharding
 from mora_jax.errors import InputError
@@ -158,7 +159,7 @@ def other_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str
     return out
 
 
-@pytest.mark.parametrize("what", ["steps", "optimizer.learning_rate", "train rows"])
+@pytest.mark.parametrize("what", quick(["steps"], ["steps", "optimizer.learning_rate", "train rows"]))
 def test_processes_that_were_started_differently_are_refused(config: Path, tmp_path: Path, what, other_data):
     """Another number of steps would make them wait for each other for ever."""
     last = {
@@ -381,7 +382,8 @@ def test_invalid_processes_are_refused(fields, message):
         Distributed(**fields)
 
 
-@pytest.mark.parametrize("missing", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [0, 1])
 def test_processes_that_do_not_find_each_other(config: Path, missing: int):
     """JAX's runtime aborts such a process, with a page of native stack."""
     both = launched(config, 2, 1, "--distributed.initialization-timeout", "4")

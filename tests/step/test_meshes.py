@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from slow import quick, slow
 
 from mora_jax import sharding, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
@@ -166,8 +167,8 @@ CASES = [
     ("share, rotate and LoRA", 2, "compressed", (2, 2, 2)),
 ]
 QUICK = ("share", STEPS, "merged", (2, 2, 2))  # a mixture compiles for three times as long
-CASES = [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
-SLOW_8 = pytest.param((1, 8, 1), marks=pytest.mark.slow)
+CASES = quick([QUICK], CASES)
+SLOW_8 = slow((1, 8, 1))
 
 
 @pytest.mark.parametrize(("name", "steps", "path", "shape"), CASES, ids=str)
@@ -225,9 +226,7 @@ def elements(shape: str) -> int:
     return max(int(np.prod([int(d) for d in one.split(",") if d])) for one in dims)
 
 
-@pytest.mark.parametrize(
-    "shape", [SLOW_8, pytest.param((1, 2, 4), marks=pytest.mark.slow), (2, 2, 2)], ids=str
-)
+@pytest.mark.parametrize("shape", [SLOW_8, slow((1, 2, 4)), (2, 2, 2)], ids=str)
 def test_kernels_are_gathered_and_never_moved_about(shape):
     """Nothing as large as a part of a kernel is exchanged, and nothing of all layers at once is gathered."""
     config = configured("share, rotate and LoRA", STEPS, "merged")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from slow import quick, slow
 
 from mora_jax import transform, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Spectral
@@ -52,11 +52,6 @@ RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
 QUICK = ("full", "mora")
 
 
-def each(names: Iterable[str]) -> list[Any]:
-    """Names of methods as parameters, of which `make test` takes those in QUICK alone."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 def with_method(name: str) -> RunConfig:
     restart, schedule = (
         (CONFIG.restart, CONFIG.schedule) if name in RESTARTED else (Restart(), Schedule("cosine", 1))
@@ -97,7 +92,7 @@ def test_a_step_depends_on_nothing_that_it_does_not_compute():
     assert spec_of(dataclasses.replace(CONFIG, seed=1)) != spec_of(CONFIG)
 
 
-@pytest.mark.parametrize("name", each(METHODS))
+@pytest.mark.parametrize("name", quick(QUICK, METHODS))
 def test_exactly_the_trainable_leaves_move(name):
     config = with_method(name)
     methods, before = started(config)
@@ -110,7 +105,7 @@ def test_exactly_the_trainable_leaves_move(name):
     assert moved == groups.keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(("lora", "mora"), METHODS))
 def test_frozen_parameters_have_no_byte_of_optimizer_state(name):
     methods, state = started(with_method(name))
     trainable, _ = transform.partition(state.params, state.adapters, methods)
@@ -167,7 +162,7 @@ def flops(config: RunConfig) -> float:
     )
 
 
-@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("microbatches", [2, slow(4)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
     _, whole, metrics = trained(CONFIG, 3)
     _, parts, metrics_ = trained(dataclasses.replace(CONFIG, microbatches=microbatches), 3)
@@ -179,7 +174,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", each(RESTARTED))
+@pytest.mark.parametrize("name", quick(QUICK, RESTARTED))
 def test_a_restart_changes_no_output_and_clears_the_adapters(name):
     config = with_method(name)
     methods, state, _ = trained(config, 3)
@@ -287,7 +282,7 @@ def poisoned(state, path: tuple[str, ...]):
     return jax.tree.map(np.asarray, state.replace(params=params))
 
 
-@pytest.mark.parametrize("name", each(["mora", "lora+", "full"]))
+@pytest.mark.parametrize("name", quick(QUICK, ["mora", "lora+", "full"]))
 def test_a_bad_step_changes_nothing_but_the_counts(name):
     config = with_method(name)
     methods, state, _ = trained(config, 2)

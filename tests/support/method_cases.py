@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import quick
 
 from mora_jax.methods import METHODS, LoRA, Method, MoRA, Rotate, Share
 
@@ -23,7 +24,7 @@ CASES: list[Method] = [
 ]
 ADDITIVE = [m for m in CASES if m.additive]
 PATHS: list[Any] = ["merged", "compressed", "folded", "activation"]
-SHAPES = [pytest.param(24, 24, marks=pytest.mark.slow), (20, 33), (33, 20)]
+SHAPES = quick([(20, 33), (33, 20)], [(24, 24), (20, 33), (33, 20)])
 every_case = pytest.mark.parametrize("method", CASES, ids=str)
 every_additive = pytest.mark.parametrize("method", ADDITIVE, ids=str)
 every_shape = pytest.mark.parametrize(("k", "d"), SHAPES)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
+from slow import quick, slow
 
 from mora_jax import (
     Decouple,
@@ -124,7 +125,7 @@ def products_with_adapters(f, *args) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("name", ["x @ w", pytest.param("output", marks=pytest.mark.slow), "experts"])
+@pytest.mark.parametrize("name", quick(["experts"], ["x @ w", "output", "experts"]))
 def test_every_method_on_every_kind_of_layout(name, method):
     f, shape, x_shape, axes = PRODUCTS[name]
     params = {"w": jax.random.normal(jax.random.key(0), shape)}
@@ -221,11 +222,11 @@ def rules_of(stack: tuple[int, ...]):
 @pytest.mark.parametrize(
     "ways",
     [
-        pytest.param((), marks=pytest.mark.slow),
+        slow(()),
         ("remat", "scan"),
-        pytest.param(("remat",), marks=pytest.mark.slow),
-        pytest.param(("jit",), marks=pytest.mark.slow),
-        pytest.param(("jit", "scan"), marks=pytest.mark.slow),
+        slow(("remat",)),
+        slow(("jit",)),
+        slow(("jit", "scan")),
     ],
     ids="-".join,
 )

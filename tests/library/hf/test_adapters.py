@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hf_folders import CONFIG, TIED, assert_same
 from peft_folders import FROZEN, merged, random_adapted, read_folder, write_folder
+from slow import quick, slow
 
 from mora_jax import (
     DoRA,
@@ -95,13 +96,7 @@ def check_merged(adapted, out, config, patterns=True):
         np.testing.assert_allclose(read[name], ours[name], atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n in ("rslora", "dora", "patterns", "saved") else pytest.param(n, marks=pytest.mark.slow)
-        for n in CASES
-    ],
-)
+@pytest.mark.parametrize("name", quick(("rslora", "dora", "patterns", "saved"), CASES))
 def test_a_folder_means_the_trained_model_and_comes_back(tmp_path, name):
     rules, expected = CASES[name]
     adapted, out = saved(tmp_path, rules)
@@ -135,8 +130,8 @@ def test_a_tied_head_is_in_the_file_too(tmp_path):
     ("operator", "pad_rank"),
     [
         (Share((0, 1), "wrap"), False),
-        pytest.param(Share(0, "zero"), True, marks=pytest.mark.slow),
-        pytest.param(Share(1), False, marks=pytest.mark.slow),
+        slow(Share(0, "zero"), True),
+        slow(Share(1), False),
         (Truncate(), True),
     ],
     ids=str,

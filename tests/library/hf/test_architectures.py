@@ -6,6 +6,7 @@ import pytest
 from architectures import CONFIGS, LENGTH, random_params, tokens_BT
 from architectures_golden import FILE, logits, read_by_transformers, some_logits
 from hf_folders import assert_same
+from slow import quick
 
 from mora_jax.hf import load_hf
 from mora_jax.hf.config import read_config
@@ -26,9 +27,7 @@ def assert_near(ours: np.ndarray, theirs: np.ndarray, size: float) -> None:
     assert np.abs(ours - theirs).max() < 1e-5 * size
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", quick(QUICK, CONFIGS))
 def test_the_logits_are_those_recorded_of_transformers(name):
     found = ours(random_params(CONFIGS[name]), CONFIGS[name], tokens_BT())
     assert_near(some_logits(found), np.load(FILE)[f"logits/{name}"], np.abs(found).max())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hf_folders import CONFIG
 from peft_folders import FROZEN, random_adapted, read_folder, write_folder
+from slow import slow
 
 from mora_jax import MoRA, Rotate, Share, hf, load_adapter, save_adapter
 from mora_jax.errors import InputError
@@ -20,7 +21,7 @@ OPERATORS = {
 }
 OPERATORS[6] = Rotate("wrap", "drop")
 QUICK, SHAPES = "k60_d60_r8", ["k176_d64_r8", "k40_d300_r4", "k32_d300_r4"]
-every_shape = [QUICK, *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES)]
+every_shape = [QUICK, *(slow(shape) for shape in SHAPES)]
 
 
 def their_config(mora_type, rank, **more):
@@ -83,7 +84,7 @@ def test_their_model_computes_as_recorded(golden, tmp_path, mora_type):
 
 
 @pytest.mark.parametrize(("mora_type", "operator"), OPERATORS.items())
-@pytest.mark.parametrize("rank", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [2, slow(3)])
 def test_ours_is_written_as_theirs(tmp_path, mora_type, operator, rank):
     """r_hat is 12.6 and 15.49 before rounding: ours is 12 and 15, and theirs would be 13 and 15."""
     method = MoRA(rank, operator, align=16)

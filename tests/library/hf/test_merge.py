@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 from hf_folders import CONFIG, TIED, rewrite_weights
 from peft_folders import FROZEN, random_adapted, read_folder, write_folder
+from slow import slow
 
 from mora_jax import DoRA, LoRA, MoRA, hf, save_adapter, trees
 from mora_jax.errors import InputError
@@ -31,14 +32,14 @@ def folders(tmp_path, rules, config=SMALL, name="a", seed=0):
     "rules",
     [
         [(SOME, LoRA(4, alpha=8)), (".*norm/scale|embed_tokens/embedding", "train")],
-        pytest.param([(SOME, DoRA(4))], marks=pytest.mark.slow),
-        pytest.param([(SOME, MoRA(3))], marks=pytest.mark.slow),
+        slow([(SOME, DoRA(4))]),
+        slow([(SOME, MoRA(3))]),
     ],
     ids=["lora", "dora", "mora"],
 )
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(SMALL, marks=pytest.mark.slow), dataclasses.replace(TIED, num_hidden_layers=2)],
+    [slow(SMALL), dataclasses.replace(TIED, num_hidden_layers=2)],
     ids=["untied", "tied"],
 )
 def test_a_merged_folder_is_the_trained_model(tmp_path, rules, config):

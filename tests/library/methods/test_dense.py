@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from method_cases import CASES, PATHS, every_case, every_shape, kernel, random_arrays, relative_error
+from slow import quick, slow
 
 from mora_jax.methods import (
     Adapter,
@@ -27,7 +28,7 @@ from mora_jax.methods.linear import merges_float32
 @every_case
 @every_shape
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)]
+    ("dtype", "tolerance"), quick([("float32", 1e-5)], [("float32", 1e-5), ("bfloat16", 2e-2)])
 )
 def test_dense_is_x_times_weight_on_every_path(method, k, d, dtype, tolerance):
     w = kernel(0, k, d)
@@ -116,15 +117,15 @@ def test_kernels_of_one_product_are_merged_where_that_is_good_for_all():
 
 @pytest.mark.parametrize(
     ("flops_per_byte", "align"),
-    [(0, 8), pytest.param(0, 1, marks=pytest.mark.slow), (5, 1), (10**9, 8)],
+    [(0, 8), slow(0, 1), (5, 1), (10**9, 8)],
     ids=["sums first", "sums first, M not padded", "mixed, M not padded", "product first"],
 )
 @pytest.mark.parametrize(
     "operator",
-    [
-        *(Share(0), Share((0, 1), "wrap"), Truncate(), Decouple("wrap", "drop")),
-        *(pytest.param(operator, marks=pytest.mark.slow) for operator in (Share(1), Decouple())),
-    ],
+    quick(
+        [Share((0, 1), "wrap"), Decouple("wrap", "drop")],
+        [Share(0), Share(1), Share((0, 1), "wrap"), Truncate(), Decouple(), Decouple("wrap", "drop")],
+    ),
     ids=str,
 )
 def test_sums_and_blocks_before_or_after_the_product_give_one_gradient(
@@ -173,7 +174,7 @@ def test_the_cheapest_order_of_sums_and_product_follows_the_sizes():
     assert order(5461, 2048, 1, 1024) == (True, True)
 
 
-@pytest.mark.parametrize(("k", "d"), [(90, 90), (50, 90), (90, 50)])
+@pytest.mark.parametrize(("k", "d"), quick([(50, 90)], [(90, 90), (50, 90), (90, 50)]))
 def test_blocks_turned_behind_the_product_give_the_gradient_of_blocks_turned_before(k, d, monkeypatch):
     """As many blocks of outputs as of inputs, more, and fewer, none of them full at the end."""
     monkeypatch.setattr(mora, "flops_per_byte", lambda: 10**9)
@@ -205,15 +206,11 @@ def test_whether_activations_are_cut_into_blocks_follows_the_sizes():
     assert mora._cut_first(768, 768, 3, 448, Truncate().blocks(443, 768, 768))
 
 
-TILED = [MoRA(4), MoRA(4, Rotate()), MoRA(4, Decouple()), LoRA(4), DoRA(4)]
+TILED = [MoRA(4), MoRA(4, Rotate()), DoRA(4)]
 
 
-@pytest.mark.parametrize(
-    "method", [m if m in TILED else pytest.param(m, marks=pytest.mark.slow) for m in CASES], ids=str
-)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 1e-2)]
-)
+@pytest.mark.parametrize("method", quick(TILED, CASES), ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [slow("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_whole_tiles_change_nothing_but_add_zeros(method, dtype, tolerance):
     """Outputs widened, and an input that was widened before, against the kernels as they are.
 
@@ -249,7 +246,7 @@ def test_kernels_that_need_no_cast_are_not_copied_side_by_side():
         assert ("[24,72]" in text) == copies
 
 
-@pytest.mark.parametrize("operator", [Share(), Rotate()], ids=str)
+@pytest.mark.parametrize("operator", quick([Share()], [Share(), Rotate()]), ids=str)
 def test_products_take_whole_rows_of_an_m_that_is_stored_without_padding(operator, monkeypatch):
     monkeypatch.setattr(mora, "flops_per_byte", lambda: 0)  # so that sums and cuts come before the product
     method, w = MoRA(4, operator), kernel(0, 90, 90)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import slow
 
 from mora_jax import sharding
 from mora_jax.methods import Adapter, MoRA, Share, dense, mora
@@ -46,7 +47,7 @@ def gathered(program: Any, mesh: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("layout", [COLUMNS, ROWS], ids=["columns", "rows"])
-@pytest.mark.parametrize("sizes", [(1, 4, 1), (1, 1, 4), (2, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [slow((1, 4, 1)), slow((1, 1, 4)), slow((2, 1, 2)), (2, 2, 2)], ids=str)
 def test_the_gradients_are_those_of_one_device(name: str, layout: Layout, sizes: tuple[int, int, int]):
     method = METHODS[name]
     expected = gradients(method, layout, False)(*inputs(method))

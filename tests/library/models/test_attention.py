@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from slow import slow
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -40,7 +41,7 @@ def results(kernel, q, k, v, w, visible=Visible()):  # noqa: B008 (immutable)
 
 @pytest.mark.parametrize(
     ("kv_heads", "width"),
-    [pytest.param(4, 48, marks=pytest.mark.slow), (2, 64), pytest.param(1, 16, marks=pytest.mark.slow)],
+    [slow(4, 48), (2, 64), slow(1, 16)],
 )
 def test_equals_xla(kv_heads, width):
     q, k, v, w = (heads(n, width, seed=i) for i, n in enumerate((4, kv_heads, kv_heads, 4)))
@@ -62,7 +63,7 @@ def test_no_place_sees_those_after_it():
     assert jnp.abs(after[:, 100:] - before[:, 100:]).min() > 0
 
 
-@pytest.mark.parametrize("window", [1, 100, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [1, 100, slow(256)])
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_a_window_is_a_mask(kernel, window):
     """A position attends to itself and to the window - 1 before it; 256 keys in two blocks."""

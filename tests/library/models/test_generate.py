@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import CONFIGS, random_params
+from slow import slow
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -71,10 +72,7 @@ def cached_logits(model, params, rows: list[list[int]], new: int) -> np.ndarray:
     "name",
     [
         "llama, dynamic",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("qwen3, biases, window", "mistral, window")
-        ),
+        *(slow(name) for name in ("qwen3, biases, window", "mistral, window")),
     ],
 )
 def test_cached_decoding_is_the_full_forward_pass(name):

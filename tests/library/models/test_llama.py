@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import quick, slow
 
 from mora_jax import trees
 from mora_jax.errors import InputError
@@ -50,7 +51,6 @@ def loss(params, compute: Compute, weights_BT=None) -> jax.Array:
 
 
 WAYS = [("unrolled", "dots"), ("unrolled", "full"), ("scan", "none"), ("scan", "dots"), ("scan", "full")]
-QUICK_WAYS = [("unrolled", "dots"), ("scan", "dots"), ("scan", "full")]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -60,7 +60,7 @@ def logits_and_gradient(params, compute: Compute):
 
 @pytest.mark.parametrize(
     ("layers", "remat"),
-    [way if way in QUICK_WAYS else pytest.param(*way, marks=pytest.mark.slow) for way in WAYS],
+    quick([("unrolled", "dots"), ("scan", "full")], WAYS),
 )
 def test_layers_and_remat_change_no_value(params, layers, remat):
     other = Compute(dtype="float32", layers=layers, remat=remat, loss_chunk=16)
@@ -70,7 +70,7 @@ def test_layers_and_remat_change_no_value(params, layers, remat):
         np.testing.assert_allclose(g, e, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["merged", "activation"])
+@pytest.mark.parametrize("path", quick(["merged"], ["merged", "activation"]))
 def test_a_scan_computes_no_product_twice_and_keeps_nothing_wide_in_float32(params, path):
     methods = assign([(LINEARS, MoRA(4)), (".*", "frozen")], params, STACKED)
     adapters = attach(jax.random.key(1), params, methods)
@@ -139,16 +139,16 @@ def head_part(params, table, t):
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(MoRA(4), marks=pytest.mark.slow), MoRA(4, Share(1), align=8), LoRA(4)],
+    [slow(MoRA(4)), MoRA(4, Share(1), align=8), LoRA(4)],
     ids=str,
 )
 @pytest.mark.parametrize(
     ("layers", "remat"),
     [
-        pytest.param("unrolled", "none", marks=pytest.mark.slow),
+        slow("unrolled", "none"),
         ("scan", "full"),
-        pytest.param("unrolled", "full", marks=pytest.mark.slow),
-        pytest.param("scan", "none", marks=pytest.mark.slow),
+        slow("unrolled", "full"),
+        slow("scan", "none"),
     ],
 )
 def test_adapted_forward_is_the_merged_forward(params, method, layers, remat):
@@ -273,7 +273,7 @@ def tinyllama(golden, request):
     return data, params, trees.unflatten(m), methods
 
 
-@pytest.mark.parametrize("path", ["merged", pytest.param("activation", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("path", quick(["merged"], ["merged", "activation"]))
 def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
     data, params, adapters, methods = tinyllama
     model = Llama(TINY, Compute(dtype="float32", adapter_path=path))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from architectures import CONFIGS, random_params
 from jax.experimental.pallas.ops.tpu import splash_attention
+from slow import slow
 
 from mora_jax import trees
 from mora_jax.models import cudnn
@@ -63,10 +64,10 @@ def total_and_gradient(model, params, batches):
     ("name", "kernel"),
     [
         ("llama", "xla"),
-        pytest.param("llama", "splash", marks=pytest.mark.slow),
-        pytest.param("qwen3, biases, window", "xla", marks=pytest.mark.slow),
-        pytest.param("qwen3, biases, window", "splash", marks=pytest.mark.slow),
-        pytest.param("llama, llama3", "xla", marks=pytest.mark.slow),
+        slow("llama", "splash"),
+        slow("qwen3, biases, window", "xla"),
+        slow("qwen3, biases, window", "splash"),
+        slow("llama, llama3", "xla"),
     ],
 )
 def test_packed_rows_are_their_sequences(name, kernel, monkeypatch):

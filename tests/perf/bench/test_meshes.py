@@ -18,6 +18,7 @@ def job() -> StepJob:
     return step_job(SIZES["tiny"](), "mora", 1, 4)
 
 
+@pytest.mark.slow
 def test_a_row_of_a_mesh_has_one_device_beside_it(job: StepJob):
     row = measure.run(dataclasses.replace(job, mesh=(1, 2, 1)))
     assert isinstance(row, dict)
@@ -49,6 +50,7 @@ def test_a_row_that_fails_leaves_the_others(job: StepJob):
     assert good["speedup"] > 0
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_beside_one_device_is_measured_alone(
     job: StepJob, monkeypatch: pytest.MonkeyPatch
 ):

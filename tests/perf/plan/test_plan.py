@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from slow import slow
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
@@ -337,8 +338,8 @@ def planned_for_tpus(*words: str, folder: Path) -> dict:
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param(4, id="activation path", marks=pytest.mark.slow),
-        pytest.param(64, id="merged path", marks=pytest.mark.slow),
+        slow(4, id="activation path"),
+        slow(64, id="merged path"),
     ],
 )
 def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
