@@ -45,7 +45,7 @@ def free_compiled_programs() -> Iterator[None]:
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 16_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 32_000:
         jax.clear_caches()
 
 

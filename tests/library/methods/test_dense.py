@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_cases import CASES, PATHS, every_case, every_shape, kernel, random_arrays, relative_error
+from method_cases import CASES, PATHS, SHAPES, every_case, kernel, random_arrays, relative_error
 from slow import quick, slow
 
 from mora_jax.methods import (
@@ -26,7 +26,7 @@ from mora_jax.methods.linear import merges_float32
 
 
 @every_case
-@every_shape
+@pytest.mark.parametrize(("k", "d"), quick([(20, 33), (33, 20)], SHAPES))
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), quick([("float32", 1e-5)], [("float32", 1e-5), ("bfloat16", 2e-2)])
 )

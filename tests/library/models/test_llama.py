@@ -139,7 +139,7 @@ def head_part(params, table, t):
 
 @pytest.mark.parametrize(
     "method",
-    [slow(MoRA(4)), MoRA(4, Share(1), align=8), LoRA(4)],
+    [slow(MoRA(4)), MoRA(4, Share(1), align=8), slow(LoRA(4))],
     ids=str,
 )
 @pytest.mark.parametrize(
