@@ -28,6 +28,7 @@ from mora_jax.methods import (
 from mora_jax.models.llama import Compute, Llama, LlamaConfig
 from mora_jax.models.rope import Rope
 from mora_jax.on import On
+from mora_jax.orienting import orient
 from mora_jax.report import describe
 from mora_jax.sharding import Layout
 from mora_jax.spectrum import singular_values
@@ -40,7 +41,6 @@ from mora_jax.transform import (
     bind,
     labels,
     merge,
-    orient,
     partition,
     restart,
 )

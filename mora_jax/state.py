@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from mora_jax import moments, transform, trees
+from mora_jax.orienting import orient
 from mora_jax.transform import Group, Methods, Params, Rules, Tree
 
 
@@ -97,7 +98,7 @@ class State:
         Args:
           gradients: the gradient of the loss for `merged()`, or that of the adapted kernels as a nested dict.
         """
-        adapters = transform.orient(self.adapters, self.methods, gradients)
+        adapters = orient(self.adapters, self.methods, gradients)
         return dataclasses.replace(self, adapters=adapters)
 
     def optimizer(

@@ -201,41 +201,6 @@ def attach(key: PRNGKeyArray, params: Params, methods: Methods) -> Tree:
     return trees.unflatten(arrays)
 
 
-def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
-    """Fits adapters that have no update yet to the gradients of their kernels, for methods that do so.
-
-    A kernel's adapter stays as it is if its gradient, or what is fitted to it, is not finite.
-
-    Args:
-      adapters: as `attach` or `restart` returned them.
-      methods: what the arrays mean.
-      gradients: nested dict of the gradients of the kernels of `methods.orientable()`, at their paths.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import Spectral, assign, attach, orient
-      >>> params = {"kernel": jnp.ones((8, 4))}
-      >>> methods = assign([(".*", Spectral(1))], params)
-      >>> adapters = attach(jax.random.key(0), params, methods)
-      >>> gradient = jax.random.normal(jax.random.key(1), (8, 4))
-      >>> arrays = orient(adapters, methods, {"kernel": gradient})["kernel"]
-      >>> u, s, v = jnp.linalg.svd(gradient)
-      >>> bool(jnp.abs(jnp.vdot(arrays["u_KR"][:, 0], u[:, 0])) > 0.99)
-      True
-    """
-    found, flat = trees.flatten(gradients), trees.flatten(adapters)
-    for path, on in methods.orientable():
-        names = [*on.method.leaves()]
-        arrays = {name: flat[f"{path}/{name}"] for name in names}
-        matrices = on.axes(found[path].shape).matrices(found[path])
-        fitted = _by_layer(on.method.oriented, arrays, matrices)
-        usable = jnp.isfinite(matrices).all()
-        for array in fitted.values():
-            usable &= jnp.isfinite(array).all()
-        flat |= {f"{path}/{n}": jnp.where(usable, a, arrays[n]) for n, a in fitted.items()}
-    return trees.unflatten(flat)
-
-
 def bind(params: Params, adapters: Tree, methods: Methods) -> Params:
     """Returns the parameters with each adapted kernel joined to its adapter, for models that call `dense`.
 

@@ -17,7 +17,7 @@ ROOMS = (
     ("mora_jax.methods",),
     ("mora_jax.on",),
     ("mora_jax.transform",),
-    ("mora_jax.spectrum", "mora_jax.moments", "mora_jax.report"),
+    ("mora_jax.orienting", "mora_jax.spectrum", "mora_jax.moments", "mora_jax.report"),
     ("mora_jax.state",),
     ("mora_jax.frontends",),
     ("mora_jax.nnx",),

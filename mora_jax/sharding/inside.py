@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -54,6 +55,26 @@ def by_device(function: Callable[..., Any], inputs: tuple[Layout, ...], output: 
         return function
     *in_specs, out_specs = (canonical(layout.choices[0], 0, sizes) for layout in (*inputs, output))
     return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
+
+
+def one_by_one(function: Callable[..., Any], *stacks: Any) -> Any:
+    """Applies a function to each entry of stacks, one after another, and shares the entries out to devices.
+
+    For what the compiler cannot divide, such as decompositions: each device would compute all of them.
+    """
+
+    def local(*stacks: Any) -> Any:
+        return jax.lax.map(lambda entry: function(*entry), stacks)
+
+    sizes = _ambient()
+    if not sizes:
+        return local(*stacks)
+    count = len(jax.tree.leaves(stacks)[0])
+    missing = -count % math.prod(sizes.values())
+    filled = jax.tree.map(lambda a: jnp.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)]), stacks)
+    divided = P(tuple(sizes))
+    found = jax.shard_map(local, in_specs=divided, out_specs=divided, check_vma=False)(*filled)
+    return jax.tree.map(lambda a: a[:count], found)
 
 
 def whole(x: Array) -> Array:

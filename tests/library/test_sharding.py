@@ -232,6 +232,30 @@ def test_a_global_batch_of_local_rows_is_the_batch():
     assert on_mesh.sharding == sharding.batch(mesh)
 
 
+@pytest.mark.parametrize("count", [3, 8, 11])
+def test_devices_share_out_the_entries_of_a_stack(count):
+    """Each device computes as many, of which the last may be zeros."""
+    computed = []
+
+    def decomposed(a, b):
+        jax.debug.callback(lambda _: computed.append(1), a[0, 0])
+        return {"sum": jnp.linalg.eigh(a + a.T)[0] + b["vector"]}
+
+    a_LKK = jax.random.normal(jax.random.key(0), (count, 4, 4))
+    b = {"vector": jax.random.normal(jax.random.key(1), (count, 4))}
+    expected = sharding.one_by_one(decomposed, a_LKK, b)
+    jax.effects_barrier()
+    assert len(computed) == count
+    computed.clear()
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        in_parts = jax.device_put(a_LKK, jax.NamedSharding(mesh, P(None, "fsdp", "tensor")))
+        found = jax.jit(lambda *stacks: sharding.one_by_one(decomposed, *stacks))(in_parts, b)
+    jax.effects_barrier()
+    np.testing.assert_allclose(found["sum"], expected["sum"], atol=1e-5)
+    assert len(computed) == 8 * -(-count // 8)
+
+
 def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
     x_BTD = jnp.ones((2, 3, 4))
     other = jax.make_mesh((8,), ("x",))

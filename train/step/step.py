@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mora_jax import sharding, transform, trees
 from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Llama
+from mora_jax.orienting import orient
 from mora_jax.transform import Methods
 from train.step import optim, spikes
 from train.step.spec import StepSpec
@@ -78,7 +79,7 @@ def orient_step(spec: StepSpec, methods: Methods, state: TrainState, batch: Batc
     both = {"params": state.params, "adapters": state.adapters}
     adapted, others = trees.split(both, kernels.__contains__)
     _, gradients = _mean_gradient(spec, methods, adapted, others, batch, state.step)
-    adapters = transform.orient(state.adapters, methods, gradients["params"])
+    adapters = orient(state.adapters, methods, gradients["params"])
     return sharding.pin(dataclasses.replace(state, adapters=adapters), layouts(methods))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from mora_jax import Spectral, State, assign, attach, orient, transform
+from mora_jax import On, Spectral, State, assign, attach, orient
 
 
 @pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24), (24, 24)])
@@ -75,21 +75,61 @@ def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one():
     assert after_a_step(fitted) < after_a_step(state) < float(loss(state.merged()))
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+def test_a_gradient_that_is_not_finite_changes_nothing_of_its_kernel():
     params = {"kernel": jnp.zeros((3, 8, 12))}
     methods = assign([("kernel", Spectral(2))], params, stacked="kernel")
     adapters = attach(jax.random.key(0), params, methods)
-    bad = jnp.zeros((3, 8, 12)).at[1, 2, 3].set(jnp.nan)
+    bad = jax.random.normal(jax.random.key(1), (3, 8, 12)).at[1, 2, 3].set(jnp.nan)
     found = orient(adapters, methods, {"kernel": bad})["kernel"]
     for name, array in adapters["kernel"].items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(found[name][1], array[1])
+        assert np.isfinite(found[name]).all()
+    assert np.abs(found["u_KR"][0] - adapters["kernel"]["u_KR"][0]).max() > 1e-2
+
+
+def test_kernels_side_by_side_are_fitted_as_each_is_alone():
+    """Stacks and single kernels of one shape, some on other axes, and one of another."""
+    shapes = {"a": (3, 8, 12), "b": (8, 12), "c": (2, 2, 8, 12), "d": (2, 4, 12), "e": (12, 8)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    rules = [
+        ("a", On(Spectral(2), stack=(0,))),
+        ("c", On(Spectral(2), stack=(0, 1))),
+        ("d", On(Spectral(2), inputs=(0, 1))),
+        (".*", Spectral(2)),
+    ]
+    methods = assign(rules, params)
+    adapters = attach(jax.random.key(0), params, methods)
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    gradients = {n: jax.random.normal(key, s) for key, (n, s) in zip(keys, shapes.items(), strict=True)}
+    found = orient(adapters, methods, gradients)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, adapters)
+    for name, arrays in found.items():
+        flat = gradients[name].reshape(-1, *((12, 8) if name == "e" else (8, 12)))
+        for i, gradient in enumerate(flat):
+            old = {n: a.reshape(len(flat), *a.shape[-2:])[i] for n, a in adapters[name].items()}
+            for n, array in Spectral(2).oriented(old, gradient).items():
+                np.testing.assert_allclose(arrays[n].reshape(len(flat), *array.shape)[i], array, atol=1e-5)
+
+
+def test_kernels_of_one_shape_are_decomposed_by_one_program(monkeypatch):
+    params = {"a": jnp.zeros((3, 8, 12)), "b": jnp.zeros((8, 12)), "c": jnp.zeros((12, 8))}
+    methods = assign([(".*", Spectral(2))], params, stacked="a")
+    traced, oriented = [], Spectral.oriented
+
+    def seen(self, arrays, gradient):
+        traced.append(gradient.shape)
+        return oriented(self, arrays, gradient)
+
+    monkeypatch.setattr(Spectral, "oriented", seen)
+    jax.eval_shape(lambda g: orient(attach(jax.random.key(0), params, methods), methods, g), params)
+    assert traced == [(8, 12), (12, 8)]
 
 
 def test_other_methods_are_left_alone():
     params = {"kernel": jnp.zeros((8, 8))}
     methods = assign([("kernel", "train")], params)
     assert not list(methods.orientable())
-    assert transform.orient({}, methods, {}) == {}
+    assert orient({}, methods, {}) == {}
 
 
 def test_stacks_of_decompositions_end_on_two_cores():

@@ -179,6 +179,8 @@ def test_the_length_of_a_loop_is_found_in_its_condition():
     assert collectives(text, {"data": 2}) == [Collective("all-reduce", "data", 24, 24 * 16, 24 * 16)]
     with pytest.raises(ValueError, match="a loop of unknown length"):
         collectives(re.sub("constant.24.", "parameter(1)", text), {"data": 2})
+    silent = re.sub("constant.24.", "parameter(1)", text).replace("all-reduce(%q)", "negate(%q)")
+    assert collectives(silent, {"data": 2}) == []
 
 
 def test_groups_of_one_device_send_nothing():

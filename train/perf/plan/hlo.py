@@ -80,8 +80,9 @@ def _walk(
         if kind in SENT:
             yield kind, instruction, times
         elif instruction.opcode == "while":
-            runs = times * _trip_count(computations, instruction)
-            yield from _walk(computations, instruction.called("body"), runs)
+            # A loop that sends nothing may have any length.
+            for kind, inner, runs in _walk(computations, instruction.called("body"), times):
+                yield kind, inner, runs * _trip_count(computations, instruction)
         elif instruction.opcode == "fusion":
             fusion = instruction.called("calls")
             for kind, inner, runs in _walk(computations, fusion, times):

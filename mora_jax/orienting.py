@@ -1,0 +1,68 @@
+"""Fits adapters to the gradients of their kernels, for methods that ask for it, such as spectral."""
+
+import functools
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mora_jax import sharding, trees
+from mora_jax.methods.base import Method
+from mora_jax.transform import Methods, Tree
+
+
+def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
+    """Fits adapters that have no update yet to the gradients of their kernels, for methods that do so.
+
+    A kernel, or one of a stack, keeps its adapter if its gradient or what is fitted to it is not finite.
+
+    Args:
+      adapters: as `attach` or `restart` returned them.
+      methods: what the arrays mean.
+      gradients: nested dict of the gradients of the kernels of `methods.orientable()`, at their paths.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import Spectral, assign, attach, orient
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> methods = assign([(".*", Spectral(1))], params)
+      >>> adapters = attach(jax.random.key(0), params, methods)
+      >>> gradient = jax.random.normal(jax.random.key(1), (8, 4))
+      >>> arrays = orient(adapters, methods, {"kernel": gradient})["kernel"]
+      >>> u, s, v = jnp.linalg.svd(gradient)
+      >>> bool(jnp.abs(jnp.vdot(arrays["u_KR"][:, 0], u[:, 0])) > 0.99)
+      True
+    """
+    found, flat = trees.flatten(gradients), trees.flatten(adapters)
+    alike: dict[tuple[Method, tuple[int, ...]], list[tuple[str, Any]]] = defaultdict(list)
+    for path, on in methods.orientable():
+        gradient = on.axes(found[path].shape).matrices(found[path])
+        arrays = {name: flat[f"{path}/{name}"] for name in on.method.leaves()}
+        alike[on.method, gradient.shape[-2:]].append((path, _one_stack(arrays, gradient)))
+    # Kernels of one shape together. XLA compiles one decomposition for all, which takes a minute for a TPU,
+    # and devices have more to share.
+    for (method, _), kernels in alike.items():
+        stacks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(stack for _, stack in kernels))
+        fitted = sharding.one_by_one(functools.partial(_fitted, method), *stacks)
+        ends = list(itertools.accumulate(len(gradient) for _, (_, gradient) in kernels))
+        for name, array in fitted.items():
+            for (path, _), part in zip(kernels, jnp.split(array, ends[:-1]), strict=True):
+                flat[f"{path}/{name}"] = part.reshape(flat[f"{path}/{name}"].shape)
+    return trees.unflatten(flat)
+
+
+def _one_stack(arrays: dict[str, Array], gradient: Array) -> tuple[dict[str, Array], Array]:
+    """Returns a kernel's arrays and gradient with one axis in place of those of its stack."""
+    depth = gradient.ndim - 2
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[depth:]), (arrays, gradient))
+
+
+def _fitted(method: Method, arrays: dict[str, Array], gradient: Array) -> dict[str, Array]:
+    fitted = method.oriented(arrays, gradient)
+    usable = jnp.isfinite(gradient).all()
+    for array in fitted.values():
+        usable &= jnp.isfinite(array).all()
+    return {name: jnp.where(usable, array, arrays[name]) for name, array in fitted.items()}
