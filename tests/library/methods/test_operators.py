@@ -116,20 +116,27 @@ def test_several_restarts_are_that_many_single_ones(operator):
         one_by_one = one_by_one.switched()
 
 
-@pytest.mark.parametrize(
-    ("operator", "reached"), quick([(Share, 1.0)], [(Share, 0.6), (Share, 1.0), (Rotate, 0.99)])
-)
-def test_reordering_reaches_directions_that_one_order_never_does(operator, reached):
-    """Two group types of sharing confine the sum of all updates to 62% of the directions, here."""
-    reordered = reached > 0.9
+def directions(operator) -> float:
+    """Returns the share of the directions of a kernel that the sum of eight restarts' updates can reach."""
     k, r_hat, found = 24, 14, []
-    each = operator(reorder=reordered)
     for _ in range(8):
-        jacobian = jax.jacobian(lambda m, each=each: each.matrix(m, k, k))(jnp.zeros((r_hat, r_hat)))
+        jacobian = jax.jacobian(lambda m, each=operator: each.matrix(m, k, k))(jnp.zeros((r_hat, r_hat)))
         found.append(np.asarray(jacobian).reshape(k * k, -1))
-        each = each.switched()
-    share = np.linalg.matrix_rank(np.concatenate(found, 1), tol=1e-4) / k**2
-    assert share >= reached if reordered else share <= 0.65
+        operator = operator.switched()
+    return np.linalg.matrix_rank(np.concatenate(found, 1), tol=1e-4) / k**2
+
+
+@pytest.mark.parametrize(
+    ("operator", "least"),
+    quick([(Share(reorder=True), 1.0)], [(Share(reorder=True), 1.0), (Rotate(reorder=True), 0.99)]),
+)
+def test_reordering_reaches_nearly_all_directions(operator, least):
+    assert directions(operator) >= least
+
+
+@pytest.mark.slow
+def test_two_group_types_of_sharing_never_reach_many_directions():
+    assert 0.55 <= directions(Share()) <= 0.65
 
 
 def test_what_reorders_nothing_is_refused():
