@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mora_jax import sharding, trees
+from mora_jax.errors import InputError
 from mora_jax.methods.base import Method
 from mora_jax.transform import Methods, Tree
 
@@ -23,6 +24,9 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
       adapters: as `attach` or `restart` returned them.
       methods: what the arrays mean.
       gradients: nested dict of the gradients of the kernels of `methods.orientable()`, at their paths.
+
+    Raises:
+      InputError: if a gradient is missing or has another shape than its kernel.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -39,8 +43,11 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
     found, flat = trees.flatten(gradients), trees.flatten(adapters)
     alike: dict[tuple[Method, tuple[int, ...]], list[tuple[str, Any]]] = defaultdict(list)
     for path, on in methods.orientable():
-        gradient = on.axes(found[path].shape).matrices(found[path])
+        if path not in found:
+            raise InputError(f"there is no gradient of {path}")
         arrays = {name: flat[f"{path}/{name}"] for name in on.method.leaves()}
+        gradient = on.axes(found[path].shape).matrices(found[path])
+        _check_shapes(path, on.method, arrays, gradient)
         alike[on.method, gradient.shape[-2:]].append((path, _one_stack(arrays, gradient)))
     # Kernels of one shape together. XLA compiles one decomposition for all, which takes a minute for a TPU,
     # and devices have more to share.
@@ -52,6 +59,15 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
             for (path, _), part in zip(kernels, jnp.split(array, ends[:-1]), strict=True):
                 flat[f"{path}/{name}"] = part.reshape(flat[f"{path}/{name}"].shape)
     return trees.unflatten(flat)
+
+
+def _check_shapes(path: str, method: Method, arrays: dict[str, Array], gradient: Array) -> None:
+    """Raises InputError if a gradient does not have the shape of the kernel that the arrays adapt."""
+    stack, matrix = gradient.shape[:-2], jax.ShapeDtypeStruct(gradient.shape[-2:], gradient.dtype)
+    fresh = jax.eval_shape(method.init, jax.random.key(0), matrix)
+    for name, array in arrays.items():
+        if array.shape != (*stack, *fresh[name].shape):
+            raise InputError(f"{path}: a gradient of {gradient.shape} is not of the kernel that is adapted")
 
 
 def _one_stack(arrays: dict[str, Array], gradient: Array) -> tuple[dict[str, Array], Array]:

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from mora_jax import moments, transform, trees
+from mora_jax.errors import InputError
 from mora_jax.orienting import orient
 from mora_jax.transform import Group, Methods, Params, Rules, Tree
 
@@ -92,12 +94,19 @@ class State:
     def oriented(self, gradients: Params) -> "State":
         """Returns the state with adapters fitted to gradients, before they are trained or after a restart.
 
-        Only methods such as `Spectral` do so; the arrays of others stay. An update that they hold
-        would be lost.
+        Only methods such as `Spectral` do so; the arrays of others stay.
 
         Args:
           gradients: the gradient of the loss for `merged()`, or that of the adapted kernels as a nested dict.
+
+        Raises:
+          InputError: if an adapter holds an update, which would be lost; inside jit that is not seen. Or if a
+            gradient is missing or has another shape than its kernel.
         """
+        plain, merged = trees.flatten(self.params), trees.flatten(self.merged())
+        for path, _ in self.methods.orientable():
+            if not isinstance(merged[path], Tracer) and not jnp.array_equal(plain[path], merged[path]):
+                raise InputError(f"{path} has an update, which would be lost; restart first")
         adapters = orient(self.adapters, self.methods, gradients)
         return dataclasses.replace(self, adapters=adapters)
 

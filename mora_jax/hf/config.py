@@ -37,8 +37,11 @@ def read_config(path: epath.PathLike) -> LlamaConfig:
       InputError: if config.json is missing or damaged, describes a model of another architecture, or has a
         field that is not known or whose value is not computed.
     """
-    file = path_of(path) / CONFIG
-    if not file.exists() and (path_of(path) / "adapter_config.json").exists():
+    folder = path_of(path)
+    file = folder / CONFIG
+    if not file.exists() and not folder.is_dir():
+        raise InputError(f"{path} is {'a file, not the folder of a model' if folder.exists() else 'missing'}")
+    if not file.exists() and (folder / "adapter_config.json").exists():
         raise InputError(f"{path} is an adapter; merge it into its base first: mora merge BASE {path} OUT")
     content = read_object(file)
     try:

@@ -283,6 +283,8 @@ def check_dropout(rate: float) -> None:
 
 def check_rank(what: str, rank: int) -> None:
     """Raises InputError unless a rank, or a multiple to align to, is one that a kernel may have."""
+    if type(rank) is not int:
+        raise InputError(f"{what} is an integer, not {rank!r}")
     if rank < 1:
         raise InputError(f"{what} is at least 1, not {rank}")
     if rank > _LARGEST_RANK:
@@ -290,7 +292,7 @@ def check_rank(what: str, rank: int) -> None:
 
 
 def check_alpha(alpha: float | None) -> None:
-    """Raises InputError unless alpha is finite, or None."""
-    if alpha is not None and not math.isfinite(alpha):
-        raise InputError(f"alpha is finite, not {alpha}")
+    """Raises InputError unless alpha is finite and above 0, so that adapters do something, or None."""
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise InputError(f"alpha is finite and above 0, not {alpha}")
     check_float32("alpha", alpha or 0.0)

@@ -60,8 +60,8 @@ class Spectral(Method):
     orients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_rank("the rank of spectral", self.rank)
-        check_rank("the multiple of spectral", self.multiple)
+        check_rank("Spectral's rank", self.rank)
+        check_rank("Spectral's multiple", self.multiple)
         check_dropout(self.dropout)
 
     def r_hat(self, k: int, d: int) -> int:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mora_jax import sharding
-from mora_jax.errors import InputError
+from mora_jax.errors import InputError, check_float32
 from mora_jax.models.cache import Cache
 from mora_jax.models.config import LlamaConfig
 from mora_jax.models.llama import Llama
@@ -58,6 +58,7 @@ class Sampling:
             raise InputError(f"max_new_tokens must lie in [1, 2**31), not {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be finite and at least 0, not {self.temperature}")
+        check_float32("temperature", self.temperature)
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
         if not 0 <= self.seed < 2**63:

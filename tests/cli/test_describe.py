@@ -73,6 +73,13 @@ def test_what_is_trained_of_one_parameter():
     assert count_trained(On(MoRA(2, align=128), stack=(0,)), (3, 4, 5)) == 3 * 4**2  # without padding
 
 
+def test_a_config_that_does_not_fit_its_data(tiny_yaml, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pretrain", str(tiny_yaml), "--dry-run", "--data.sequence-length", "16"])
+    assert stop.value.code == 2
+    assert "has rows of 32 tokens, not data.sequence_length 16" in capsys.readouterr().err
+
+
 def test_rules_that_do_not_fit(tiny_yaml, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["pretrain", str(tiny_yaml), "--dry-run", "--params.adapt", "layers/mpl/.*"])

@@ -101,7 +101,7 @@ def refused(mora):
         (["--batch-size", "100000"], "fewer than one batch of 100000"),
         (["--data.directory", "nowhere"], "nowhere is not a data set made by prepare-data"),
         (["--params.adapt", "nope/.*"], "rule 'nope/.*' matches no parameter"),
-        (["--init-from", "nowhere"], "nowhere/config.json is missing"),
+        (["--init-from", "nowhere"], "nowhere is missing"),
         (["--run-dir", "/dev/null/run"], "--run-dir /dev/null/run cannot be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -122,9 +122,31 @@ def test_a_misspelt_key(refused, tiny_yaml, tmp_path):
     assert f"{path}: unknown key stepz; did you mean steps?" in refused("pretrain", str(path))
 
 
+def test_a_section_that_is_one_value(refused, tiny_yaml, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(tiny_yaml.read_text() + "distributed: 5\n")
+    expected = f"{path}: distributed is a section with keys such as distributed.coordinator_address, not 5"
+    assert expected in refused("pretrain", str(path))
+
+
 def test_flags_before_the_config_are_not_taken_for_defaults(refused, tiny_yaml):
     assert "needs a config file first" in refused("pretrain", "--dry-run", str(tiny_yaml))
     assert "needs a config file first" in refused("pretrain")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["plot", "a", "b", "--out", "p.pdf"], "--out p.pdf must end in .png"),
+        (["spectrum", "a", "--picture", "s.jpg"], "--picture s.jpg must end in .png"),
+        (["bench", "sweep", "tiny", "--picture", "s"], "--picture s must end in .png"),
+        (["bench", "data", "--source", "x", "--tokenizer", "x", "--batch-size", "0"], "--batch-size must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_could_not_be_made_is_refused_before_any_work(refused, tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(*args)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +156,12 @@ def test_flags_before_the_config_are_not_taken_for_defaults(refused, tiny_yaml):
         (["bench", "data", "--source", "x", "--tokenizer", "x"], "--out"),
         (["bench", "profile", "tiny"], "--out"),
         (["bench", "sweep", "tiny"], "--picture"),
+        (["bench", "scaling", "tiny"], "--picture"),
     ],
     ids=lambda value: " ".join(value[:2]),
 )
 def test_results_replace_no_file_unasked(refused, tmp_path, args, flag):
-    mine = tmp_path / "mine"
+    mine = tmp_path / "mine.png"
     mine.write_text("years of work")
     line = f"{flag} {mine} exists already; choose another name, or add --overwrite to replace it"
     assert line in refused(*args, flag, str(mine))

@@ -10,7 +10,7 @@ import yaml
 
 from mora_jax import trees
 from mora_jax.errors import InputError
-from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
+from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share, Spectral
 from mora_jax.models.llama import Compute, LlamaConfig, abstract_params
 from mora_jax.models.rope import Rope
 from mora_jax.on import method_of
@@ -67,6 +67,9 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         (lambda: s.GroupRule(lr_scale=1e-45), r"lr_scale of optimizer\.groups 1e-45 is zero in float32"),
         (lambda: s.BadSteps(factor=1e39), r"bad_steps\.factor 1e\+39 is infinite in float32"),
         (lambda: LlamaConfig(rms_norm_eps=1e-45), r"model\.rms_norm_eps 1e-45 is zero in float32"),
+        (lambda: LoRA(rank=2.5), r"LoRA's rank is an integer, not 2\.5"),  # pyright: ignore
+        (lambda: MoRA(rank=True), r"MoRA's rank is an integer, not True"),
+        (lambda: Spectral(rank="8"), r"Spectral's rank is an integer, not '8'"),  # pyright: ignore
         (lambda: LoRA(alpha=1e39), r"alpha 1e\+39 is infinite in float32"),
         (lambda: LoRA(b_lr_scale=1e39), r"b_lr_scale 1e\+39 is infinite in float32"),
         (lambda: s.Optimizer(b1=1.0), r"optimizer\.b1 must lie in \[0, 1\), not 1\.0"),

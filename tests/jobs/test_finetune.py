@@ -81,7 +81,7 @@ def test_rows_are_no_longer_than_the_context(config, tiny_run):
     ("words", "message"),
     [
         ([], "mora finetune needs a model: --init-from FOLDER"),
-        (["--init-from", "nowhere"], "--init-from: nowhere/config.json is missing"),
+        (["--init-from", "nowhere"], "--init-from: nowhere is missing"),
         (["--init-from", "RUN", "--steps", "7"], "give either steps or epochs"),
         (["--init-from", "RUN", "--epochs", "-1"], "epochs must be at least 0"),
         (["--init-from", "RUN", "--data.directory", "nowhere"], "nowhere is not a data set"),

@@ -145,3 +145,11 @@ def test_a_result_replaces_a_file_only_if_asked_to(tmp_path: Path, outside: Path
             files.check_free(place, "--out", overwrite)
     with pytest.raises(InputError, match="is a folder"):
         files.check_free(tmp_path, "--out", overwrite)
+
+
+def test_a_result_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))
+    with pytest.raises(InputError, match=f"--out .*/new/o: nothing can be written to {tmp_path}"):
+        files.check_free(tmp_path / "new" / "o", "--out", False)
+    assert asked == [(tmp_path, os.W_OK)]

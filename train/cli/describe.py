@@ -14,6 +14,7 @@ from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.console.terminal import console
 from train.data.rows.info import check_trainable, load_info
+from train.jobs.pretrain import check_rows
 from train.run.state import assign_methods, state_shapes
 
 
@@ -21,7 +22,7 @@ def describe(config: RunConfig) -> tuple[Table, Table]:
     """Tables of every parameter (shape, what is done with it, trained entries) and of the whole run.
 
     Raises:
-      InputError: for rules that do not fit the model.
+      InputError: for rules that do not fit the model, or a config that does not fit its data set.
     """
     methods = assign_methods(config)
     state = state_shapes(config, methods)
@@ -71,6 +72,7 @@ def _rows(config: RunConfig) -> str:
         check_trainable(info := load_info(config.data.directory, splits=()))
     except (InputError, OSError) as error:
         return f"unknown: {error}"
+    check_rows(config, info)
     rows = info.rows["train"]
     return f"{rows:,}, read {config.repeats(rows):.2f} times (epochs)"
 

@@ -276,7 +276,9 @@ def word(key: str, value: Any) -> str:
 
 
 def _words(key: str, value: Any, known: Sequence[str]) -> Iterator[str]:
-    if value == {} and any(name.startswith(f"{key}.") for name in known):
+    if section := [name for name in known if name.startswith(f"{key}.")]:
+        if value != {}:
+            raise InputError(f"{key} is a section with keys such as {section[0]}, not {value!r}")
         return
     if key not in known:
         raise InputError(f"unknown key {key}{nearest(key, known)}")

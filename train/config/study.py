@@ -281,8 +281,10 @@ def _axes(plain: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _values(key: str, value: Any, least: int = 1) -> list[Any]:
-    if not isinstance(value, list) or len(value) < least:
+    if not isinstance(value, list):
         raise InputError(f"{key} is a list of values, not {value!r}")
+    if len(value) < least:
+        raise InputError(f"{key} has no value")
     return value
 
 

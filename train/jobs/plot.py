@@ -50,7 +50,7 @@ def draw_runs(runs: Sequence[str], out: str = "", overwrite: bool = False) -> st
       InputError: if a run has no log that can be drawn, or the file exists.
     """
     logs = {run: newest_log(run) for run in runs}
-    check_free(out, "--out", overwrite)
+    check_free(out, "--out", overwrite, ".png")
     if len(runs) > 1:
         plot_runs(logs, out)
         return out

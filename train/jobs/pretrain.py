@@ -119,6 +119,18 @@ def train(run: Run) -> dict[str, Any]:
 
 def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
     """Raises InputError if config, data and devices do not fit each other."""
+    check_rows(config, info)
+    unigram_perplexity(info)  # the summary needs it: a damaged file is found now and not at the end
+    check_mesh(config, mesh)
+    platform = mesh.devices.flat[0].platform
+    if config.compute.attention == "cudnn" and platform != "gpu":
+        raise InputError("compute.attention cudnn needs an NVIDIA GPU, and this machine has none; use xla")
+    if config.compute.attention == "splash" and platform != "tpu":
+        raise InputError("compute.attention splash needs a TPU, and this machine has none; use cudnn or xla")
+
+
+def check_rows(config: RunConfig, info: DataInfo) -> None:
+    """Raises InputError if a config does not fit the rows of its data set."""
     check_vocabulary(info, config.model.vocab_size)
     if info.sequence_length != config.data.sequence_length:
         raise InputError(
@@ -130,13 +142,6 @@ def check(config: RunConfig, info: DataInfo, mesh: Mesh) -> None:
             f"{info.directory} has examples in rows of {info.sequence_length} tokens, and beyond "
             f"{config.model.max_position_embeddings} model.rope.type dynamic scales by the length of the row"
         )
-    unigram_perplexity(info)  # the summary needs it: a damaged file is found now and not at the end
-    check_mesh(config, mesh)
-    platform = mesh.devices.flat[0].platform
-    if config.compute.attention == "cudnn" and platform != "gpu":
-        raise InputError("compute.attention cudnn needs an NVIDIA GPU, and this machine has none; use xla")
-    if config.compute.attention == "splash" and platform != "tpu":
-        raise InputError("compute.attention splash needs a TPU, and this machine has none; use cudnn or xla")
 
 
 def repeats(config: RunConfig, info: DataInfo) -> list[str]:

@@ -75,16 +75,21 @@ def remove_parts(folder: epath.PathLike, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
-def check_free(path: epath.PathLike, flag: str, overwrite: bool) -> None:
-    """Raises InputError if a result would replace something: a folder, or a file without `overwrite`.
+def check_free(path: epath.PathLike, flag: str, overwrite: bool, suffix: str = "") -> None:
+    """Raises InputError if a result would replace something, or cannot be written.
+
+    It would replace a folder, or a file without `overwrite`. Found before the work that makes the result.
 
     Args:
       path: the file to write; empty for none.
       flag: the flag that names it, such as "--out".
       overwrite: whether a file in its place is replaced.
+      suffix: what its name ends in, such as ".png".
     """
     if not os.fspath(path):
         return
+    if not os.fspath(path).endswith(suffix):
+        raise InputError(f"{flag} {path} must end in {suffix}")
     place = epath.Path(path)
     if place.is_dir():
         raise InputError(f"{flag} {path} is a folder; name the file to write")
@@ -92,6 +97,11 @@ def check_free(path: epath.PathLike, flag: str, overwrite: bool) -> None:
         raise InputError(
             f"{flag} {path} exists already; choose another name, or add --overwrite to replace it"
         )
+    if in_bucket(path):
+        return
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{flag} {path}: nothing can be written to {folder}")
 
 
 def open_own(path: Path, mode: str) -> Any:

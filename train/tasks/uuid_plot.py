@@ -23,7 +23,7 @@ def draw(runs: Sequence[str], out: str, overwrite: bool = False) -> None:
     Raises:
       InputError: if a run has no scores or no log, or the file exists.
     """
-    check_free(out, "--out", overwrite)
+    check_free(out, "--out", overwrite, ".png")
     figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
     for i, run in enumerate(runs):

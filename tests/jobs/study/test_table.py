@@ -36,6 +36,14 @@ def test_rows_are_compared_at_their_best_rates_and_at_shared_ones():
     assert "| 2e-3 | LoRA 7.78 < ReMoRA 14.88 |" in text
 
 
+def test_rates_are_compared_by_the_seeds_that_all_rows_have():
+    made = study(seeds_at_best=[1])
+    losses = {"LoRA_lr1e-3_seed0": 2.0, "LoRA_lr1e-3_seed1": 9.0, "ReMoRA_lr1e-3_seed0": 2.5}
+    found = {run.name: finished(losses.get(run.name, 3.0)) for run in made.runs}
+    text = markdown(Results(made, found, verdicts(made, found)))
+    assert "| 1e-3 | LoRA 7.39 < ReMoRA 12.18 |" in text
+
+
 def test_what_has_not_finished_is_listed_with_its_reason():
     assert "| ReMoRA_lr1e-3_seed1 | failed | 7/100 | status 2: a / b |" in markdown(results())
 

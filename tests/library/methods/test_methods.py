@@ -112,6 +112,7 @@ def test_r_hat_matches_the_count_of_lora(k, d, rank, r_hat):
         ({"name": "lora", "alpha": "much"}, "lora's alpha is a number"),
         ({"name": "lora", "alpha": float("nan")}, "alpha is finite"),
         ({"name": "dora", "alpha": float("inf")}, "alpha is finite"),
+        ({"name": "lora", "alpha": 0.0}, "alpha is finite and above 0, not 0.0"),
         ({"name": "lora", "rslora": "yes"}, "rslora is of type bool"),
         ({"name": "mora", "operator": {"name": "share", "group": True}}, "group type is"),
     ],

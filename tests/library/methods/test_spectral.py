@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from mora_jax import On, Spectral, State, assign, attach, orient
+from mora_jax import InputError, On, Spectral, State, assign, attach, orient
 
 
 @pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24), (24, 24)])
@@ -123,6 +123,27 @@ def test_kernels_of_one_shape_are_decomposed_by_one_program(monkeypatch):
     monkeypatch.setattr(Spectral, "oriented", seen)
     jax.eval_shape(lambda g: orient(attach(jax.random.key(0), params, methods), methods, g), params)
     assert traced == [(8, 12), (12, 8)]
+
+
+def test_a_gradient_that_is_missing_or_of_another_shape_is_refused():
+    params = {"kernel": jnp.zeros((3, 8, 12))}
+    state = State.init(jax.random.key(0), params, [("kernel", On(Spectral(2), stack=(0,)))])
+    with pytest.raises(InputError, match="there is no gradient of kernel"):
+        state.oriented({"other": params["kernel"]})
+    with pytest.raises(InputError, match=r"kernel: a gradient of \(3, 12, 8\) is not of the kernel"):
+        state.oriented({"kernel": jnp.zeros((3, 12, 8))})
+
+
+def test_an_update_is_not_lost():
+    params = {"kernel": jax.random.normal(jax.random.key(1), (8, 12))}
+    state = State.init(jax.random.key(0), params, [("kernel", Spectral(2))])
+    trained = state.with_trainable(jax.tree.map(lambda m: m + 0.1, state.trainable))
+    with pytest.raises(InputError, match="kernel has an update, which would be lost; restart first"):
+        trained.oriented(params)
+    tx = optax.sgd(1e-3)
+    restarted, _ = trained.restart(jax.random.key(2), tx.init(trained.trainable), tx)
+    restarted = restarted.oriented(params)
+    np.testing.assert_allclose(restarted.merged()["kernel"], trained.merged()["kernel"], atol=1e-6)
 
 
 def test_other_methods_are_left_alone():

@@ -189,7 +189,14 @@ def test_a_prompt_that_cannot_be_continued(prompts, message):
 
 
 @pytest.mark.parametrize(
-    "field", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}]
+    "field",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": 1e39},
+        {"top_p": 0.0},
+    ],
 )
 def test_an_impossible_option(field):
     with pytest.raises(InputError, match=next(iter(field))):

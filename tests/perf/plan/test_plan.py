@@ -270,6 +270,8 @@ def test_unknown_memory_leaves_it_open_whether_a_program_fits(config):
         ([], "needs either --topology, such as v5e:16x16, or --devices"),
         (["--devices", "2", "--topology", "v5e:2x2"], "needs either"),
         (["--devices", "-1"], "--devices must be at least 1, not -1"),
+        (["--devices", "100000"], "--devices must be at most 4,096, not 100000"),
+        (["--devices", "1", "--memory", "nan"], "--memory must be at least 0, not nan"),
         (["--devices", "400"], "--devices 400 is too many: JAX has started with 8 CPU devices"),
         (["--devices", "2", "--mesh.data", "4"], "mesh.data"),
         (

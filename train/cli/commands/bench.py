@@ -33,7 +33,7 @@ def bench_sweep(command: BenchSweep) -> None:
     """Runs `mora bench sweep`."""
     from train.perf.bench.sweep import bench
 
-    check_free(command.picture, "--picture", command.overwrite)
+    check_free(command.picture, "--picture", command.overwrite, ".png")
     bench(command.to_case(), command)
 
 
@@ -41,7 +41,7 @@ def bench_scaling(command: BenchScaling) -> None:
     """Runs `mora bench scaling`."""
     from train.perf.bench.scaling import bench
 
-    check_free(command.picture, "--picture", command.overwrite)
+    check_free(command.picture, "--picture", command.overwrite, ".png")
     bench(command.to_case(), command)
 
 

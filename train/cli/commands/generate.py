@@ -123,7 +123,7 @@ def _write_lines(out: str, texts: list[str], found: "list[Completion]") -> None:
         return
     with naming_errors(out):
         write_whole(epath.Path(out), lines.encode())
-    print(f"written: {out} ({len(found)} completions)")
+    print(f"written: {out}, completions: {len(found)}")
 
 
 def _chat(command: Generate, generator: "Generator") -> None:

@@ -19,6 +19,8 @@ from train.console.terminal import print_summary
 class Evaluate:
     """Computes the validation perplexity of a run or of an exported model.
 
+    A run's own figure, in its summary.json, is of eval.max_batches in compute.dtype.
+
     Attributes:
       path: folder of a run, Hugging Face folder, or id of a model on the Hub (org/name, org/name@revision).
       data: data set to evaluate on; empty for the run's own.

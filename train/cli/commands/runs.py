@@ -98,8 +98,8 @@ def show_spectrum(command: ShowSpectrum) -> None:
     from train.jobs.spectrum import ABOVE, by_kernel, spectra, write_spectra
     from train.storage.files import check_free
 
-    for flag, place in (("--out", command.out), ("--picture", command.picture)):
-        check_free(place, flag, command.overwrite)
+    check_free(command.out, "--out", command.overwrite)
+    check_free(command.picture, "--picture", command.overwrite, ".png")
     found = spectra(command.path, command.before)
     heads = ("kernel", "layers", "largest", f"above {ABOVE}, mean", "rank, mean", "at most")
     table = Table(*heads, title="singular values of the update")

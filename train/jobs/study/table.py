@@ -5,6 +5,7 @@ import functools
 import math
 import shlex
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -212,12 +213,19 @@ def _best_row(results: Results, cell: Cell) -> list[str]:
 
 
 def _orders(results: Results) -> Iterator[list[str]]:
-    """Yields the order of the rows at each rate at which several have finished."""
+    """Yields the order of the rows at each rate at which several have finished.
+
+    Further seeds, which a row has at its best rate alone, do not count.
+    """
     for rate in results.rates:
-        cells = [c for c in results.cells.values() if c.rate == rate and c.perplexities]
-        if len(cells) > 1:
-            ranked = sorted(cells, key=lambda cell: cell.mean)
-            yield [short(rate), " < ".join(f"{cell.row} {_readable(cell.mean)}" for cell in ranked)]
+        found: dict[str, list[float]] = defaultdict(list)
+        for run in results.shown():
+            perplexity = results.found[run.name].perplexity
+            if run.rate == rate and not run.at_best and perplexity is not None:
+                found[run.row].append(perplexity)
+        if len(found) > 1:
+            ranked = sorted((statistics.fmean(each), row) for row, each in found.items())
+            yield [short(rate), " < ".join(f"{row} {_readable(mean)}" for mean, row in ranked)]
 
 
 def _rest_row(results: Results, run: StudyRun) -> list[str]:

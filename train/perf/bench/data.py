@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mora_jax.io import json_text
+from train.config.sections import at_least
 from train.console.terminal import console
 from train.data.rows.build import prepare
 from train.data.rows.info import DataInfo
@@ -52,8 +53,9 @@ def bench(
       workers: processes that prepare; 0 for one a core.
 
     Raises:
-      InputError: as `build.prepare` and `read.train_batches`.
+      InputError: as `build.prepare` and `read.train_batches`, and for a batch of no row.
     """
+    at_least("--batch-size", batch_size, 1)
     with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
         validation = _validation_text(source, Path(folder))
         started = time.perf_counter()

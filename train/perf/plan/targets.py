@@ -11,9 +11,11 @@ from typing import Any
 import jax
 
 from mora_jax.errors import InputError
+from train.config.sections import at_least
 
 GIB = 2**30
 CPU_COMPILER = "CPU compiler"
+MOST_SIMULATED = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +96,17 @@ def simulated(count: int, memory: float) -> Target:
     """Returns CPU devices that simulate others, each of `memory` GiB; 0 if unknown.
 
     Raises:
-      InputError: if the count is below 1, or JAX has already started with fewer.
+      InputError: if the count or the memory is out of range, or JAX has already started with fewer.
     """
-    if count < 1:
-        raise InputError(f"--devices must be at least 1, not {count}")
+    at_least("--devices", count, 1, MOST_SIMULATED)
+    at_least("--memory", memory, 0)
     with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices("cpu")
     if len(found) < count:
         raise InputError(f"--devices {count} is too many: JAX has started with {len(found)} CPU devices")
-    return Target(f"{count} simulated devices", CPU_COMPILER, found[:count], round(memory * GIB))
+    name = "a simulated device" if count == 1 else f"{count} simulated devices"
+    return Target(name, CPU_COMPILER, found[:count], round(memory * GIB))
 
 
 def use_no_accelerator() -> None:
