@@ -142,6 +142,8 @@ def run(words: list[str]) -> None:
             words = ["0.2" if word == "0.005" else word for word in words]
         case "bench":
             return  # of a GPU
+        case "study":
+            words = [*words, "--report"]  # its runs take GPUs
         case "lm-eval":
             words = [*words, "--dtype", "float32"]
             words += [] if "--include-path" in words else ["--include-path", "tasks"]

@@ -151,7 +151,7 @@ def train_tokenizer(
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     with lock_output(out, "--out"):
-        check_free(out, "--out", overwrite)
+        check_free(out, "--out", overwrite, ".model")
         lines = _sample(source, key, max_documents, max_characters)
         if not lines:
             raise InputError(f"{source} holds no text to train a tokenizer on")

@@ -53,7 +53,7 @@ def wait_for_training(process: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_a_study_is_stopped_killed_and_resumed(file: Path, tmp_path: Path):
     longer, folder = (
-        ("--set", "steps=4000", "eval.every=1000", "checkpoint.every=500", "checkpoint.keep=2"),
+        ("--set", "steps=8000", "eval.every=2000", "checkpoint.every=1000", "checkpoint.keep=2"),
         tmp_path / "s",
     )
     for number, status in ((signal.SIGINT, exits.PREEMPTED), (signal.SIGKILL, -signal.SIGKILL)):
@@ -75,7 +75,7 @@ def test_a_study_is_stopped_killed_and_resumed(file: Path, tmp_path: Path):
         steps = [
             line["step"] for line in read_metrics(f"{run.config.run_dir}/metrics.jsonl") if "loss" in line
         ]
-        assert steps == list(range(4000))
+        assert steps == list(range(8000))
     assert (folder / "loss.png").exists()
     done = start(file, *longer)
     assert done.communicate(timeout=60)[0] == out
