@@ -268,8 +268,10 @@ def test_several_processes_restore_every_bit(run_of_two: Path, tmp_path: Path, p
 
 
 def wait_for(condition, processes: list[subprocess.Popen]) -> None:
-    """Until a condition holds; no process may end before."""
+    """Until a condition holds; no process may end before, and it does not take minutes."""
+    began = time.monotonic()
     while not condition():
+        assert time.monotonic() - began < 120, "the processes hang"
         assert all(process.poll() is None for process in processes), processes[0].communicate()
         time.sleep(0.1)
 
