@@ -84,7 +84,7 @@ def test_an_export_needs_a_data_set(tiny_run, exported):
 
 def test_missing_folders_are_named(tiny_run, tmp_path):
     how, data = tiny_run.config.eval, tiny_run.config.data.directory
-    with pytest.raises(InputError, match=r"nowhere/config\.json is missing"):
+    with pytest.raises(InputError, match=r"nowhere is missing"):
         score_path(str(tmp_path / "nowhere"), data, how, "float32")
     with pytest.raises(InputError, match="nowhere is not a data set"):
         score_path(str(tiny_run.folder), str(tmp_path / "nowhere"), how, "float32")
