@@ -152,7 +152,7 @@ def test_weights_of_adapters(folders, tmp_path, monkeypatch, capfd):
         (["base", "run", "out"], "run is a run; export it first: mora export RUN OUT --adapter"),
         (["base", "base", "out"], "adapter_config.json is missing"),
         (["a", "a", "out"], "a is an adapter; merge it into its base first: mora merge BASE a OUT"),
-        (["c", "a", "out"], "c/config.json is missing"),
+        (["c", "a", "out"], "c is missing"),
         (["base", "a", "b"], "b exists already"),
     ],
 )
