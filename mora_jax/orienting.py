@@ -46,8 +46,11 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
         if path not in found:
             raise InputError(f"there is no gradient of {path}")
         arrays = {name: flat[f"{path}/{name}"] for name in on.method.leaves()}
-        gradient = on.axes(found[path].shape).matrices(found[path])
-        _check_shapes(path, on.method, arrays, gradient)
+        axes = on.axes(found[path].shape)
+        gradient, stack = axes.matrices(found[path]), axes.sizes(axes.stack)
+        shapes = on.method.shapes(axes.k, axes.d)
+        if any(array.shape != stack + shapes[name] for name, array in arrays.items()):
+            raise InputError(f"{path}: a gradient of {gradient.shape} is not of the kernel that is adapted")
         alike[on.method, gradient.shape[-2:]].append((path, _one_stack(arrays, gradient)))
     # Kernels of one shape together. XLA compiles one decomposition for all, which takes a minute for a TPU,
     # and devices have more to share.
@@ -59,15 +62,6 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
             for (path, _), part in zip(kernels, jnp.split(array, ends[:-1]), strict=True):
                 flat[f"{path}/{name}"] = part.reshape(flat[f"{path}/{name}"].shape)
     return trees.unflatten(flat)
-
-
-def _check_shapes(path: str, method: Method, arrays: dict[str, Array], gradient: Array) -> None:
-    """Raises InputError if a gradient does not have the shape of the kernel that the arrays adapt."""
-    stack, matrix = gradient.shape[:-2], jax.ShapeDtypeStruct(gradient.shape[-2:], gradient.dtype)
-    fresh = jax.eval_shape(method.init, jax.random.key(0), matrix)
-    for name, array in arrays.items():
-        if array.shape != (*stack, *fresh[name].shape):
-            raise InputError(f"{path}: a gradient of {gradient.shape} is not of the kernel that is adapted")
 
 
 def _one_stack(arrays: dict[str, Array], gradient: Array) -> tuple[dict[str, Array], Array]:

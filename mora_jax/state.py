@@ -103,10 +103,12 @@ class State:
           InputError: if an adapter holds an update, which would be lost; inside jit that is not seen. Or if a
             gradient is missing or has another shape than its kernel.
         """
-        plain, merged = trees.flatten(self.params), trees.flatten(self.merged())
-        for path, _ in self.methods.orientable():
-            if not isinstance(merged[path], Tracer) and not jnp.array_equal(plain[path], merged[path]):
-                raise InputError(f"{path} has an update, which would be lost; restart first")
+        kernels = trees.flatten(self.params)
+        for path, on, arrays in transform.adapters_of(self.params, self.adapters, self.methods):
+            if on.method.orients:
+                merged = transform.effective(on, arrays, kernels[path])
+                if not isinstance(merged, Tracer) and not jnp.array_equal(kernels[path], merged):
+                    raise InputError(f"{path} has an update, which would be lost; restart first")
         adapters = orient(self.adapters, self.methods, gradients)
         return dataclasses.replace(self, adapters=adapters)
 

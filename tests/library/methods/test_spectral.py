@@ -140,7 +140,7 @@ def test_an_update_is_not_lost():
     trained = state.with_trainable(jax.tree.map(lambda m: m + 0.1, state.trainable))
     with pytest.raises(InputError, match="kernel has an update, which would be lost; restart first"):
         trained.oriented(params)
-    tx = optax.sgd(1e-3)
+    tx = trained.optimizer(optax.adam(1e-3))
     restarted, _ = trained.restart(jax.random.key(2), tx.init(trained.trainable), tx)
     restarted = restarted.oriented(params)
     np.testing.assert_allclose(restarted.merged()["kernel"], trained.merged()["kernel"], atol=1e-6)
