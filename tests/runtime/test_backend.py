@@ -16,6 +16,7 @@ import pytest
 from jax._src import compilation_cache
 
 from mora_jax.errors import InputError
+from mora_jax.sharding import make_mesh
 from train.config.run import RunConfig
 from train.config.sections import Compilation, Mesh
 from train.runtime import backend
@@ -36,8 +37,8 @@ def programs(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*-cache")}
 
 
-def compile_something(config: RunConfig, number: int) -> None:
-    with backend.compiled_programs(config):
+def compile_something(config: RunConfig, number: int, devices: int = 1) -> None:
+    with backend.compiled_programs(config, make_mesh(devices)):
         jax.jit(lambda x: jnp.sin(x) * number)(jnp.ones(3)).block_until_ready()
 
 
@@ -57,6 +58,17 @@ def test_the_cache_may_be_moved_or_turned_off(config, tmp_path, cache):
     compile_something(dataclasses.replace(config, compilation=Compilation(where)), 3)
     assert not (tmp_path / "runs").exists()
     assert bool(programs(tmp_path / cache)) == (cache != "off")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_programs_for_several_cpus_are_not_kept(config, deterministic):
+    """XLA loads them without the order of their collectives, and devices then wait for each other."""
+    config = dataclasses.replace(config, deterministic=deterministic)
+    folder = Path(backend.cache_folder(config))
+    compile_something(config, 2, devices=2)
+    assert not folder.exists()
+    compile_something(config, 2, devices=1)
+    assert programs(folder)
 
 
 def test_a_folder_named_in_the_environment_is_used(config, tmp_path, monkeypatch):
@@ -107,7 +119,7 @@ def test_a_pipe_in_the_place_of_a_program_is_refused(config, deterministic):
     os.mkfifo(folder / named("pipe"))
     with (
         pytest.raises(InputError, match="is not a regular file; remove it"),
-        backend.compiled_programs(config),
+        backend.compiled_programs(config, make_mesh(1)),
     ):
         pass
 
@@ -133,7 +145,8 @@ def test_a_full_disk_is_named(disk):
     assert error.value.filename == str(folder)
     disk.free()
     compile_something(config, 8)
-    with pytest.raises(OSError, match="No space left") as error, backend.compiled_programs(config):
+    keeping = backend.compiled_programs(config, make_mesh(1))
+    with pytest.raises(OSError, match="No space left") as error, keeping:
         raise OSError(errno.ENOSPC, "No space left")  # of something else
     assert error.value.filename is None
 

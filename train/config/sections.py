@@ -272,6 +272,7 @@ class Compilation:
     Attributes:
       cache: folder of compiled programs, so that a resumed run compiles nothing; "auto" for jax_cache beside
         the run's folder, or JAX_COMPILATION_CACHE_DIR; "off" for none. Whoever can write to it can run code.
+        Programs for several CPUs are not kept.
     """
 
     cache: str = "auto"

@@ -74,7 +74,7 @@ def open_run(config: RunConfig, info: DataInfo, mesh: Mesh) -> Iterator[Run]:
     with (
         jax.set_mesh(mesh),
         lock_run(config.run_dir) as check_folder,
-        backend.compiled_programs(config),
+        backend.compiled_programs(config, mesh),
         Stop(mesh) as stop,  # entered before the checkpoints: a signal must be able to end their last save
         uploading(config.run_dir) as logs,
         open_checkpoints(config, logs.upload) as saved,

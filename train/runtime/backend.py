@@ -91,14 +91,20 @@ def attention_here(head_width: int, dtype: str) -> Literal["xla", "cudnn"]:
 
 
 @contextlib.contextmanager
-def compiled_programs(config: RunConfig) -> Iterator[None]:
+def compiled_programs(config: RunConfig, mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Keeps programs compiled inside in the folder of `compilation.cache`, and loads them from there.
+
+    Programs for several CPUs are not kept.
+
+    Args:
+      config: the run's config.
+      mesh: the devices of its programs.
 
     Raises:
       InputError: if a program that a deterministic run kept is damaged.
       OSError: naming the folder, if a deterministic run cannot keep a program, as on a full disk.
     """
-    folder = cache_folder(config)
+    folder = None if workarounds.may_deadlock_if_kept(mesh) else cache_folder(config)
     before = {name: getattr(jax.config, name) for name in _OPTIONS}
     # An object in a bucket is complete, so only folders on a disk are checked.
     if folder is not None and jax.process_index() == 0 and not in_bucket(folder):

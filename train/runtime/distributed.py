@@ -126,9 +126,6 @@ def _initialize(config: Distributed) -> None:
         "num_processes": config.num_processes,
         "process_id": config.process_id,
     }
-    # CPUs run queued programs side by side. Those of two processes, begun in another order, can wait for each
-    # other for ever: seen once, between an update and the question whether to stop.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             **(named if config.coordinator_address else {}),

@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 from jax._src import distributed, xla_bridge
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from orbax.checkpoint._src.futures import future
 
 
@@ -57,6 +58,16 @@ def raised_by_compilation_cache(error: BaseException) -> bool:
     """
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "compilation_cache.py" for frame in frames)
+
+
+def may_deadlock_if_kept(mesh: Mesh) -> bool:
+    """Returns whether programs for a mesh must be compiled in every process, and not loaded from the cache.
+
+    jaxlib 0.10 to 0.12 on several CPUs. All devices run collectives in one order. A program that was saved
+    has lost it: each of its loops has an order of its own (xla/backends/cpu/runtime/thunk_proto_serdes.cc).
+    One device then waits in a collective of a loop, another in one beside it, until no thread is left.
+    """
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def take_folders_literally() -> None:
