@@ -219,6 +219,7 @@ def test_the_users_flags_stay_except_against_determinism(config, gpu_expected, v
 )
 def test_flags_for_meshes_are_set_for_several_devices(gpu_expected, mesh, visible, several):
     gpu_expected.setattr(backend, "OF_MESHES", ("--xla_gpu_a=true", "--xla_gpu_b=1"))
+    gpu_expected.setenv("JAX_PLATFORMS", "cuda")
     gpu_expected.setenv("CUDA_VISIBLE_DEVICES", visible)
     gpu_expected.setenv("XLA_FLAGS", "--xla_gpu_b=2")
     backend.set_flags(False, mesh)

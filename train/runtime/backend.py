@@ -24,6 +24,7 @@ from mora_jax.io import is_plain_file
 from train.config.run import RunConfig
 from train.config.sections import Mesh
 from train.runtime import workarounds
+from train.runtime.gpus import gpus
 from train.storage.buckets import in_bucket
 
 CACHE = "jax_cache"
@@ -165,9 +166,7 @@ def _gpu_expected() -> bool:
 def _several(mesh: Mesh) -> bool:
     """Whether a mesh may have several devices. Counting them by JAX would start it."""
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-    here = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(here.split(",")) if here is not None else len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return max(sizes) > 1 or (-1 in sizes and gpus > 1)
+    return max(sizes) > 1 or (-1 in sizes and len(gpus()) > 1)
 
 
 def _remove_truncated(folder: epath.Path) -> None:

@@ -1,15 +1,13 @@
-"""The GPUs of this machine, found without starting JAX, which would take their memory."""
+"""What the runs of a study train on: groups of GPUs, or the machine itself."""
 
 import dataclasses
 import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from mora_jax.errors import InputError
+from train.runtime.gpus import gpus
 
 _FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Seconds that a GPU has to answer.
@@ -59,18 +57,6 @@ def devices(gpus_per_run: int, jobs: int, environment: Mapping[str, str] = os.en
     ]
 
 
-def gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Returns the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    platforms = environment.get("JAX_PLATFORMS", "")
-    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
-        return []
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        return [] if "-1" in names or "" in names else names
-    return [str(i) for i in range(_count())]
-
-
 def works(device: Device) -> bool:
     """Returns whether a process that starts JAX finds all GPUs of a device. It takes some seconds."""
     count = len(device.environment.get("CUDA_VISIBLE_DEVICES", "0").split(","))
@@ -86,11 +72,3 @@ def works(device: Device) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return ended.returncode == 0
-
-
-def _count() -> int:
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        if listed.returncode == 0:
-            return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))
