@@ -66,13 +66,15 @@ def set_flags(deterministic: bool, mesh: Mesh | None = None) -> None:
     Raises:
       InputError: if JAX has started and a deterministic run needs a flag: XLA reads flags once.
     """
+    if not _gpu_expected():
+        return
     given = os.environ.get("XLA_FLAGS", "").split()
     chosen = {flag.partition("=")[0] for flag in given}
-    wanted = (*_PRODUCTS, *(OF_MESHES if mesh and _several(mesh) else ()))
+    wanted = (*_PRODUCTS, *(OF_MESHES if OF_MESHES and mesh and _several(mesh) else ()))
     flags = [flag for flag in wanted if flag.partition("=")[0] not in chosen]
     if deterministic and _DETERMINISTIC not in given:
         flags.append(_DETERMINISTIC)
-    if not flags or not _gpu_expected():
+    if not flags:
         return
     if not workarounds.jax_has_started():
         os.environ["XLA_FLAGS"] = " ".join([*given, *flags])
