@@ -183,9 +183,24 @@ def _effective(tile: int, x: Array, factors: _Factors) -> Array:
         method.weight(_replicated(arrays, method, layout), _widened(w)) if method else w
         for w, arrays, method, layout in factors
     ]
-    cast = [w.astype(x.dtype) for w in merged]
-    used = [sharding.gathered(w, at) if at else w for w, at in zip(cast, factors.layouts, strict=True)]
-    return jnp.concatenate([padded(padded(w, 0, x.shape[-1]), 1, tile) for w in used], axis=-1)
+    return _side_by_side([w.astype(x.dtype) for w in merged], factors.layouts, x.shape[-1], tile)
+
+
+def _side_by_side(ws: Sequence[Array], layouts: Sequence[Layout | None], rows: int, tile: int) -> Array:
+    """Returns kernels joined along their columns as products use them, padded to `rows` and full tiles.
+
+    On a mesh, kernels that are stored alike are all-gathered in one piece. What no device divides is padded
+    and joined before, in shards.
+    """
+    divided = [sharding.stored_in_parts(at, w.shape) for w, at in zip(ws, layouts, strict=True)]
+    ws = [
+        padded(w if rows_divided else padded(w, 0, rows), 1, 1 if columns_divided else tile)
+        for w, (rows_divided, columns_divided) in zip(ws, divided, strict=True)
+    ]
+    if set(divided) == {(True, False)}:
+        ws, layouts = [jnp.concatenate(ws, axis=-1)], layouts[:1]
+    used = [sharding.gathered(w, at) if at else w for w, at in zip(ws, layouts, strict=True)]
+    return jnp.concatenate([padded(padded(w, 0, rows), 1, tile) for w in used], axis=-1)
 
 
 def _widened(w: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -150,6 +150,13 @@ def divided(layout: Layout | None) -> tuple[bool, bool]:
         return False, False
     inputs, outputs = ("tensor" in names(axis) for axis in (None, None, *layout.used)[-2:])
     return inputs, outputs
+
+
+def stored_in_parts(layout: Layout | None, shape: Sequence[int]) -> tuple[bool, ...]:
+    """Returns for each axis of an array whether the mesh divides it while no product uses it."""
+    sizes = _ambient()
+    stored = spec(layout, shape, sizes) if sizes and layout else P()
+    return tuple(axis is not None for axis in (*stored, *[None] * (len(shape) - len(stored))))
 
 
 def tile(width: int, whole: int) -> int:

@@ -101,16 +101,35 @@ def test_tuples_layouts_and_widths():
     ]
 
 
-def test_a_reduce_scatter_that_a_gpu_starts_counts_its_input():
+@pytest.mark.parametrize(
+    ("kind", "outputs", "share"),
+    [
+        ("reduce-scatter", "(f32[16,8]{1,0}, f32[8]{0})", 3 / 4),
+        ("all-reduce", "(f32[64,8]{1,0}, f32[32]{0})", 3 / 2),
+        ("all-to-all", "(f32[64,8]{1,0}, f32[32]{0})", 3 / 4),
+    ],
+)
+def test_a_collective_that_a_gpu_starts_counts_its_inputs(kind, outputs, share):
     text = (
         HEAD + "ENTRY %m () -> f32[] {\n"
-        "  %s = ((f32[64,8]{1,0}, f32[32]{0}), (f32[16,8]{1,0}, f32[8]{0})) reduce-scatter-start(%x, %y), "
+        f"  %s = ((f32[64,8]{{1,0}}, f32[32]{{0}}), {outputs}) {kind}-start(%x, %y), "
         "channel_id=3, replica_groups={{0,1,2,3}}, to_apply=%add\n"
-        "  %d = (f32[16,8]{1,0}, f32[8]{0}) reduce-scatter-done(%s)\n}\n"
+        f"  %d = {outputs} {kind}-done(%s)\n}}\n"
     )
     size = (64 * 8 + 32) * 4
-    expected = Collective("reduce-scatter", "data+fsdp", 1, size, size * 3 // 4)
+    expected = Collective(kind, "data+fsdp", 1, size, round(size * share))
     assert collectives(text, {"data": 2, "fsdp": 2}) == [expected]
+
+
+def test_an_all_reduce_in_a_fusion_that_a_gpu_starts():
+    """As XLA makes of small sums."""
+    fused = (
+        "%fused (p: f32[8,4]) -> f32[8,4] {\n  ROOT %r = f32[8,4]{1,0} all-reduce(%p), channel_id=1, "
+        "replica_groups=[1,4]<=[4], to_apply=%add\n}\n\n"
+    )
+    start = "%f = ((f32[8,4]{1,0}), f32[8,4]{1,0}) fusion-start(%x), kind=kCustom, calls=%fused"
+    text = entry(start, "%d = f32[8,4]{1,0} fusion-done(%f)").replace(HEAD, HEAD + fused)
+    assert collectives(text, {"data": 4}) == [Collective("all-reduce", "data", 1, 128, 192)]
 
 
 def test_a_collective_that_is_started_and_finished_counts_once():

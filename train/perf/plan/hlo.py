@@ -83,7 +83,7 @@ def _walk(
             # A loop that sends nothing may have any length.
             for kind, inner, runs in _walk(computations, instruction.called("body"), times):
                 yield kind, inner, runs * _trip_count(computations, instruction)
-        elif instruction.opcode == "fusion":
+        elif instruction.opcode in ("fusion", "fusion-start"):
             fusion = instruction.called("calls")
             for kind, inner, runs in _walk(computations, fusion, times):
                 channel = re.search(r"channel_id=(\d+)", inner.text)
@@ -123,13 +123,13 @@ def _trip_count(computations: Mapping[str, Computation], loop: Instruction) -> i
 def _bytes(instruction: Instruction, size: int) -> int:
     """Returns the size of the complete array of a collective among groups of `size` devices."""
     shapes = [_shape_bytes(*shape) for shape in _SHAPE.findall(instruction.type)]
+    kind, half = instruction.opcode.removesuffix("-start"), len(shapes) // 2
     if instruction.opcode == "collective-permute-start":
         return shapes[1]  # (input, output, two semaphores)
-    if instruction.opcode == "all-gather-start":
-        return sum(shapes[len(shapes) // 2 :])  # (inputs, outputs)
-    if instruction.opcode in ("reduce-scatter-start", "all-to-all-start"):  # GPUs: ((inputs), outputs)
-        return sum(shapes[: len(shapes) // 2])
-    return sum(shapes) * (size if instruction.opcode == "reduce-scatter" else 1)
+    if instruction.opcode == "all-gather-start" or instruction.type.startswith("(("):
+        # Started in one place: (inputs, outputs). GPUs start every kind so, others the all-gather alone.
+        return sum(shapes[half:] if kind == "all-gather" else shapes[:half])
+    return sum(shapes) * (size if kind == "reduce-scatter" else 1)
 
 
 def _shape_bytes(kind: str, dimensions: str) -> int:
