@@ -52,8 +52,8 @@ def dense(
       dropout_key: random key of a training step whose methods have dropout, which takes the activation path.
       tile: outputs are padded with zeros to a multiple of this.
       layouts: how each kernel may be divided over an ambient mesh. Without it, XLA decides.
-      keep: whether kernels that a mesh all-gathers are kept for the backward pass; otherwise they are
-        all-gathered again.
+      keep: whether kernels that devices of a mesh send each other are kept for the backward pass; otherwise
+        they are sent again.
 
     Returns:
       One output for each kernel, in x's type.
@@ -210,10 +210,10 @@ def _widened(w: Array) -> Array:
 
 def _product_forward(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
-    # XLA merges no two all-gathers, so kernels to keep are saved, too.
-    gathers = any(factors.layouts) and sharding.gathers()
+    # XLA merges no two collectives, so kernels to keep that devices send each other are saved, too.
+    sent = any(factors.layouts) and (sharding.gathers() or sharding.divides_products())
     w = _effective(tile, x, factors)
-    return x @ w, (x, factors, w if gathers and keep else None)  # plain, so that it has a forward mode
+    return x @ w, (x, factors, w if sent and keep else None)  # plain, so that it has a forward mode
 
 
 def _product_backward(path: Path, tile: int, keep: bool, saved: Any, dy: Array) -> Any:

@@ -74,7 +74,8 @@ def one_by_one(function: Callable[..., Any], *stacks: Any) -> Any:
     filled = jax.tree.map(lambda a: jnp.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)]), stacks)
     divided = P(tuple(sizes))
     found = jax.shard_map(local, in_specs=divided, out_specs=divided, check_vma=False)(*filled)
-    return jax.tree.map(lambda a: a[:count], found)
+    # Replicated once: XLA would do so for each entry that is cut out of a divided stack.
+    return jax.tree.map(lambda a: undivided(a)[:count], found)
 
 
 def whole(x: Array) -> Array:

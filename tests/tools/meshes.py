@@ -1,41 +1,199 @@
-"""Runs the meshes of `test_meshes.py` on real devices: `python tests/tools/meshes.py`.
+"""Trains tiny models of every method on meshes of real devices, beside one device.
 
-Compares each mesh over all devices with the first device alone: the largest relative difference of losses and
-gradient norms over 20 updates with a restart in the middle. Products are in full float32.
+    python tests/tools/meshes.py --jobs 4 --out meshes.json
+
+Each method takes 20 updates in full float32, with a restart in the middle, on one device and on every mesh over
+four: from the same random state, on the same tokens. On one mesh a batch is computed in two microbatches, and
+one run is saved on a mesh and continued on another. Printed is the largest difference of losses and gradient
+norms, relative to those of one device, and of the parameters and adapters at the end, relative to the largest
+entry of each. The exit status is 1 if one of losses and norms is above 1e-4.
 """
 
+import concurrent.futures
+import dataclasses
+import json
+import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
+import tyro
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "step")]
-
-from test_meshes import MIXTURES, STEPS, configured, trained  # noqa: E402
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("step", "support"))]
 
 LARGEST = 1e-4
+Shape = tuple[int, int, int]  # data, fsdp, tensor
+ONE = (1, 1, 1)
+MESHES = [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+SAVED = 13  # updates before a run is saved: after the restart
+DEVICES = 4
 
 
-def main() -> None:
-    """Prints a line for each mesh, and exits with status 1 if a difference is too large."""
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Compares training on meshes of four devices with training on one.
+
+    Attributes:
+      methods: the methods to train; all by default.
+      jobs: methods that are trained side by side, each in a process of its own.
+      out: JSON file for the figures; empty for none.
+      here: train in this process, and print a line of JSON for each comparison.
+    """
+
+    methods: tuple[str, ...] = ()
+    jobs: int = 1
+    out: str = ""
+    here: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One run on meshes beside one device.
+
+    Attributes:
+      method: what is trained.
+      mesh: sizes of the axes data, fsdp and tensor; of both meshes if the run is continued.
+      microbatches: parts of a batch.
+      scalars: largest relative difference of losses and gradient norms.
+      arrays: largest difference of a parameter or adapter at the end, relative to its largest entry.
+      loss: the last one.
+    """
+
+    method: str
+    mesh: str
+    microbatches: int
+    scalars: float
+    arrays: float
+    loss: float
+
+
+def main(trial: Trial) -> int:
+    """Runs the trial and prints a line for each comparison. Returns the exit status."""
+    names = trial.methods or tuple(configs())
+    if trial.here:
+        for name in names:
+            for found in compared(name):
+                print(json.dumps(dataclasses.asdict(found)), flush=True)
+        return 0
+    with concurrent.futures.ThreadPoolExecutor(trial.jobs) as pool:
+        lines = [line for found in pool.map(in_process, names) for line in found]
+    if trial.out:
+        Path(trial.out).write_text(json.dumps([dataclasses.asdict(line) for line in lines], indent=1) + "\n")
+    worst = max(line.scalars for line in lines)
+    print(f"{len(lines)} comparisons, the largest difference of losses and gradient norms: {worst:.1e}")
+    return int(not worst <= LARGEST)
+
+
+def in_process(name: str) -> list[Comparison]:
+    """Compares the meshes of one method in a process of its own, which takes memory as it needs it."""
+    words = [sys.executable, __file__, "--here", "--methods", name]
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    found = [Comparison(**json.loads(line)) for line in done.stdout.splitlines()]
+    for line in found:
+        parts = f" in {line.microbatches} microbatches" if line.microbatches > 1 else ""
+        print(
+            f"{line.method}, {line.mesh}{parts}: losses and norms {line.scalars:.1e}, arrays {line.arrays:.1e}, "
+            f"loss {line.loss:.6f}",
+            flush=True,
+        )
+    return found
+
+
+def configs() -> dict[str, Any]:
+    """Returns the config of each method."""
+    from test_meshes import METHODS, STEPS, configured, rules
+
+    from mora_jax.methods import Decouple, MoRA, Share, Spectral, Truncate
+
+    more = {
+        "truncate": MoRA(4, Truncate(), 8),
+        "decouple": MoRA(4, Decouple(), 8),
+        "share, reordered": MoRA(4, Share(reorder=True), 8),
+        "spectral": Spectral(4, 8),
+    }
+    found = {name: configured(name, STEPS, "merged") for name in METHODS}
+    like = found["share"]
+    found |= {name: dataclasses.replace(like, rules=rules(**{".*": m})) for name, m in more.items()}
+    mixture = next(iter(METHODS))
+    return found | {f"{mixture}, by activation": configured(mixture, STEPS, "activation")}
+
+
+def compared(name: str) -> Iterator[Comparison]:
+    """Yields the comparisons of one method."""
+    import jax
+
     jax.config.update("jax_default_matmul_precision", "highest")
-    count, worst = jax.device_count(), 0.0
-    print(f"{count} devices: {jax.devices()[0].device_kind}")
-    for mixture in MIXTURES:
-        for path in ("merged", "activation"):
-            config = configured(mixture, STEPS, path)
-            one = trained(config, (1, 1, 1))
-            for shape in [(count, 1, 1), (1, count, 1), (1, 1, count)]:
-                many = trained(config, shape, one)
-                worst = max(worst, difference := float(np.max(np.abs(many.scalars / one.scalars - 1))))
-                print(
-                    f"{mixture}, {path}, {shape}: {difference:.1e}, loss {many.scalars[-1, 0]:.6f}",
-                    flush=True,
-                )
-    sys.exit(worst > LARGEST)
+    config = configs()[name]
+    one, start = trained(config, [ONE])
+    for meshes, parts in [*(([mesh], 1) for mesh in MESHES), ([(2, 1, 2)], 2), ([(1, 4, 1), (2, 1, 2)], 1)]:
+        many, _ = trained(dataclasses.replace(config, microbatches=parts), meshes, start)
+        words = " then ".join(" x ".join(map(str, mesh)) for mesh in meshes)
+        yield Comparison(name, words, parts, *differences(one, many), float(many[0][-1, 0]))
+
+
+def trained(config: Any, meshes: Sequence[Shape], start: Any = None) -> tuple[Any, Any]:
+    """Trains on the first mesh, and after a checkpoint on the second if there is one.
+
+    Returns:
+      Losses and gradient norms (updates, 2) with the last state, and the state at the start; host arrays.
+    """
+    import jax
+    import numpy as np
+    from test_meshes import drawn, placed
+
+    from mora_jax import sharding
+    from mora_jax.models.batch import Batch
+    from train.run.checkpoint import Checkpoints
+    from train.run.state import abstract_state, assign_methods, fresh_state
+    from train.step.spec import spec_of
+    from train.step.step import orient_step, restart_step, train_step
+
+    spec, methods, logged, state = spec_of(config), assign_methods(config), [], None
+    ends = [config.steps] if len(meshes) == 1 else [SAVED, config.steps]
+    with tempfile.TemporaryDirectory() as folder:
+        for shape, end in zip(meshes, ends, strict=True):
+            mesh = sharding.make_mesh(*shape)
+            with jax.set_mesh(mesh):
+                abstract = abstract_state(config, methods, mesh)
+                if state is not None:  # at the end of the first mesh
+                    with Checkpoints(folder) as checkpoints:
+                        checkpoints.save(len(logged), state, {})
+                    state = Checkpoints(folder).restore(len(logged), abstract)
+                elif start is None:
+                    state = drawn(fresh_state(config, methods, mesh))
+                    start = jax.tree.map(np.array, state)
+                else:
+                    state = placed(start, abstract)
+                for step in range(len(logged), end):
+                    if restarts := config.restarts_at(step):
+                        state, _ = restart_step(spec, methods, state)
+                        methods = methods.after_restart()
+                    tokens_BT = np.random.default_rng(step % 2).integers(0, 60, (8, 16), np.int32)
+                    batch = Batch(jax.device_put(tokens_BT, sharding.batch(mesh)))
+                    if (restarts or step == 0) and list(methods.orientable()):
+                        state = orient_step(spec, methods, state, batch)
+                    state, scalars = train_step(spec, methods, state, batch)
+                    logged.append((float(scalars["loss"]), float(scalars["grad_norm"])))
+    return (np.array(logged), jax.tree.map(np.array, state)), start
+
+
+def differences(one: Any, many: Any) -> tuple[float, float]:
+    """Returns the largest relative difference of scalars, and of arrays relative to their largest entries."""
+    import jax
+    import numpy as np
+
+    trees = [{"params": state.params, "adapters": state.adapters} for _, state in (one, many)]
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    of_arrays = [np.max(np.abs(a - b)) / np.max(np.abs(a)) for a, b in zip(*leaves, strict=True)]
+    return float(np.max(np.abs(many[0] / one[0] - 1))), float(max(of_arrays))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(tyro.cli(Trial, description=__doc__)))

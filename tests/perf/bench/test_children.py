@@ -24,6 +24,8 @@ def work(job):
         time.sleep(60)
     if job == "rows":
         return rows()
+    if job == "slow rows":
+        return slow_rows()
     return {"twice": 2 * job}
 
 def rows():
@@ -31,6 +33,12 @@ def rows():
     time.sleep(0.5)
     yield {"row": 2}
     raise ValueError("no third")
+
+def slow_rows():
+    for row in range(4):
+        time.sleep(3)
+        yield {"row": row}
+    time.sleep(60)
 
 children.serve(work)
 """
@@ -52,6 +60,11 @@ def test_rows_are_yielded_one_by_one_and_the_last_says_what_failed(child: str):
     found = children.stream(child, "rows", 60)
     assert next(found) == {"row": 1}
     assert list(found) == [{"row": 2}, {"error": "ValueError: no third"}]
+
+
+def test_the_time_limit_is_that_of_each_row(child: str):
+    found = list(children.stream(child, "slow rows", 10))
+    assert found == [*({"row": row} for row in range(4)), {"error": "timed out after 10 s"}]
 
 
 def test_a_failure_is_one_line(child: str):

@@ -43,7 +43,8 @@ def stream(
 ) -> Generator[dict[str, Any], None, None]:
     """Yields what a process measures, each row when it is there; arguments as of `call`.
 
-    If the process failed, died or timed out, the last row is {"error": one line}.
+    The time limit is that of each row, and ends devices that wait for each other for ever. If the process
+    failed, died or timed out, the last row is {"error": one line}.
     """
     with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
         out, log = Path(folder) / "rows.jsonl", Path(folder) / "log"
@@ -53,6 +54,7 @@ def stream(
             while (ended := child.poll() is not None) or time.monotonic() < until:
                 found = [json.loads(line) for line in _whole_lines(rows)]
                 yield from (row for row in found if row)
+                until = time.monotonic() + seconds if found else until
                 if found and not found[-1]:  # an empty row is the last
                     return
                 if ended:

@@ -110,6 +110,7 @@ class BenchScaling(TimedSteps):
         for no flag. Every mesh is measured with each set.
       profiled_steps: steps under the profiler, to see what communication costs; 0 for none.
       compilers: programs compiled at a time.
+      row_timeout: seconds that one row may take; with several compilers, all compile in the first.
       no_baseline: do not measure one device, as for a model that it cannot hold.
       picture: PNG file; empty for none.
       overwrite: replace the file of --picture if there is one; otherwise it is an error.
@@ -123,6 +124,7 @@ class BenchScaling(TimedSteps):
     flags: tuple[str, ...] = ("none",)
     profiled_steps: int = 3
     compilers: int = 1
+    row_timeout: float = 600.0
     no_baseline: tyro.conf.FlagCreatePairsOff[bool] = False
     picture: str = ""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -134,6 +136,7 @@ class BenchScaling(TimedSteps):
         at_least("--devices", self.devices, 0)
         at_least("--profiled-steps", self.profiled_steps, 0)
         at_least("--compilers", self.compilers, 1)
+        above("--row-timeout", self.row_timeout, 0)
 
 
 @dataclasses.dataclass(frozen=True)

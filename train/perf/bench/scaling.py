@@ -16,7 +16,7 @@ from train.perf.bench.options import BenchScaling
 from train.perf.bench.record import Record, label, method_row, start
 from train.perf.bench.scaling_plot import plot
 from train.perf.bench.scaling_table import ALONE, mesh_name
-from train.perf.bench.step import JAX, SECONDS, begin_run, expanded, progress
+from train.perf.bench.step import JAX, begin_run, expanded, progress
 
 Sizes = tuple[int, int, int]
 # One row: its key and where it is computed; None for one device.
@@ -71,7 +71,7 @@ def measured(record: Record, job: StepJob, work: list[Work], options: BenchScali
             options.compilers,
         )
         again = todo.baseline and left[0][1] is not None
-        rows = children.stream(JAX, todo, SECONDS)
+        rows = children.stream(JAX, todo, options.row_timeout)
         with contextlib.closing(rows):
             if again and "error" in next(rows):
                 todo = dataclasses.replace(todo, baseline=False)
