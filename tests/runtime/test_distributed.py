@@ -401,6 +401,11 @@ def test_an_error_of_jax_is_found_behind_others():
     saving.__cause__, restoring.__context__ = lost, saving
     assert all(map(distributed._came_from_jax, (lost, saving, restoring)))
     assert not distributed._came_from_jax(OSError("disk"))
+    # As jax 0.10.2 raises it where a jitted function is called for the first time.
+    assert distributed._came_from_jax(ValueError("UNKNOWN: Gloo AllGather failed: [connection.cc:1] reset"))
+    assert distributed._came_from_jax(ValueError("FAILED_PRECONDITION: NCCL"))
+    assert not distributed._came_from_jax(ValueError("Shapes (2,) and (3,) differ"))
+    assert not distributed._came_from_jax(ValueError("a: b"))
 
 
 def test_a_failure_without_a_system_reason_may_be_a_lost_process():

@@ -247,6 +247,32 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         assert not [f for f in found if whole in f[1]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (1, 1, 8)], ids=str)
+def test_kernels_of_unrolled_layers_are_sent_once_and_those_of_one_product_in_one_piece(shape):
+    config = configured("share", STEPS, "merged")
+    # In bfloat16, as runs are: kernels that need no cast do not share a product.
+    unrolled = dataclasses.replace(config.compute, dtype="bfloat16", layers="unrolled", remat="none")
+    config = dataclasses.replace(config, compute=unrolled)
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        methods = assign_methods(config)
+        state = abstract_state(config, methods, mesh)
+        tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
+        compiled = train_step.lower(spec_of(config), methods, state, Batch(tokens)).compile()
+    found = collectives(compiled.as_text())
+    gathered = [shape for kind, shape in found if kind == "all-gather"]
+    # M of q, k, v and o, and of gate, up and down: of each of two layers.
+    sides = [sum(f"[{side},{side}]" in result for result in gathered) for side in (24, 32)]
+    assert sides == [2 * 4, 2 * 3]
+    # q, k and v of 64 columns; gate and up of 100, in tiles of 128.
+    together = [sum(f"[64,{columns}]" in result for result in gathered) for columns in (3 * 64, 2 * 128)]
+    assert together == ([2, 2] if shape[2] == 1 else [0, 0])
+    # Kernels with a width of 100 are not gathered for `tensor`: devices exchange parts of rows and columns.
+    exchanged = sum(kind == "all-to-all" for kind, _ in found)
+    assert exchanged == (0 if shape[2] == 1 else 2 * 3)
+
+
 @pytest.mark.parametrize("shape", [SLOW_8, (2, 2, 2)], ids=str)
 def test_a_restart_gathers_one_layer_at_a_time(shape):
     config = configured("share", STEPS, "merged")

@@ -2,11 +2,13 @@
 
     python tests/tools/meshes.py --jobs 4 --out meshes.json
 
-Each method takes 20 updates in full float32, with a restart in the middle, on one device and on every mesh over
-four: from the same random state, on the same tokens. On one mesh a batch is computed in two microbatches, and
-one run is saved on a mesh and continued on another. Printed is the largest difference of losses and gradient
-norms, relative to those of one device, and of the parameters and adapters at the end, relative to the largest
-entry of each. The exit status is 1 if one of losses and norms is above 1e-4.
+Each method takes 20 updates in full float32, with a restart in the middle, on one device and on every mesh
+over four: from the same random state, on the same tokens. One mesh computes a batch in two microbatches, and
+one run is saved on a mesh and continued on another.
+
+A line has the largest difference of losses and gradient norms, relative to those of one device, and that of
+parameters and adapters at the end, relative to the largest entry of each. The exit status is 1 if a
+difference of losses and norms is above 1e-4.
 """
 
 import concurrent.futures
@@ -99,8 +101,8 @@ def in_process(name: str) -> list[Comparison]:
     for line in found:
         parts = f" in {line.microbatches} microbatches" if line.microbatches > 1 else ""
         print(
-            f"{line.method}, {line.mesh}{parts}: losses and norms {line.scalars:.1e}, arrays {line.arrays:.1e}, "
-            f"loss {line.loss:.6f}",
+            f"{line.method}, {line.mesh}{parts}: losses and norms {line.scalars:.1e}, "
+            f"arrays {line.arrays:.1e}, loss {line.loss:.6f}",
             flush=True,
         )
     return found

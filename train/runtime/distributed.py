@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ _LOST = (
     "another process of this run is gone or out of reach, and this one cannot continue alone. Start all of "
     "them again with the same command; the run resumes from its newest checkpoint"
 )
+# How an error of the runtime begins that has the type of another one: with its status.
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 # Seconds beyond the heartbeats' timeout within which the runtime reports a silent process.
 _GRACE = 5
 
@@ -139,9 +142,14 @@ def _initialize(config: Distributed) -> None:
 
 def _came_from_jax(error: BaseException | None) -> bool:
     """Whether JAX's runtime raised an error or one of its causes. Another process may then be gone."""
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        # A collective that fails in the first call of a jitted function is "UNKNOWN: Gloo AllGather failed".
+        if isinstance(error, ValueError) and _STATUS.match(str(error)):
+            return True
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 def _has_no_reason(error: BaseException) -> bool:

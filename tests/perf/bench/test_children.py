@@ -1,6 +1,9 @@
 """Measurements in processes of their own."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +24,9 @@ def work(job):
     if job == "sleep":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         open(PID, "w").write(str(child.pid))
+        time.sleep(60)
+    if job == "wait":
+        import os; open(PID, "w").write(str(os.getpid()))
         time.sleep(60)
     if job == "rows":
         return rows()
@@ -62,6 +68,7 @@ def test_rows_are_yielded_one_by_one_and_the_last_says_what_failed(child: str):
     assert list(found) == [{"row": 2}, {"error": "ValueError: no third"}]
 
 
+@pytest.mark.slow  # 22 s
 def test_the_time_limit_is_that_of_each_row(child: str):
     found = list(children.stream(child, "slow rows", 10))
     assert found == [*({"row": row} for row in range(4)), {"error": "timed out after 10 s"}]
@@ -88,6 +95,25 @@ def test_a_timeout_ends_the_process_and_its_children(child: str, tmp_path: Path)
             return
         time.sleep(0.1)
     raise AssertionError("the grandchild is alive")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told of its parent's end")
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_caller_leaves_no_process(child: str, tmp_path: Path, by: signal.Signals):
+    words = f"from train.perf.bench import children; children.call({child!r}, 'wait', 60)"
+    caller, pid = subprocess.Popen([sys.executable, "-c", words]), tmp_path / "pid"
+    until = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < until
+        assert caller.poll() is None
+        time.sleep(0.1)
+    caller.send_signal(by)
+    caller.wait(20)
+    for _ in range(50):
+        if not alive(int(pid.read_text())):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the process is alive")
 
 
 def alive(pid: int) -> bool:

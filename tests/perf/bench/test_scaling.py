@@ -35,7 +35,9 @@ class World:
         self.jobs: list[ScalingJob] = []
         self.dies_at: tuple[int, int, int] | None = None
 
-    def stream(self, module: str, job: ScalingJob, seconds: float) -> Iterator[dict[str, Any]]:
+    def stream(
+        self, module: str, job: ScalingJob, seconds: float, environment: dict[str, str]
+    ) -> Iterator[dict[str, Any]]:
         self.jobs.append(job)
         if job.baseline:
             yield figures(1, job.step.batch[0], None)

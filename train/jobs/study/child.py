@@ -5,20 +5,16 @@ Usage: python -m train.jobs.study.child PARENT WORDS...
 A study that is killed cannot stop its runs. Linux then sends them SIGTERM, and they stop with a checkpoint.
 """
 
-import ctypes
 import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1
+from train.runtime.parent import end_with_parent
 
 
 def main(parent: int, words: list[str]) -> None:
     """Becomes `mora WORDS`."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed before
-            sys.exit(1)
+    end_with_parent(parent, signal.SIGTERM)
     os.execv(sys.executable, [sys.executable, "-m", "train.cli", *words])
 
 

@@ -14,8 +14,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from train.runtime.parent import end_with_parent
+
 # Each process is alone on its device.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TOKENIZERS_PARALLELISM": "false"}
+# NCCL's buffers are not in JAX's share of the memory.
+OF_MESHES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
 LONGEST_LINE = 300
 POLL = 0.1  # seconds between two looks at what a process has written
 
@@ -75,7 +79,7 @@ def _started(
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), *sys.path)))
     with log.open("wb") as stream:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(out)],
+            [sys.executable, "-m", module, str(out), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=stream,
@@ -96,6 +100,8 @@ def _started(
 
 def serve(function: Callable[[Any], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     """Does the job on the standard input, and writes what `function` returns for `call` or `stream`."""
+    # Killed, the caller cannot end this process, which would keep the devices' memory.
+    end_with_parent(int(sys.argv[2]), signal.SIGKILL)
     job = pickle.load(sys.stdin.buffer)
     with Path(sys.argv[1]).open("a") as out:
 

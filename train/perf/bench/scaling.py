@@ -71,7 +71,7 @@ def measured(record: Record, job: StepJob, work: list[Work], options: BenchScali
             options.compilers,
         )
         again = todo.baseline and left[0][1] is not None
-        rows = children.stream(JAX, todo, options.row_timeout)
+        rows = children.stream(JAX, todo, options.row_timeout, children.OF_MESHES)
         with contextlib.closing(rows):
             if again and "error" in next(rows):
                 todo = dataclasses.replace(todo, baseline=False)

@@ -1,6 +1,7 @@
 """`mora bench step`: complete training steps side by side, each method and peer in a process of its own."""
 
 import importlib.util
+import math
 import sys
 import tempfile
 import time
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mora_jax.errors import InputError
-from train.perf.bench import report
+from train.perf.bench import children, report
 from train.perf.bench.cases import Case
 from train.perf.bench.jobs import MatmulJob, PeerJob, StepJob, check_job, peer_job, step_job
 from train.perf.bench.options import BenchStep
@@ -144,24 +145,28 @@ def measure(
     if isinstance(job, PeerJob):
         figures = call(TORCH, job, peer_seconds)
     else:
-        figures = call(JAX, job, SECONDS, environment(what, programs))
+        figures = call(JAX, job, SECONDS, environment(what, job, programs))
     record.put(what, figures)
     progress(f"{label(what)}: {figures.get('error') or _figures(figures)}")
 
 
-def environment(what: dict[str, Any], programs: str) -> dict[str, str]:
+def environment(what: dict[str, Any], job: StepJob, programs: str) -> dict[str, str]:
     """Returns variables for a process. Only the frozen base uses the cache: others report compile times."""
+    several = children.OF_MESHES if math.prod(job.mesh) > 1 else {}
     if what["name"] != FROZEN:
-        return {}
-    return {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        return several
+    return several | {
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def measure_drift(record: Record, work: list[Work], programs: str, call: Call) -> None:
     """Measures the frozen base again, to see whether the device has become faster or slower."""
     for what, job in work:
-        if what["framework"] == "jax" and what["name"] == FROZEN and done(record, what):
+        if isinstance(job, StepJob) and what["name"] == FROZEN and done(record, what):
             before = record.find(what) or {}
-            after = call(JAX, job, SECONDS, environment(what, programs))
+            after = call(JAX, job, SECONDS, environment(what, job, programs))
             if "error" not in after:
                 record.runs[-1]["frozen_milliseconds"] = [before["milliseconds"], after["milliseconds"]]
                 drift = after["milliseconds"] / before["milliseconds"] - 1
