@@ -10,14 +10,15 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   or of the shard that a device holds: 2 (n - 1) / n of the bytes.
 - tensor: each microbatch all-reduces the outputs of attention and MLP of every layer in the forward pass,
   and the gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
-  Arrays of adapters are all-gathered for both passes, and their complete gradients are summed over `data`.
+  Arrays of adapters are all-gathered for both passes, or once where kernels are kept, and their complete
+  gradients are summed over `data`.
   The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path it sums them
   after the product of inputs and outputs' gradients, which it all-gathers in float32: (n - 1) / n of it. On
   the activation path, and with blocks, it all-gathers the activations on the sharded side of every adapted
   kernel: (n - 1) / n of them, counted once, in the backward pass.
 
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
-(one number a token), and kernels whose width the axis does not divide (they are all-gathered too).
+(one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
 
 Gradients are sent in float32, but those of adapters in the dtype of the products. On the merged path, which
 large batches take, some methods sum them in float32 part by part of the batch, and send float32.
@@ -112,18 +113,18 @@ def _of_array(
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (kind, axes, bytes) that one microbatch sends for an array.
 
-    `gradient` is the itemsize of its gradient, 0 if it is frozen; `once` says whether `fsdp` all-gathers the
-    array for one pass only.
+    `gradient` is the itemsize of its gradient, 0 if it is frozen; `once` says whether the array is
+    all-gathered for one pass only.
     """
     sharded, adapter = _sharded(leaf), path.startswith("adapters/")
     kernel = path.endswith(("kernel", "embedding"))
     itemsize = (jnp.dtype(config.compute.dtype) if kernel else leaf.dtype).itemsize
     held = leaf.size / math.prod(mesh[axis] for axis in sharded if axis != "fsdp")
+    uses = 1 if once else 2
     if "fsdp" in sharded:
-        uses = 1 if once else 2
         yield "all-gather", "fsdp", uses * held * itemsize * SENT["all-gather"](mesh["fsdp"])
     if "tensor" in sharded and adapter:
-        yield "all-gather", "tensor", 2 * leaf.size * itemsize * SENT["all-gather"](mesh["tensor"])
+        yield "all-gather", "tensor", uses * leaf.size * itemsize * SENT["all-gather"](mesh["tensor"])
         held = leaf.size
     if not gradient:
         return
