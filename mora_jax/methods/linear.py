@@ -189,15 +189,15 @@ def _effective(tile: int, x: Array, factors: _Factors) -> Array:
 def _side_by_side(ws: Sequence[Array], layouts: Sequence[Layout | None], rows: int, tile: int) -> Array:
     """Returns kernels joined along their columns as products use them, padded to `rows` and full tiles.
 
-    On a mesh, kernels that are stored alike are all-gathered in one piece. What no device divides is padded
-    and joined before, in shards.
+    On a mesh, kernels that are stored alike are all-gathered in one piece. Axes that are not divided are
+    padded, and the kernels joined, before that.
     """
     divided = [sharding.stored_in_parts(at, w.shape) for w, at in zip(ws, layouts, strict=True)]
     ws = [
         padded(w if rows_divided else padded(w, 0, rows), 1, 1 if columns_divided else tile)
         for w, (rows_divided, columns_divided) in zip(ws, divided, strict=True)
     ]
-    if set(divided) == {(True, False)}:
+    if set(divided) == {(True, False)} and len(set(layouts)) == 1:
         ws, layouts = [jnp.concatenate(ws, axis=-1)], layouts[:1]
     used = [sharding.gathered(w, at) if at else w for w, at in zip(ws, layouts, strict=True)]
     return jnp.concatenate([padded(padded(w, 0, rows), 1, tile) for w in used], axis=-1)
@@ -210,7 +210,8 @@ def _widened(w: Array) -> Array:
 
 def _product_forward(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
-    # XLA merges no two collectives, so kernels to keep that devices send each other are saved, too.
+    # But XLA merges no two collectives, so kernels that devices send each other are saved to send them once.
+    # Over `tensor` some are not sent; XLA would keep these as well.
     sent = any(factors.layouts) and (sharding.gathers() or sharding.divides_products())
     w = _effective(tile, x, factors)
     return x @ w, (x, factors, w if sent and keep else None)  # plain, so that it has a forward mode

@@ -189,7 +189,7 @@ def gpu_expected(monkeypatch):
 
 
 def test_flags_for_gpus_are_set_once(config, gpu_expected):
-    flags = " ".join(["--xla_dump_to=x", *backend._PRODUCTS])
+    flags = " ".join(["--xla_dump_to=x", *backend.PRODUCTS])
     for deterministic, expected in ((False, flags), (True, f"{flags} {backend._DETERMINISTIC}")):
         for _ in range(2):
             backend.set_flags(deterministic)
@@ -201,7 +201,7 @@ def test_the_users_flags_stay_except_against_determinism(config, gpu_expected, v
     own = f"--xla_gpu_enable_triton_gemm={value} --xla_gpu_exclude_nondeterministic_ops=false"
     gpu_expected.setenv("XLA_FLAGS", own)
     backend.set_flags(deterministic=False)
-    flags = f"{own} {backend._PRODUCTS[1]}"
+    flags = f"{own} {backend.PRODUCTS[1]}"
     assert os.environ["XLA_FLAGS"] == flags
     backend.set_flags(deterministic=True)
     assert os.environ["XLA_FLAGS"] == f"{flags} {backend._DETERMINISTIC}"  # XLA goes by the last
@@ -229,7 +229,7 @@ def test_flags_for_meshes_are_set_for_several_devices(gpu_expected, mesh, visibl
 
 
 def test_flags_are_known_to_this_xla(config, gpu_expected):
-    gpu_expected.setattr(backend, "_PRODUCTS", (*backend._PRODUCTS, *backend.OF_MESHES))
+    gpu_expected.setattr(backend, "PRODUCTS", (*backend.PRODUCTS, *backend.OF_MESHES))
     gpu_expected.setenv("XLA_FLAGS", "")
     backend.set_flags(deterministic=True)
     code = "import jax; jax.jit(lambda: 1)()"

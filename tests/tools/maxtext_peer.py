@@ -242,16 +242,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file; rows are added to those it has")
     parser.add_argument("--log", type=Path, help="file for the output of variants that fail")
-    parser.add_argument(
-        "--packages", type=lambda path: Path(path).resolve(), action="append", default=[], help="PYTHONPATH's"
-    )
+    folder = {"type": lambda path: Path(path).resolve(), "action": "append", "default": []}
+    parser.add_argument("--packages", **folder, help="folder with MaxText, added to PYTHONPATH")
     parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--axis", choices=("data", "fsdp"), nargs="+", default=["data"], help="mesh axis")
     parser.add_argument("--batch", type=int, default=32, help="sequences of a device")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before these")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before these, at least 1")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a variant may take")
     parser.add_argument("--only", default="", help="regex of the names of the ready-made variants to run")
     parser.add_argument("--variant", action="append", default=[], help="runs this instead of the ready-made")

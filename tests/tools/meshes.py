@@ -8,7 +8,7 @@ one run is saved on a mesh and continued on another.
 
 A line has the largest difference of losses and gradient norms, relative to those of one device, and that of
 parameters and adapters at the end, relative to the largest entry of each. The exit status is 1 if a
-difference of losses and norms is above 1e-4.
+difference of losses and norms is above 1e-4, or one of arrays above 1e-3.
 """
 
 import concurrent.futures
@@ -27,12 +27,11 @@ import tyro
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("step", "support"))]
 
-LARGEST = 1e-4
+LARGEST, LARGEST_OF_ARRAYS = 1e-4, 1e-3
 Shape = tuple[int, int, int]  # data, fsdp, tensor
 ONE = (1, 1, 1)
 MESHES = [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 SAVED = 13  # updates before a run is saved: after the restart
-DEVICES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +84,9 @@ def main(trial: Trial) -> int:
         lines = [line for found in pool.map(in_process, names) for line in found]
     if trial.out:
         Path(trial.out).write_text(json.dumps([dataclasses.asdict(line) for line in lines], indent=1) + "\n")
-    worst = max(line.scalars for line in lines)
-    print(f"{len(lines)} comparisons, the largest difference of losses and gradient norms: {worst:.1e}")
-    return int(not worst <= LARGEST)
+    bad = [line for line in lines if not (line.scalars <= LARGEST and line.arrays <= LARGEST_OF_ARRAYS)]
+    print(f"{len(lines)} comparisons, of which {len(bad)} differ too much")
+    return int(bool(bad))
 
 
 def in_process(name: str) -> list[Comparison]:
@@ -167,7 +166,8 @@ def trained(config: Any, meshes: Sequence[Shape], start: Any = None) -> tuple[An
                 if state is not None:  # at the end of the first mesh
                     with Checkpoints(folder) as checkpoints:
                         checkpoints.save(len(logged), state, {})
-                    state = Checkpoints(folder).restore(len(logged), abstract)
+                        checkpoints.wait()
+                        state = checkpoints.restore(len(logged), abstract)
                 elif start is None:
                     state = drawn(fresh_state(config, methods, mesh))
                     start = jax.tree.map(np.array, state)
@@ -194,7 +194,7 @@ def differences(one: Any, many: Any) -> tuple[float, float]:
     trees = [{"params": state.params, "adapters": state.adapters} for _, state in (one, many)]
     leaves = [jax.tree.leaves(tree) for tree in trees]
     of_arrays = [np.max(np.abs(a - b)) / np.max(np.abs(a)) for a, b in zip(*leaves, strict=True)]
-    return float(np.max(np.abs(many[0] / one[0] - 1))), float(max(of_arrays))
+    return float(np.max(np.abs(many[0] / one[0] - 1))), float(np.max(of_arrays))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Kills one of several processes of a run, again and again, and looks how all others end.
+"""Kills one of several processes of a run, again and again, and checks how the others end.
 
-    python tests/tools/soak_processes.py --processes 4 --kills 4 --platform cuda
+    python tests/tools/soak_processes.py --processes 4 --kills 5 --platform cuda
 
 Prepares made-up text and trains a small ReMoRA run on it without disturbance: by several processes of one
 device each, and by one process that drives all devices. The two are compared, but may differ. Then one of the
 processes is killed (SIGKILL), and all are started again, many times: while they compile, at random times, in
 a save, at a restart and in an evaluation. All others must end in time, with the status of a lost process.
-At last one of them gets a SIGTERM, and all must save and end. What the processes log and the arrays of the
-finished run must equal those of the undisturbed ones. Else the exit status is 1.
+Finally one of them gets a SIGTERM, and all must save and end. What the processes log and the arrays of the
+finished run must equal those of the undisturbed ones. Otherwise the exit
+status is 1.
 
 The default limit follows from the program's heartbeat: after 10 seconds of silence a process counts as lost,
-and within 5 more the runtime has told all others (`train/runtime/distributed.py`).
+and within 5 more the runtime ends all others (`train/runtime/distributed.py`).
 """
 
 import contextlib
@@ -53,7 +54,7 @@ _HASHING = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Kills one of several processes of a run, again and again, and looks how all others end.
+    """Kills one of several processes of a run, again and again, and checks how the others end.
 
     Attributes:
       processes: number of processes, at least two.
@@ -114,7 +115,7 @@ def main(options: Options) -> int:
     figures, began = Figures(), time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.callback(lambda: [process.kill() for process in _LAUNCHED])  # those that have not ended
+        stack.callback(end_all)
         prepare(folder, options)
         measure(folder, options, figures)
     names = ("lines_compared", "differing_lines", "differing_losses", "lines_lost_or_doubled")
@@ -137,6 +138,13 @@ def main(options: Options) -> int:
     if options.report:
         Path(options.report).write_text(json.dumps(plain, indent=2) + "\n")
     return 0 if plain["good"] else 1
+
+
+def end_all() -> None:
+    """Ends all processes that have not ended, before their files are removed."""
+    for process in _LAUNCHED:
+        process.kill()
+        process.wait()
 
 
 def prepare(folder: Path, options: Options) -> None:
@@ -296,12 +304,12 @@ def struck(strike: Strike, run_dir: Path, processes: list[subprocess.Popen]) -> 
     wanted = [exits.PREEMPTED if stop else exits.LOST] * len(processes)
     if not stop:
         wanted[strike.victim] = -signal.SIGKILL
-    told: dict = {"kind": strike.kind, "victim": strike.victim, "updates": seen, "seconds": seconds}
-    told |= {"statuses": statuses, "hung": hung, "as_documented": statuses == wanted}
+    end: dict = {"kind": strike.kind, "victim": strike.victim, "updates": seen, "seconds": seconds}
+    end |= {"statuses": statuses, "hung": hung, "as_documented": statuses == wanted}
     if statuses != wanted:
-        told["errors"] = errors(run_dir, processes)
-        soak.say("\n".join(told["errors"]))
-    return told
+        end["errors"] = errors(run_dir, processes)
+        soak.say("\n".join(end["errors"]))
+    return end
 
 
 def short(end: dict) -> str:

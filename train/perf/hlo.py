@@ -1,9 +1,11 @@
-"""Parses the text of compiled programs (HLO)."""
+"""Options of the compiler, and the text of compiled programs (HLO)."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from typing import TypeAlias
+
+from mora_jax.errors import InputError
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*)$")
@@ -61,3 +63,15 @@ def parse(text: str) -> Program:
     if not entry:
         raise ValueError("no ENTRY computation in the HLO")
     return Program(computations, entry)
+
+
+def option(flag: str) -> tuple[str, str | bool]:
+    """Returns name and value of one of XLA's options from NAME=VALUE; leading dashes are ignored.
+
+    Raises:
+      InputError: for text of another form.
+    """
+    name, equals, value = flag.strip().lstrip("-").partition("=")
+    if not equals or not name.startswith("xla_"):
+        raise InputError(f"{flag!r} is not a flag of XLA: give xla_NAME=VALUE")
+    return name, {"true": True, "false": False}.get(value.lower(), value)

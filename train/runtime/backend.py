@@ -42,7 +42,7 @@ _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 # Matrix products as written, and by cuBLAS alone (docs/performance.md). XLA would time many Triton kernels
 # for each of LoRA's small products, which takes over a minute and made no step faster. It would also
 # concatenate kernels that share an input, which takes longer than one product saves.
-_PRODUCTS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_dot_merger_threshold_mb=0")
+PRODUCTS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_dot_merger_threshold_mb=0")
 # Options for programs of several GPUs, which hide communication behind products. None is here until a
 # measurement shows that it pays (`mora bench scaling --flags`, docs/performance.md).
 OF_MESHES: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ def set_flags(deterministic: bool, mesh: Mesh | None = None) -> None:
         return
     given = os.environ.get("XLA_FLAGS", "").split()
     chosen = {flag.partition("=")[0] for flag in given}
-    wanted = (*_PRODUCTS, *(OF_MESHES if OF_MESHES and mesh and _several(mesh) else ()))
+    wanted = (*PRODUCTS, *(OF_MESHES if OF_MESHES and mesh and _several(mesh) else ()))
     flags = [flag for flag in wanted if flag.partition("=")[0] not in chosen]
     if deterministic and _DETERMINISTIC not in given:
         flags.append(_DETERMINISTIC)

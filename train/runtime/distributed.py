@@ -29,8 +29,10 @@ _LOST = (
     "another process of this run is gone or out of reach, and this one cannot continue alone. Start all of "
     "them again with the same command; the run resumes from its newest checkpoint"
 )
-# How an error of the runtime begins that has the type of another one: with its status.
-_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+# Some errors of the runtime are ValueErrors, whose text begins with a status.
+_STATUS = re.compile(
+    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)
 # Seconds beyond the heartbeats' timeout within which the runtime reports a silent process.
 _GRACE = 5
 
@@ -145,7 +147,7 @@ def _came_from_jax(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             return True
-        # A collective that fails in the first call of a jitted function is "UNKNOWN: Gloo AllGather failed".
+        # In the first call of a jitted function, a collective fails with "UNKNOWN: Gloo AllGather failed".
         if isinstance(error, ValueError) and _STATUS.match(str(error)):
             return True
         error = error.__cause__ or error.__context__

@@ -11,7 +11,8 @@ _PR_SET_PDEATHSIG = 1
 def end_with_parent(parent: int, by: signal.Signals) -> None:
     """Makes Linux send this process a signal when its parent ends, in whatever way. Other systems do not.
 
-    The process keeps this through `exec`. It exits at once if its parent has ended already.
+    The parent is the thread that started this process, and `exec` changes nothing. The process exits at once
+    if its parent has ended already.
 
     Args:
       parent: the parent's process number.

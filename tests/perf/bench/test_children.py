@@ -97,18 +97,20 @@ def test_a_timeout_ends_the_process_and_its_children(child: str, tmp_path: Path)
     raise AssertionError("the grandchild is alive")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told of its parent's end")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its parent ends")
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_caller_leaves_no_process(child: str, tmp_path: Path, by: signal.Signals):
     words = f"from train.perf.bench import children; children.call({child!r}, 'wait', 60)"
-    caller, pid = subprocess.Popen([sys.executable, "-c", words]), tmp_path / "pid"
-    until = time.monotonic() + 60
-    while not (pid.exists() and pid.read_text()):
-        assert time.monotonic() < until
-        assert caller.poll() is None
-        time.sleep(0.1)
-    caller.send_signal(by)
-    caller.wait(20)
+    pid, until = tmp_path / "pid", time.monotonic() + 60
+    with subprocess.Popen([sys.executable, "-c", words]) as caller:
+        try:
+            while not (pid.exists() and pid.read_text()) and caller.poll() is None:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            caller.send_signal(by)
+            caller.wait(20)
+        finally:
+            caller.kill()
     for _ in range(50):
         if not alive(int(pid.read_text())):
             return

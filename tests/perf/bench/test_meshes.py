@@ -10,7 +10,7 @@ from mora_jax.errors import InputError
 from train.perf.bench import measure, meshes
 from train.perf.bench.cases import SIZES
 from train.perf.bench.jobs import Placement, ScalingJob, StepJob, step_job
-from train.perf.bench.program import option
+from train.perf.hlo import option
 
 
 @pytest.fixture

@@ -34,11 +34,15 @@ class World:
     def __init__(self) -> None:
         self.jobs: list[ScalingJob] = []
         self.dies_at: tuple[int, int, int] | None = None
+        self.baselines_that_die: list[int] = []
 
     def stream(
         self, module: str, job: ScalingJob, seconds: float, environment: dict[str, str]
     ) -> Iterator[dict[str, Any]]:
         self.jobs.append(job)
+        if len(self.jobs) in self.baselines_that_die and job.baseline:
+            yield {"error": "timed out after 600 s"}
+            return
         if job.baseline:
             yield figures(1, job.step.batch[0], None)
         for placement in job.placements:
@@ -91,6 +95,13 @@ def test_a_process_that_dies_costs_one_row(world: World):
     assert [row.get("error", "") for row in found.rows] == ["", "", "died with status 1: no memory", ""]
     assert [len(job.placements) for job in world.jobs] == [3, 1]
     assert "failed: died" in report.markdown(found)
+
+
+def test_one_device_that_fails_the_second_time_is_left_out(world: World):
+    world.dies_at, world.baselines_that_die = (1, 2, 1), [2, 3, 4]
+    found = run(meshes=("data:2", "fsdp:2", "tensor:2"))
+    assert [row.get("error", "") for row in found.rows] == ["", "", "died with status 1: no memory", ""]
+    assert [(len(job.placements), job.baseline) for job in world.jobs] == [(3, True), (1, True), (1, False)]
 
 
 def test_without_one_device_there_is_no_ratio_to_it(world: World):

@@ -86,9 +86,10 @@ class Plan:
 
     Attributes:
       config: YAML file, such as configs/1_3b_remora.yaml.
-      topology: slice of TPUs to compile for, with the TPU compiler, such as v5e:16x16; empty for none.
-      devices: number of GPUs to plan for instead, simulated by CPU devices; 0 for none.
-      memory: memory of one such GPU, in GiB.
+      topology: devices to compile for, with their own compiler: TPUs such as v5e:16x16, GPUs such as h100:8,
+        or h100:4x8 for four machines; empty for none.
+      devices: number of devices to plan for instead, simulated by CPU devices; 0 for none.
+      memory: memory of one such device, in GiB.
       every_program: also compile the restart and the evaluation. The training step, and what fits
         adapters to gradients where the method does, are always compiled.
       out: JSON file for all figures, in bytes; empty for none.

@@ -19,7 +19,7 @@ from train.runtime.parent import end_with_parent
 # Each process is alone on its device.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "TOKENIZERS_PARALLELISM": "false"}
 # NCCL's buffers are not in JAX's share of the memory.
-OF_MESHES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+MEMORY_OF_MESHES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
 LONGEST_LINE = 300
 POLL = 0.1  # seconds between two looks at what a process has written
 
@@ -47,7 +47,7 @@ def stream(
 ) -> Generator[dict[str, Any], None, None]:
     """Yields what a process measures, each row when it is there; arguments as of `call`.
 
-    The time limit is that of each row, and ends devices that wait for each other for ever. If the process
+    Each row has this time limit, which also ends a process whose devices wait for each other. If the process
     failed, died or timed out, the last row is {"error": one line}.
     """
     with tempfile.TemporaryDirectory(prefix="mora-bench-") as folder:
@@ -100,7 +100,7 @@ def _started(
 
 def serve(function: Callable[[Any], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     """Does the job on the standard input, and writes what `function` returns for `call` or `stream`."""
-    # Killed, the caller cannot end this process, which would keep the devices' memory.
+    # A caller that is killed cannot end this process, which would keep the devices' memory.
     end_with_parent(int(sys.argv[2]), signal.SIGKILL)
     job = pickle.load(sys.stdin.buffer)
     with Path(sys.argv[1]).open("a") as out:

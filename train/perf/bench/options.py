@@ -110,7 +110,7 @@ class BenchScaling(TimedSteps):
         for no flag. Every mesh is measured with each set.
       profiled_steps: steps under the profiler, to see what communication costs; 0 for none.
       compilers: programs compiled at a time.
-      row_timeout: seconds that one row may take; with several compilers, all compile in the first.
+      row_timeout: seconds that one row may take; with several compilers, the first compiles all.
       no_baseline: do not measure one device, as for a model that it cannot hold.
       picture: PNG file; empty for none.
       overwrite: replace the file of --picture if there is one; otherwise it is an error.

@@ -19,6 +19,7 @@ from mora_jax.errors import InputError
 from mora_jax.models.batch import Batch
 from mora_jax.models.llama import STACKED, abstract_params
 from mora_jax.transform import Methods
+from train.perf.hlo import option
 from train.step.spec import StepSpec
 from train.step.state import TrainState, held_types, init_params, init_state, layouts, state_over
 from train.step.step import train_step
@@ -158,18 +159,6 @@ def compiled(lowered: Lowered, flags: Sequence[str] = ()) -> tuple[Any, float]:
             raise InputError(str(error).splitlines()[0]) from error
         raise
     return step, lowered.seconds + time.perf_counter() - started
-
-
-def option(flag: str) -> tuple[str, str | bool]:
-    """Returns name and value of one of XLA's options from NAME=VALUE; leading dashes are ignored.
-
-    Raises:
-      InputError: for text of another form.
-    """
-    name, equals, value = flag.strip().lstrip("-").partition("=")
-    if not equals or not name.startswith("xla_"):
-        raise InputError(f"{flag!r} is not a flag of XLA: give xla_NAME=VALUE")
-    return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
 def placed(lowered: Lowered, step: Any, seconds: float) -> Program:

@@ -57,32 +57,31 @@ def measured(record: Record, job: StepJob, work: list[Work], options: BenchScali
     """Measures the rows of one method and puts them into the record.
 
     One process measures all of them. If it dies, the row that it measured has failed, and another process
-    measures one device again and what is left.
+    measures one device again and what is left; without one device, if that is what failed.
 
     Returns:
       Whether there was time for all rows.
     """
-    longest, left = 0.0, work
+    longest, left, baseline = 0.0, work, not options.no_baseline
     while left:
-        todo = ScalingJob(
-            job,
-            tuple(placement for _, placement in left if placement),
-            not options.no_baseline,
-            options.compilers,
-        )
-        again = todo.baseline and left[0][1] is not None
-        rows = children.stream(JAX, todo, options.row_timeout, children.OF_MESHES)
+        placements = tuple(placement for _, placement in left if placement)
+        todo = ScalingJob(job, placements, baseline, options.compilers)
+        again = baseline and left[0][1] is not None  # one device has its row
+        rows = children.stream(JAX, todo, options.row_timeout, children.MEMORY_OF_MESHES)
+        since = time.monotonic()
         with contextlib.closing(rows):
-            if again and "error" in next(rows):
-                todo = dataclasses.replace(todo, baseline=False)
-            for figures in rows:
-                what, before = left[0][0], time.monotonic()
+            for i, figures in enumerate(rows):
+                if again and i == 0:
+                    baseline = "error" not in figures
+                    continue
+                what, left = left[0][0], left[1:]
                 record.put(what, figures)
                 record.save(options.out)
                 progress(f"{label(what)}, {what['mesh']}: {figures.get('error') or _figures(figures)}")
-                left = left[1:]
-                longest = max(longest, time.monotonic() - before)
-                if options.minutes and left and time.monotonic() - began + longest > 60 * options.minutes:
+                now = time.monotonic()
+                longest = max(longest, now - since) if i else longest  # the first one compiles them all
+                since = now
+                if options.minutes and left and now - began + longest > 60 * options.minutes:
                     progress(f"{options.minutes:g} minutes are over: {len(left)} rows were not measured")
                     return False
                 if not left:

@@ -152,13 +152,10 @@ def measure(
 
 def environment(what: dict[str, Any], job: StepJob, programs: str) -> dict[str, str]:
     """Returns variables for a process. Only the frozen base uses the cache: others report compile times."""
-    several = children.OF_MESHES if math.prod(job.mesh) > 1 else {}
-    if what["name"] != FROZEN:
-        return several
-    return several | {
-        "JAX_COMPILATION_CACHE_DIR": programs,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    found = dict(children.MEMORY_OF_MESHES) if math.prod(job.mesh) != 1 else {}
+    if what["name"] == FROZEN:
+        found |= {"JAX_COMPILATION_CACHE_DIR": programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return found
 
 
 def measure_drift(record: Record, work: list[Work], programs: str, call: Call) -> None:

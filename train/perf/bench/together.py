@@ -38,7 +38,7 @@ def bench_step(case: Case, options: BenchStep, explain: Callable[[BaseException]
         return bench(case, options, children.call)
     if options.missing or options.minutes or set(options.peers) != {"none"}:
         raise InputError("--missing, --minutes and --peers need a single process")
-    for name, value in children.ENVIRONMENT.items():
+    for name, value in (children.ENVIRONMENT | children.MEMORY_OF_MESHES).items():
         os.environ.setdefault(name, value)
     with joined(distributed, explain):
         backend.set_flags(case.config.deterministic)  # before anything starts JAX

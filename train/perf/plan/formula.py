@@ -10,7 +10,7 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   or of the shard that a device holds: 2 (n - 1) / n of the bytes.
 - tensor: each microbatch all-reduces the outputs of attention and MLP of every layer in the forward pass,
   and the gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
-  Arrays of adapters are all-gathered for both passes, or once where kernels are kept, and their complete
+  Arrays of adapters are all-gathered for both passes (M once where kernels are kept), and their complete
   gradients are summed over `data`.
   The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path it sums them
   after the product of inputs and outputs' gradients, which it all-gathers in float32: (n - 1) / n of it. On

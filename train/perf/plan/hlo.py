@@ -127,7 +127,7 @@ def _bytes(instruction: Instruction, size: int) -> int:
     if instruction.opcode == "collective-permute-start":
         return shapes[1]  # (input, output, two semaphores)
     if instruction.opcode == "all-gather-start" or instruction.type.startswith("(("):
-        # Started in one place: (inputs, outputs). GPUs start every kind so, others the all-gather alone.
+        # GPUs start every collective with the type (inputs, outputs), other devices all-gathers alone.
         return sum(shapes[half:] if kind == "all-gather" else shapes[:half])
     return sum(shapes) * (size if kind == "reduce-scatter" else 1)
 

@@ -18,8 +18,10 @@ from mora_jax.models.llama import Llama
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.data.rows.info import load_info
+from train.perf.hlo import option
 from train.perf.plan.flops import product_flops
 from train.perf.plan.hlo import Collective, collectives
+from train.runtime import backend
 from train.step.spec import spec_of
 from train.step.step import eval_step, orient_step, restart_step, train_step
 
@@ -132,22 +134,26 @@ def _compiled(function: Any, mesh: Mesh, config: RunConfig, *arguments: Any) -> 
     )
 
 
-def _options(config: RunConfig, mesh: Mesh) -> dict[str, str]:
+def _options(config: RunConfig, mesh: Mesh) -> dict[str, str | bool]:
     """Returns the compiler's options.
 
+    The GPU compiler gets those of a run, and chooses kernels without timing them, since there may be no GPU.
     The CPU compiler has no products of bfloat16, which GPUs have. It would convert the kernels of all layers
     to float32 before the loop over layers.
     """
-    if mesh.devices.flat[0].platform != "cpu" or config.base_dtype == "float32":
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu":
+        return dict(map(option, backend.PRODUCTS)) | {"xla_gpu_autotune_level": "0"}
+    if platform != "cpu" or config.base_dtype == "float32":
         return {}
     passes = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
     return {"xla_disable_hlo_passes": ",".join(passes)}
 
 
 def _peak(memory: Any, mesh: Mesh) -> int:
-    if mesh.devices.flat[0].platform != "cpu":
+    if mesh.devices.flat[0].platform == "tpu":
         return memory.peak_memory_in_bytes
-    # The CPU compiler's own figure leaves temporaries out.
+    # The other compilers' own figure leaves temporaries out.
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
 

@@ -13,7 +13,7 @@ from train.config.run import RunConfig
 from train.console.terminal import console
 from train.perf.plan.plan import Plan, make_plan
 from train.perf.plan.programs import TRAINING, Program
-from train.perf.plan.targets import simulated, topology, use_no_accelerator
+from train.perf.plan.targets import of_gpus, simulated, topology, use_no_accelerator
 from train.storage.files import write_result
 
 MIB, GIB = 2**20, 2**30
@@ -22,7 +22,7 @@ MIB, GIB = 2**20, 2**30
 def plan(
     config: RunConfig, topology_name: str, devices: int, memory: float, programs: Sequence[str] = TRAINING
 ) -> Plan:
-    """Returns the plan for a topology of TPUs, or for simulated devices of `memory` GiB.
+    """Returns the plan for a topology of TPUs or GPUs, or for simulated devices of `memory` GiB.
 
     Raises:
       InputError: unless exactly one of the two is given, and as `make_plan`.
@@ -41,12 +41,12 @@ def _with_attention_for(config: RunConfig, topology_name: str) -> RunConfig:
 
     The CPU compiler knows only xla, which needs more memory than cudnn.
     """
-    kernel = config.compute.attention
-    if topology_name and kernel == "cudnn":
+    kernel, on_gpus = config.compute.attention, not topology_name or of_gpus(topology_name)
+    if not on_gpus and kernel == "cudnn":
         raise InputError("--compute.attention cudnn needs NVIDIA GPUs; use splash or xla on TPUs")
-    if not topology_name and kernel == "splash":
+    if on_gpus and kernel == "splash":
         raise InputError("--compute.attention splash needs TPUs; use cudnn or xla on GPUs")
-    if kernel != "cudnn":
+    if topology_name or kernel != "cudnn":
         return config
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="xla"))
 

@@ -1,4 +1,4 @@
-"""Devices to plan for: those of a TPU topology, or simulated ones. None of them need be present."""
+"""Devices to plan for: TPUs or GPUs that a compiler knows, or simulated ones. None need be present."""
 
 import contextlib
 import dataclasses
@@ -45,6 +45,49 @@ CHIPS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A type of GPU. Figures are those of XLA's own descriptions (xla/backends/gpu/target_config/specs).
+
+    Attributes:
+      name: the name that its driver gives.
+      memory: bytes.
+      bandwidth: bytes a second of its memory.
+    """
+
+    name: str
+    memory: int
+    bandwidth: int
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
+    "h200": Gpu("NVIDIA H200", 151_397_597_184, 4_800_000_000_000),
+}
+# What the GPU compiler asks of a Hopper GPU, as text of XLA's GpuTargetConfigProto.
+_HOPPER = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  memory_bandwidth: %(bandwidth)d device_memory_size: %(memory)d
+  pcie_bandwidth: 34359738368 device_interconnect_info { active_links: 18 }
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  platform_version: "Compute Capability 9.0a" device_vendor: "NVIDIA Corporation" name: "%(name)s"
+  device_address_bits: 64 ecc_enabled: true driver_version: "13.0.0" runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0" dnn_version: "9.20.0"
+}
+platform_name: "CUDA" device_description_str: "%(name)s"
+dnn_version_info { major: 9 minor: 20 } runtime_version { major: 13 }
+"""
+_GPU_PLUGIN = "jax_cuda13_plugin"
+# The share of a GPU's memory that JAX takes unless the user says otherwise.
+_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     """The devices that a step is compiled for.
 
@@ -62,19 +105,57 @@ class Target:
 
 
 def chips(name: str) -> int:
-    """Returns the number of chips of a topology such as "v5e:16x16". Raises InputError for an unknown one."""
-    chip, _, shape = name.partition(":")
-    if chip not in CHIPS or not re.fullmatch(rf"\d+(x\d+){{{CHIPS[chip].dimensions - 1}}}", shape):
+    """Returns the number of devices of a topology such as "v5e:16x16" or "h100:8".
+
+    Raises:
+      InputError: for an unknown one.
+    """
+    kind, _, shape = name.partition(":")
+    sides = shape.split("x")
+    dimensions = (CHIPS[kind].dimensions,) if kind in CHIPS else (1, 2) if kind in GPUS else ()
+    if len(sides) not in dimensions or not all(re.fullmatch(r"[1-9]\d*", side) for side in sides):
         raise InputError(_unknown(name))
-    return math.prod(int(side) for side in shape.split("x"))
+    return math.prod(map(int, sides))
+
+
+def of_gpus(name: str) -> bool:
+    """Returns whether a topology is one of GPUs."""
+    return name.partition(":")[0] in GPUS
 
 
 def topology(name: str) -> Target:
-    """Returns the devices of a TPU topology such as "v5e:16x16", which the TPU compiler knows without a TPU.
+    """Returns the devices of a topology such as "v5e:16x16" or "h100:8", of which none need be present.
 
     Raises:
-      InputError: if the compiler (libtpu) is not installed, or does not know the topology.
+      InputError: if the compiler is not installed, or does not know the topology.
     """
+    return _gpus(name) if of_gpus(name) else _tpus(name)
+
+
+def _gpus(name: str) -> Target:
+    """Returns GPUs: "h100:8" of one machine, "h100:4x8" of four."""
+    count, (kind, _, shape) = chips(name), name.partition(":")
+    if importlib.util.find_spec(_GPU_PLUGIN) is None:
+        raise InputError(
+            f"--topology {name} needs the GPU compiler: pip install 'mora_jax[cuda13]' (Linux x86-64, 3 GB; "
+            "it needs no GPU)"
+        )
+    from importlib.metadata import version
+
+    from jax.experimental import topologies
+
+    gpu, each = GPUS[kind], int(shape.split("x")[-1])
+    layout = f"1x{count // each}x{each}"  # slices x machines x GPUs of one
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name=name, target_config=_HOPPER % dataclasses.asdict(gpu), topology=layout
+    )
+    usable = float(os.environ.get(_FRACTION) or 0.75) * gpu.memory
+    compiler = f"GPU compiler (jax-cuda13-plugin {version('jax-cuda13-plugin')})"
+    return Target(name, compiler, list(found.devices), round(usable))
+
+
+def _tpus(name: str) -> Target:
+    """Returns the TPUs of a topology."""
     alone = chips(name) == 1
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("--topology needs the TPU compiler: pip install 'mora_jax[tpu]' (Linux x86-64)")
@@ -126,5 +207,6 @@ def _prepare_libtpu() -> None:
 
 
 def _unknown(name: str) -> str:
-    known = "; ".join(f"{chip}:{' '.join(c.topologies)}" for chip, c in CHIPS.items())
-    return f"unknown --topology {name}; known are {known}"
+    known = [f"{chip}:{' '.join(c.topologies)}" for chip, c in CHIPS.items()]
+    known += [f"{gpu}:GPUS and {gpu}:MACHINESxGPUS" for gpu in GPUS]
+    return f"unknown --topology {name}; known are {'; '.join(known)}"
