@@ -321,9 +321,11 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 1) -> list[Array]:
     ws, layouts, biases = zip(*kernels, strict=True)
     key = module.make_rng("dropout") if module.has_rng("dropout") else None
-    # What keeps activations for the backward pass also keeps the kernels, which are much smaller.
-    keep = module.compute.layers == "unrolled" and module.compute.remat == "none"
-    ys = dense(x, ws, None, module.compute.adapter_path, key, tile, layouts, keep)
+    # Unrolled layers that keep activations also keep the kernels, which are much smaller. Recomputed layers
+    # keep them from their second forward pass on. A policy for products would keep those of all layers.
+    compute = module.compute
+    keep = compute.remat == "full" or (compute.remat == "none" and compute.layers == "unrolled")
+    ys = dense(x, ws, None, compute.adapter_path, key, tile, layouts, keep)
     return [y if b_D is None else y + _like(b_D, y) for y, b_D in zip(ys, biases, strict=True)]
 
 

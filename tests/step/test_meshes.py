@@ -247,30 +247,46 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         assert not [f for f in found if whole in f[1]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (1, 1, 8)], ids=str)
-def test_kernels_of_unrolled_layers_are_sent_once_and_those_of_one_product_in_one_piece(shape):
+def sent_in_bfloat16(shape: tuple[int, int, int], layers: str, remat: str) -> list[tuple[str, str]]:
+    """Collectives of a step of two layers, as runs are: kernels that need no cast do not share a product."""
     config = configured("share", STEPS, "merged")
-    # In bfloat16, as runs are: kernels that need no cast do not share a product.
-    unrolled = dataclasses.replace(config.compute, dtype="bfloat16", layers="unrolled", remat="none")
-    config = dataclasses.replace(config, compute=unrolled)
+    compute: Any = {"dtype": "bfloat16", "layers": layers, "remat": remat}
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **compute))
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
         methods = assign_methods(config)
         state = abstract_state(config, methods, mesh)
         tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
         compiled = train_step.lower(spec_of(config), methods, state, Batch(tokens)).compile()
-    found = collectives(compiled.as_text())
-    gathered = [shape for kind, shape in found if kind == "all-gather"]
+    return collectives(compiled.as_text())
+
+
+def gathered(found: list[tuple[str, str]], size: str) -> int:
+    """How many arrays of a size, such as "24,24", are all-gathered."""
+    return sum(f"[{size}]" in result for kind, result in found if kind == "all-gather")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (1, 1, 8)], ids=str)
+def test_kernels_of_unrolled_layers_are_sent_once_and_those_of_one_product_in_one_piece(shape):
+    found = sent_in_bfloat16(shape, "unrolled", "none")
     # M of q, k, v and o, and of gate, up and down: of each of two layers.
-    sides = [sum(f"[{side},{side}]" in result for result in gathered) for side in (24, 32)]
-    assert sides == [2 * 4, 2 * 3]
+    assert [gathered(found, "24,24"), gathered(found, "32,32")] == [2 * 4, 2 * 3]
     # q, k and v of 64 columns; gate and up of 100, in tiles of 128.
-    together = [sum(f"[64,{columns}]" in result for result in gathered) for columns in (3 * 64, 2 * 128)]
+    together = [gathered(found, f"64,{3 * 64}"), gathered(found, f"64,{2 * 128}")]
     assert together == ([2, 2] if shape[2] == 1 else [0, 0])
     # Kernels with a width of 100 are not gathered for `tensor`: devices exchange parts of rows and columns.
     exchanged = sum(kind == "all-to-all" for kind, _ in found)
     assert exchanged == (0 if shape[2] == 1 else 2 * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["scan", "unrolled"])
+def test_recomputed_layers_all_gather_each_kernel_twice(layers):
+    found = sent_in_bfloat16((1, 8, 1), layers, "full")
+    twice = 2 * (1 if layers == "scan" else 2)  # of one layer in a loop, or of two
+    assert [gathered(found, f"64,{3 * 64}"), gathered(found, f"64,{2 * 128}")] == [twice, twice]
+    assert gathered(found, "24,24") == 4 * twice
 
 
 @pytest.mark.parametrize("shape", [SLOW_8, (2, 2, 2)], ids=str)

@@ -267,6 +267,9 @@ def test_unknown_memory_leaves_it_open_whether_a_program_fits(config):
     assert tpu.fits() is False
 
 
+GPUS = ["--topology", "h100:2", "--data.sequence-length", "128", "--model.max-position-embeddings", "128"]
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -284,6 +287,9 @@ def test_unknown_memory_leaves_it_open_whether_a_program_fits(config):
         (["--topology", "v9:2x2"], "unknown --topology v9:2x2; known are v5e:1x1 2x2"),
         (["--topology", "v5p:2x2"], "unknown --topology v5p:2x2"),
         (["--topology", "v5e:2x2", "--compute.attention", "cudnn"], "cudnn needs"),
+        (["--topology", "h100:0"], "unknown --topology h100:0"),
+        (["--topology", "h100:2x2x2"], "h100:GPUS and h100:MACHINESxGPUS"),
+        ([*GPUS, "--compute.attention", "splash"], "splash needs TPUs"),
         (["--topologie", "v5e:2x2"], "did you mean --topology?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -297,10 +303,37 @@ def test_refusals(capsys, tiny_yaml, args, expected):
     assert expected in line
 
 
-def test_the_missing_compiler_is_named(monkeypatch):
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu"), ("h200:2x8", "cuda13")])
+def test_the_missing_compiler_is_named(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'mora_jax\[tpu\]'"):
-        targets.topology("v5e:2x2")
+    with pytest.raises(InputError, match=rf"pip install 'mora_jax\[{extra}\]'"):
+        targets.topology(topology)
+    assert targets.chips(topology) in (4, 16)
+
+
+# The GPU compiler
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the GPU compiler: the extra `cuda13`"
+)
+@pytest.mark.parametrize("topology", ["h100:4", "h200:2x2"])
+def test_a_plan_by_the_gpu_compiler(tiny_yaml, tmp_path, topology):
+    out = tmp_path / "plan.json"
+    words = ["--topology", topology, "--mesh.data", "2", "--mesh.fsdp", "2", "--compute.attention", "cudnn"]
+    words += ["--compute.dtype", "bfloat16", "--batch-size", "64", "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    command = [sys.executable, "-m", "train.cli", "plan", str(tiny_yaml), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "by the GPU compiler (jax-cuda13-plugin " in done.stdout
+    plan = json.loads(out.read_text())
+    assert (plan["devices"], plan["fits"]) == (4, True)
+    (train,) = plan["programs"]
+    assert train["peak"] > sum(plan["held"].values())
+    found = {(c["kind"], c["axes"]) for c in train["collectives"]}
+    assert {("all-gather", "fsdp"), ("all-reduce", "data")} <= found
 
 
 # The TPU compiler
