@@ -288,6 +288,7 @@ GPUS = ["--topology", "h100:2", "--data.sequence-length", "128", "--model.max-po
         (["--topology", "v5p:2x2"], "unknown --topology v5p:2x2"),
         (["--topology", "v5e:2x2", "--compute.attention", "cudnn"], "cudnn needs"),
         (["--topology", "h100:0"], "unknown --topology h100:0"),
+        (["--topology", "h100:9999x8"], "the number of GPUs of --topology must be at most 4,096"),
         (["--topology", "h100:2x2x2"], "h100:GPUS and h100:MACHINESxGPUS"),
         ([*GPUS, "--compute.attention", "splash"], "splash needs TPUs"),
         (["--topologie", "v5e:2x2"], "did you mean --topology?"),

@@ -15,7 +15,7 @@ from train.config.sections import at_least
 
 GIB = 2**30
 CPU_COMPILER = "CPU compiler"
-MOST_SIMULATED = 4096
+MOST_DEVICES = 4096  # simulated, or GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,7 @@ def topology(name: str) -> Target:
 def _gpus(name: str) -> Target:
     """Returns GPUs: "h100:8" of one machine, "h100:4x8" of four."""
     count, (kind, _, shape) = chips(name), name.partition(":")
+    at_least("the number of GPUs of --topology", count, 1, MOST_DEVICES)
     if importlib.util.find_spec(_GPU_PLUGIN) is None:
         raise InputError(
             f"--topology {name} needs the GPU compiler: pip install 'mora_jax[cuda13]' (Linux x86-64, 3 GB; "
@@ -179,7 +180,7 @@ def simulated(count: int, memory: float) -> Target:
     Raises:
       InputError: if the count or the memory is out of range, or JAX has already started with fewer.
     """
-    at_least("--devices", count, 1, MOST_SIMULATED)
+    at_least("--devices", count, 1, MOST_DEVICES)
     at_least("--memory", memory, 0)
     with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", count)
