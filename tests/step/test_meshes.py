@@ -267,7 +267,7 @@ def gathered(found: list[tuple[str, str]], size: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 1, 8)], ids=str)
 def test_kernels_of_unrolled_layers_are_sent_once_and_those_of_one_product_in_one_piece(shape):
     found = sent_in_bfloat16(shape, "unrolled", "none")
     # M of q, k, v and o, and of gate, up and down: of each of two layers.

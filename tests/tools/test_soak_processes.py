@@ -1,37 +1,11 @@
 """Several processes, one of which is killed, and what counts as a good end of all others."""
 
-import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import soak_processes
 from soak_processes import KINDS, Options, Strike, draw, struck
-
-SOAK = Path(__file__).parent / "soak_processes.py"
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_becomes_the_undisturbed_one(tmp_path):
-    report = tmp_path / "report.json"
-    words = ["--processes", "2", "--kills", "1", "--steps", "21", "--no-alone", "--report", str(report)]
-    done = subprocess.run(
-        [sys.executable, str(SOAK), *words],
-        env=os.environ | {"PYTHONPATH": str(SOAK.parents[2])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(report.read_text())
-    assert figures["good"]
-    assert [end["statuses"].count(76) for end in figures["ends"]] == [1, 0]
-    assert figures["ends"][1]["statuses"] == [75, 75]
-    assert set(figures["final_hashes"]) == {figures["undisturbed_hash"]}
-    assert figures["lines_compared"] >= 21
-
 
 @pytest.mark.parametrize(
     ("kind", "own", "other", "documented", "hung"),
