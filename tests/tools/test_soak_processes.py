@@ -7,6 +7,7 @@ import pytest
 import soak_processes
 from soak_processes import KINDS, Options, Strike, draw, struck
 
+
 @pytest.mark.parametrize(
     ("kind", "own", "other", "documented", "hung"),
     [
