@@ -226,17 +226,22 @@ def elements(shape: str) -> int:
     return max(int(np.prod([int(d) for d in one.split(",") if d])) for one in dims)
 
 
-@pytest.mark.parametrize("shape", [SLOW_8, slow((1, 2, 4)), (2, 2, 2)], ids=str)
-def test_kernels_are_gathered_and_never_moved_about(shape):
-    """Nothing as large as a part of a kernel is exchanged, and nothing of all layers at once is gathered."""
-    config = configured("share, rotate and LoRA", STEPS, "merged")
+def sent(config: RunConfig, shape: tuple[int, int, int]) -> tuple[Any, list[tuple[str, str]]]:
+    """The state of a run on a mesh, without values, and the collectives of its step."""
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
         methods = assign_methods(config)
         state = abstract_state(config, methods, mesh)
         tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
         compiled = train_step.lower(spec_of(config), methods, state, Batch(tokens)).compile()
-    found = collectives(compiled.as_text())
+    return state, collectives(compiled.as_text())
+
+
+@pytest.mark.parametrize("shape", [SLOW_8, slow((1, 2, 4)), (2, 2, 2)], ids=str)
+def test_kernels_are_gathered_and_never_moved_about(shape):
+    """Nothing as large as a part of a kernel is exchanged, and nothing of all layers at once is gathered."""
+    config = configured("share, rotate and LoRA", STEPS, "merged")
+    state, found = sent(config, shape)
     assert {"all-gather", "all-reduce"} <= {kind for kind, _ in found}
     exchanged = [shape for kind, shape in found if kind in ("all-to-all", "collective-permute")]
     assert all(elements(shape) < 64 * 64 // 8 for shape in exchanged)
@@ -252,13 +257,7 @@ def sent_in_bfloat16(shape: tuple[int, int, int], layers: str, remat: str) -> li
     config = configured("share", STEPS, "merged")
     compute: Any = {"dtype": "bfloat16", "layers": layers, "remat": remat}
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **compute))
-    mesh = sharding.make_mesh(*shape)
-    with jax.set_mesh(mesh):
-        methods = assign_methods(config)
-        state = abstract_state(config, methods, mesh)
-        tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=sharding.batch(mesh))
-        compiled = train_step.lower(spec_of(config), methods, state, Batch(tokens)).compile()
-    return collectives(compiled.as_text())
+    return sent(config, shape)[1]
 
 
 def gathered(found: list[tuple[str, str]], size: str) -> int:
