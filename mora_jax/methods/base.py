@@ -49,7 +49,7 @@ class Method:
       additive: whether the update is linear in the input, so that `delta` exists.
       merged_min_tokens: from this many tokens on, adding the update to the kernel is faster than computing
         `delta`. The former costs O(k d) a step, the latter O(tokens (k + d)) (docs/performance.md).
-      float32_gradients: whether the merged path sums the arrays' gradients over devices in float32.
+      gradients_by_parts: whether the merged path computes the arrays' gradients part by part of the batch.
       gathers_activations: whether gradients need activations that `tensor` divides to be all-gathered.
       orients: whether `oriented` does something with the kernel's gradient.
       dropout: share of the adapter's inputs that training sets to zero. A field where a method has it.
@@ -58,7 +58,7 @@ class Method:
     name: ClassVar[str]
     additive: ClassVar[bool] = True
     merged_min_tokens: ClassVar[int] = 2048
-    float32_gradients: ClassVar[bool] = False
+    gradients_by_parts: ClassVar[bool] = False
     gathers_activations: ClassVar[bool] = False
     orients: ClassVar[bool] = False
     dropout: float = 0.0
@@ -96,9 +96,10 @@ class Method:
         dy: Float[Array, "*B N D"],
         divided: tuple[bool, bool] = (False, False),
     ) -> list[Arrays]:
-        """Returns the gradients of the arrays of N kernels with one shape and one input.
+        """Returns the gradients of the arrays of N kernels with one shape and one input, in parts.
 
-        Only for additive methods. A method that knows a cheaper way than the vjp of `delta` overrides this.
+        Each is (G, ...), a part for each shard of the batch, so that the caller sums them over devices. Only
+        for additive methods. A method that knows a cheaper way than the vjp of `delta` overrides this.
 
         Args:
           arrays: the arrays of each kernel's adapter.
@@ -111,11 +112,11 @@ class Method:
     def compressed_gradients(
         self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Arrays]:
-        """Returns `gradients`, by the vjp of `delta`."""
+        """Returns `gradients` in one part, by the vjp of `delta`."""
 
         def one(i: int) -> Arrays:
             _, vjp = jax.vjp(lambda a: self.delta(a, x, dy.shape[-1]), arrays[i])
-            return vjp(dy[..., i, :])[0]
+            return {name: g[None] for name, g in vjp(dy[..., i, :])[0].items()}
 
         return [one(i) for i in range(len(arrays))]
 
@@ -261,16 +262,11 @@ def padded(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def outer(x: Float[Array, "*B K"], dy: Float[Array, "*B D"]) -> Float[Array, "K D"]:
-    """Returns x^T dy over all of the batch, in float32."""
-    return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)
-
-
 def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Float[Array, "G K D"]:
-    """Returns x^T dy over each shard of the batch, so that nothing is sent between devices yet."""
+    """Returns x^T dy over each shard of the batch, in float32; nothing is sent between devices yet."""
     parts = math.gcd(sharding.batch_shards(), x.shape[0])
     if parts == 1:
-        return outer(x, dy)[None]
+        return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)[None]
     x_GTK, dy_GTD = (sharding.by_batch(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
     return sharding.by_batch(jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32))
 

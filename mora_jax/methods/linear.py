@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Adapter, Arrays, Bound, Method, outer, padded
+from mora_jax.methods.base import Adapter, Arrays, Bound, Method, outer_by_parts, padded
 from mora_jax.sharding import Layout
 
 Path: TypeAlias = Literal["auto", "merged", "compressed", "folded", "activation"]
@@ -33,6 +34,7 @@ def dense(
     tile: int = 1,
     layouts: Sequence[Layout] | None = None,
     keep: bool = False,
+    sums: DTypeLike = jnp.float32,
 ) -> list[Float[Array, "*B ?D"]]:
     """Applies one or several kernels to one input, in one product, each with an adapter of its own or none.
 
@@ -54,6 +56,7 @@ def dense(
       layouts: how each kernel may be divided over an ambient mesh. Without it, XLA decides.
       keep: whether kernels that devices of a mesh send each other are kept for the backward pass; otherwise
         they are sent again.
+      sums: type in which devices of a mesh send each other their parts of gradients.
 
     Returns:
       One output for each kernel, in x's type.
@@ -80,11 +83,22 @@ def dense(
     if dropout_key is not None and len(ws) > 1:
         keys = [jax.random.fold_in(dropout_key, i) for i in range(len(ws))]
     kernels = [_Kernel(*parts) for parts in zip(ws, adapters, known, keys, strict=True)]
+    how = _How(path, tile, keep, jnp.dtype(sums))
     if len(ws) > 1 and (sharding.divides_products() or all(w.dtype == x.dtype for w in ws)):
         # Kernels that need no cast would be copied just to be joined. A mesh that divides kernels along
         # their widths would move every shard.
-        return [y for kernel in kernels for y in _applied(x, [kernel], path, tile, keep)]
-    return _applied(x, kernels, path, tile, keep)
+        return [y for kernel in kernels for y in _applied(x, [kernel], how)]
+    return _applied(x, kernels, how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How kernels are applied, as `dense` takes it."""
+
+    path: Path
+    tile: int
+    keep: bool
+    sums: jnp.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +134,8 @@ class _Factors:
         return zip(self.ws, self.arrays, self.methods, self.layouts, strict=True)
 
 
-def _applied(x: Array, kernels: Sequence[_Kernel], path: Path, tile: int, keep: bool) -> list[Array]:
-    merged = _merged(x, kernels, path)
+def _applied(x: Array, kernels: Sequence[_Kernel], how: _How) -> list[Array]:
+    merged = _merged(x, kernels, how.path)
     inside = [k.adapter if is_merged else None for k, is_merged in zip(kernels, merged, strict=True)]
     factors = _Factors(
         tuple(k.w for k in kernels),
@@ -129,10 +143,10 @@ def _applied(x: Array, kernels: Sequence[_Kernel], path: Path, tile: int, keep: 
         tuple(adapter.method if adapter else None for adapter in inside),
         tuple(k.layout for k in kernels),
     )
-    y: Any = _product(path, tile, keep, x, factors)
-    ys = jnp.split(y, _ends(_widths(factors, tile)), axis=-1)
+    y: Any = _product(how, x, factors)
+    ys = jnp.split(y, _ends(_widths(factors, how.tile)), axis=-1)
     return [
-        y + padded(_delta(x, k), -1, tile) if k.adapter and not is_merged else y
+        y + padded(_delta(x, k), -1, how.tile) if k.adapter and not is_merged else y
         for y, k, is_merged in zip(ys, kernels, merged, strict=True)
     ]
 
@@ -171,10 +185,10 @@ def _delta(x: Array, kernel: _Kernel) -> Array:
     return adapter.method.delta(arrays, x, kernel.w.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: _How, x: Array, factors: _Factors) -> Any:
     """Returns x times the effective kernels, side by side."""
-    return x @ _effective(tile, x, factors)
+    return x @ _effective(how.tile, x, factors)
 
 
 def _effective(tile: int, x: Array, factors: _Factors) -> Array:
@@ -208,52 +222,52 @@ def _widened(w: Array) -> Array:
     return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
-def _product_forward(path: Path, tile: int, keep: bool, x: Array, factors: _Factors) -> Any:
+def _product_forward(how: _How, x: Array, factors: _Factors) -> Any:
     # The effective kernels are not saved: recomputing costs O(k d), saving would cost a copy of the model.
     # But XLA merges no two collectives, so kernels that devices send each other are saved to send them once.
     # Over `tensor` some are not sent; XLA would keep these as well.
     sent = any(factors.layouts) and (sharding.gathers() or sharding.divides_products())
-    w = _effective(tile, x, factors)
-    return x @ w, (x, factors, w if sent and keep else None)  # plain, so that it has a forward mode
+    w = _effective(how.tile, x, factors)
+    return x @ w, (x, factors, w if sent and how.keep else None)  # plain, so that it has a forward mode
 
 
-def _product_backward(path: Path, tile: int, keep: bool, saved: Any, dy: Array) -> Any:
+def _product_backward(how: _How, saved: Any, dy: Array) -> Any:
     x, factors, w = saved
     if w is None and any(factors.layouts) and sharding.gathers():
         x, factors = jax.lax.optimization_barrier((x, factors))  # gathers kernels again
-    w = _effective(tile, x, factors) if w is None else w
+    w = _effective(how.tile, x, factors) if w is None else w
     # Without the barrier XLA computes dy again for each sum over it, instead of reading it.
     dy = jax.lax.optimization_barrier(dy)
     dx = dy @ w.T
-    return dx, _factor_gradients(path, tile, x, factors, dy)
+    return dx, _factor_gradients(how, x, factors, dy)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _factor_gradients(path: Path, tile: int, x: Array, factors: _Factors, dy: Array) -> _Factors:
+def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Factors:
     """Returns the gradients of the kernels and of their adapters' arrays, from those of all outputs."""
     arrays = [_replicated(a, method, layout) if method else {} for _, a, method, layout in factors]
-    x, widths = x[..., : factors.ws[0].shape[0]], _widths(factors, tile)
+    x, widths = x[..., : factors.ws[0].shape[0]], _widths(factors, how.tile)
+    summed = functools.partial(sharding.summed, sent=how.sums)
     # XLA removes what is not used of this product; it is one for all kernels, as in the forward pass.
-    dws = jnp.split(outer(x, dy), _ends(widths), axis=-1)
-    dws = [dw[:, : w.shape[1]].astype(_widened(w).dtype) for dw, w in zip(dws, factors.ws, strict=True)]
+    dws = jnp.split(outer_by_parts(x, dy), _ends(widths), axis=-1)
+    dws = [summed(dw[..., : w.shape[1]]) for dw, w in zip(dws, factors.ws, strict=True)]
     found: list[Arrays] = [{} for _ in dws]
     together: dict[Any, list[int]] = {}  # kernels of one method and shape
     for i, (w, _, method, _) in enumerate(factors):
-        if method and (path == "folded" or not method.additive):
+        if method and (how.path == "folded" or not method.additive):
             _, vjp = jax.vjp(method.weight, arrays[i], _widened(w))
-            found[i], dws[i] = vjp(dws[i])
+            found[i], dws[i] = vjp(dws[i].astype(_widened(w).dtype))
         elif method:
             together.setdefault((method, w.shape), []).append(i)
     for (method, shape), at in together.items():
         gradients = method.compressed_gradients
-        if path != "compressed":
+        if how.path != "compressed":
             gradients = functools.partial(method.gradients, divided=sharding.divided(factors.layouts[at[0]]))
         dy_BND = _stacked(dy, widths, at)[..., : shape[1]]
         for i, gradient in zip(at, gradients([arrays[i] for i in at], x, dy_BND), strict=True):
-            found[i] = gradient
-    dws = [dw.astype(w.dtype) for dw, w in zip(dws, factors.ws, strict=True)]
+            found[i] = {name: summed(g) for name, g in gradient.items()}
     return _scattered(factors, dws, found)
 
 
@@ -266,14 +280,15 @@ def _stacked(dy: Array, widths: Sequence[int], at: Sequence[int]) -> Array:
 
 
 def _scattered(factors: _Factors, dws: Sequence[Array], arrays: Sequence[Arrays]) -> _Factors:
-    """Returns the gradients, each in the layout of its array."""
+    """Returns the gradients, each in the layout and the type of its array."""
     placed_ws, placed_arrays = list(dws), list(arrays)
     for i, (_, _, method, layout) in enumerate(factors):
         if layout:
             leaves = method.leaves() if method else {}
             placed_ws[i] = sharding.scattered(dws[i], layout)
             placed_arrays[i] = {n: sharding.scattered(g, leaves[n].layout) for n, g in arrays[i].items()}
-    return dataclasses.replace(factors, ws=tuple(placed_ws), arrays=tuple(placed_arrays))
+    placed = dataclasses.replace(factors, ws=tuple(placed_ws), arrays=tuple(placed_arrays))
+    return jax.tree.map(lambda g, array: g.astype(array.dtype), placed, factors)
 
 
 def _replicated(arrays: Arrays, method: Method, layout: Layout | None) -> Arrays:

@@ -64,7 +64,7 @@ class MoRA(Method):
     r_hat_from: Literal["rank", "rounded"] = "rank"
     name: ClassVar[str] = "mora"
     merged_min_tokens: ClassVar[int] = 1024  # no product is needed to make its update of a kernel
-    float32_gradients: ClassVar[bool] = True
+    gradients_by_parts: ClassVar[bool] = True
     gathers_activations: ClassVar[bool] = True  # groups do not end where a kernel is divided
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class MoRA(Method):
         dy: Float[Array, "*B N D"],
         divided: tuple[bool, bool] = (False, False),
     ) -> list[Arrays]:
-        """Returns f_comp(x)^T f_decomp^T(dy), with sums over groups before or after the product.
+        """Returns f_comp(x)^T f_decomp^T(dy) in parts, with sums over groups before or after the product.
 
         The sums commute with the product. Before it they make it smaller but read all activations once more;
         after it they cost O(k d). The cheapest of the four orders is taken. An operator that applies M to
@@ -147,25 +147,25 @@ class MoRA(Method):
     def _gradients_of_blocks(
         self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Array]:
-        """Returns N gradients from the blocks of inputs and outputs that M connects."""
+        """Returns N gradients in parts, from the blocks of inputs and outputs that M connects."""
         d = dy.shape[-1]
         x, dy = sharding.whole(x), sharding.whole(dy)
         z = sharding.whole(self.operator.compress(x, r_hat, d))
         outputs = jax.linear_transpose(lambda y: self.operator.decompress(y, d), z)
         z = padded(z, -1, side)
         dys = [padded(sharding.whole(outputs(dy[..., i, :])[0]), -1, side) for i in range(dy.shape[-2])]
-        return [outer_by_parts(z, dy).sum(axis=0) for dy in dys]
+        return [outer_by_parts(z, dy) for dy in dys]
 
     def _gradients_of_product(
         self, r_hat: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Array]:
-        """Returns N gradients from one product x^T dy, by the transpose of the operator's `matrix`."""
+        """Returns N gradients in parts, from x^T dy, by the transpose of the operator's `matrix`."""
         k, (n, d) = x.shape[-1], dy.shape[-2:]
         x, dy = sharding.whole(x), sharding.whole(dy)
         m_RR = jax.ShapeDtypeStruct((r_hat, r_hat), jnp.float32)
         folded = jax.vmap(jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR))
         g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
-        return [folded(g_GKND[:, :, i])[0].sum(axis=0) for i in range(n)]
+        return [folded(g_GKND[:, :, i])[0] for i in range(n)]
 
     def after_restart(self, restarts: int = 1) -> "MoRA":
         """Returns MoRA with the operator's next pattern, so that the next update spans other directions."""
@@ -286,8 +286,8 @@ def _rows(arrays: Arrays) -> int:
 
 
 def _square(m: Array, side: int) -> Array:
-    """Returns M, or its gradient, cut or padded with zeros to a side."""
-    return resized(resized(m, side, axis=0), side, axis=1)
+    """Returns M, or parts of its gradient, cut or padded with zeros to a side."""
+    return resized(resized(m, side, axis=m.ndim - 2), side, axis=m.ndim - 1)
 
 
 def _gradients_of_sums(
@@ -296,7 +296,7 @@ def _gradients_of_sums(
     dy: Float[Array, "*B N D"],
     divided: tuple[bool, bool],
 ) -> list[Array]:
-    """Returns N gradients; x and dy are summed over their groups before or after the product."""
+    """Returns N gradients in parts; x and dy are summed over their groups before or after the product."""
     k, (n, d) = x.shape[-1], dy.shape[-2:]
     sum_x, sum_dy = sums
     first_x, first_dy = _summed_first(k, d, n, sum_x.width, divided)
@@ -307,8 +307,7 @@ def _gradients_of_sums(
     g_GKND = g_GKD.reshape(*g_GKD.shape[:2], n, -1)
     g_GKND = g_GKND if first_dy else sum_dy(g_GKND)
     gs = [g_GKND[:, :, i] for i in range(n)]
-    gs = gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
-    return [g.sum(axis=0) for g in gs]
+    return gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
 
 
 def _summed_first(

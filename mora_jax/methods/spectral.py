@@ -122,7 +122,7 @@ class Spectral(Method):
         dy: Float[Array, "*B N D"],
         divided: tuple[bool, bool] = (False, False),
     ) -> list[Arrays]:
-        """Returns the gradients from one product x^T dy where that is cheaper than those of `delta`."""
+        """Returns the gradients in parts, by one product x^T dy where that is cheaper than by `delta`."""
         k, (n, d) = x.shape[-1], dy.shape[-2:]
         side = self.r_hat(k, d)
         if side * (k + d + side) < k * d:
@@ -132,8 +132,7 @@ class Spectral(Method):
         zero_KD = jnp.zeros((k, d))
         vjps = [jax.vjp(lambda a: self.weight(a, zero_KD), dict(a))[1] for a in arrays]
         # Devices sum what is as small as m, not the product.
-        parts = [jax.vmap(vjp)(g_GKND[:, :, i])[0] for i, vjp in enumerate(vjps)]
-        return [jax.tree.map(lambda g: g.sum(axis=0), part) for part in parts]
+        return [jax.vmap(vjp)(g_GKND[:, :, i])[0] for i, vjp in enumerate(vjps)]
 
     @property
     def restart_effect(self) -> RestartEffect:

@@ -27,6 +27,7 @@ from mora_jax.models.attention import Kernel as AttentionKernel
 from mora_jax.models.batch import Batch
 from mora_jax.models.cache import Cache, KeyValues
 from mora_jax.models.config import LlamaConfig
+from mora_jax.models.lookup import lookup
 from mora_jax.models.loss import HEAD, cross_entropy
 from mora_jax.models.rope import angles
 from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout, Rules
@@ -69,6 +70,9 @@ class Compute:
       loss_chunk: largest number of tokens whose logits a device holds at a time.
       adapter_path: forces how adapters are computed: "merged" into the kernels, the same with "compressed" or
         "folded" gradients, or by "activation"; "auto" chooses the fastest.
+      gradient_sums: type in which devices of a mesh send each other their parts of gradients, to be summed.
+        "bfloat16" halves what they send, and rounds each part and each sum of parts. It concerns kernels,
+        embeddings and MoRA's matrices. LoRA's gradients are sums of products of `dtype` in any case.
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -77,6 +81,7 @@ class Compute:
     remat: Literal["none", "dots", "full"] = "none"
     loss_chunk: int = 8192
     adapter_path: Path = "auto"
+    gradient_sums: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.attention == "cudnn" and self.dtype != "bfloat16":
@@ -236,7 +241,8 @@ class Llama(nn.Module):
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
         shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])
         chunk = shards * largest_divisor(x_TD.shape[0] // shards, self.compute.loss_chunk)
-        total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk)
+        sums = self.compute.gradient_sums
+        total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk, sums)
         return jnp.asarray(total), weights_BT.sum()
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
@@ -273,9 +279,8 @@ class Llama(nn.Module):
         return cos_BTJ, sin_BTJ
 
     def _embedded(self, tokens_BT: Array) -> Array:
-        dtype = jnp.dtype(self.compute.dtype)
-        table_VD = sharding.gathered(self.embed_tokens.embedding, ROWS, dtype)
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+        table_VD, compute = self.embed_tokens.embedding, self.compute
+        x_BTD = lookup(table_VD, tokens_BT, ROWS, compute.dtype, compute.gradient_sums)
         return sharding.constrain(x_BTD, _HIDDEN)
 
     def head(self) -> Float[Array, "D V"]:
@@ -325,7 +330,7 @@ def _dense(module: Attention | MLP, x: Array, kernels: list[Parts], tile: int = 
     # keep them from their second forward pass on. A policy for products would keep those of all layers.
     compute = module.compute
     keep = compute.remat == "full" or (compute.remat == "none" and compute.layers == "unrolled")
-    ys = dense(x, ws, None, compute.adapter_path, key, tile, layouts, keep)
+    ys = dense(x, ws, None, compute.adapter_path, key, tile, layouts, keep, compute.gradient_sums)
     return [y if b_D is None else y + _like(b_D, y) for y, b_D in zip(ys, biases, strict=True)]
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mora_jax import sharding
@@ -27,13 +28,14 @@ _LOGITS = Layout((Spec(BATCH, "tensor"), Spec(BATCH, None)))
 _HEAD_GRADIENTS = Layout((Spec(BATCH, None, "tensor"), Spec(BATCH, None, None)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     x_TD: Float[Array, "T D"],
     w_DV: Float[Array, "D V"],
     targets_T: Int[Array, "T"],
     weights_T: Float[Array, "T"],
     chunk: int,
+    sums: DTypeLike = jnp.float32,
 ) -> Float[Array, ""]:
     """Returns the weighted sum of -log softmax(x @ w)[target], in nats.
 
@@ -46,6 +48,7 @@ def cross_entropy(
       targets_T: token to predict at each position.
       weights_T: weight of each position, 0 where there is nothing to predict. It gets no gradient.
       chunk: tokens whose logits are held at a time. It must divide T.
+      sums: type in which devices of a mesh send each other their parts of the head's gradient.
 
     Raises:
       InputError: if chunk does not divide T.
@@ -88,7 +91,9 @@ def target_scores(
     return log_p_T, greedy_T
 
 
-def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int) -> tuple[Array, Any]:
+def _forward(
+    x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int, sums: DTypeLike
+) -> tuple[Array, Any]:
     w_DP, vocabulary = _tiled(w_DV, x_TD), w_DV.shape[1]
     # Each shard sums the gradient of its own tokens; all shards are added once, after the loop.
     parts = math.gcd(sharding.batch_shards(), chunk)
@@ -112,11 +117,11 @@ def _forward(x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk
     start = (jnp.zeros((), jnp.float32), zeros_GDP)
     (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
     # The padding is cut before the sum: XLA makes no reduce-scatter of a sum that is cut.
-    dw_DV = sharding.scattered(dw_GDP[:, :, :vocabulary].sum(axis=0).astype(w_DV.dtype), HEAD)
+    dw_DV = sharding.scattered(sharding.summed(dw_GDP[:, :, :vocabulary], sums), HEAD).astype(w_DV.dtype)
     return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
 
 
-def _backward(chunk: int, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
+def _backward(chunk: int, sums: DTypeLike, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
     dx_TD, dw_DV = gradients
     return (dx_TD * g.astype(dx_TD.dtype)), dw_DV * g.astype(dw_DV.dtype), None, None
 

@@ -128,6 +128,21 @@ def scattered(g: Array, layout: Layout) -> Array:
     return g
 
 
+def summed(parts: Array, sent: DTypeLike) -> Array:
+    """Returns the sum of a gradient's parts (G, ...), which shards of the batch computed.
+
+    It is in the type that is sent: XLA makes no reduce-scatter of a sum that is widened before `scattered`.
+
+    Args:
+      parts: one part for each shard. A single one is returned as it is.
+      sent: type in which devices send each other parts, and sums of parts. They are rounded to it.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    # `jnp.sum` would add in float32, and send that.
+    return jax.lax.reduce(parts.astype(sent), jnp.zeros((), sent), jax.lax.add, (0,))
+
+
 def batch_shards(mesh: Any = None) -> int:
     """Returns the number of shards of a batch on a mesh, by default on the ambient one."""
     sizes = _ambient() if mesh is None else mesh.shape

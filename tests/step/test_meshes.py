@@ -208,6 +208,23 @@ def test_kernels_that_share_a_product_have_gradients_of_their_own_on_a_mesh(shap
         assert error < 5e-2, leaf
 
 
+@pytest.mark.parametrize("shape", [slow((8, 1, 1)), slow((1, 8, 1)), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", ["share", slow("full")])
+def test_gradients_summed_in_bfloat16_are_rounded_and_those_of_one_device_are_not(name, shape):
+    config = configured(name, 2, "merged")
+    compute = dataclasses.replace(config.compute, gradient_sums="bfloat16")
+    config, rounded = dataclasses.replace(config, compute=compute), config
+    one, many = on_one(rounded), trained(config, shape, on_one(rounded))
+    if shape == (2, 2, 2):
+        alone = trained(config, (1, 1, 1), one)
+        assert all((alone.gradients[0][leaf] == g).all() for leaf, g in one.gradients[0].items())
+    for leaf, expected in one.gradients[0].items():
+        error = np.linalg.norm(many.gradients[0][leaf] - expected) / np.linalg.norm(expected)
+        # Up to eight parts and their sums are each rounded to 8 bits. Norms have float32, but all gradients
+        # are clipped by their common norm.
+        assert (error < 1e-4) if "norm" in leaf else (1e-3 < error < 1e-2), (leaf, error)
+
+
 def assert_same(ours: Any, theirs: Any, rtol: float, atol: float) -> None:
     ours, theirs = (jax.tree_util.tree_leaves_with_path(tree) for tree in (ours, theirs))
     for (path, a), (_, b) in zip(ours, theirs, strict=True):

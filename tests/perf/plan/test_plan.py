@@ -135,25 +135,28 @@ def test_biases_and_norms_of_heads_are_counted(config):
 
 
 def test_gradients_of_adapters_are_sent_in_the_dtype_of_their_sums(abstract, config):
-    """In float32 if MoRA sums part by part of the batch, otherwise in the dtype of the products."""
+    """In that of `gradient_sums` if MoRA sums part by part of the batch, otherwise that of products."""
     state, methods, mesh = abstract(data=2)
     adapters = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
-    half = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
 
-    def sent(rows: int, **method: object) -> int:
-        large = dataclasses.replace(half, batch_size=rows)
+    def sent(rows: int, sums: Any = "float32", base: bool = False, **method: object) -> int:
+        compute = dataclasses.replace(config.compute, dtype="bfloat16", gradient_sums=sums)
+        large = dataclasses.replace(config, compute=compute, batch_size=rows)
         other = methods
         if method:
             choices = [(p, dataclasses.replace(m, **method)) for p, m in methods.adapted()]
             trained = [(p, "train") for p in methods.trained()]
             other = dataclasses.replace(methods, choices=(*choices, *trained))
         (line,) = expected(large, other, state, mesh)
-        return line.adapters
+        return line.base if base else line.adapters
 
     assert sent(32) == adapters * 4  # 1024 tokens: the merged path
     assert sent(31) == adapters * 2
     assert sent(32, operator=Decouple()) == adapters * 4
     assert sent(32, dropout=0.1) == adapters * 2
+    assert sent(32, "bfloat16") == adapters * 2
+    embeddings = 2 * 384 * 32
+    assert sent(32, base=True) - sent(32, "bfloat16", base=True) == 2 * embeddings
 
 
 def test_sharded_arrays_are_all_gathered_and_their_gradients_reduce_scattered(abstract, config):

@@ -85,16 +85,19 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
 
 def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
     """Returns the itemsize in which each trained array's gradient is sent."""
-    in_float32 = _summed_by_parts(config, methods)
-    products = jnp.dtype(config.compute.dtype).itemsize
-    return {
-        path: products if path.startswith("adapters/") and path not in in_float32 else FLOAT32
-        for path in methods.trainable()
-    }
+    by_parts = _summed_by_parts(config, methods)
+    products, sums = (jnp.dtype(t).itemsize for t in (config.compute.dtype, config.compute.gradient_sums))
+
+    def itemsize(path: str) -> int:
+        if path in by_parts or path.endswith(("kernel", "embedding")):
+            return sums
+        return products if path.startswith("adapters/") else FLOAT32
+
+    return {path: itemsize(path) for path in methods.trainable()}
 
 
 def _summed_by_parts(config: RunConfig, methods: Methods) -> set[str]:
-    """Returns the arrays of adapters whose gradients are summed in float32, part by part of the batch.
+    """Returns the arrays of adapters whose gradients are summed part by part of the batch.
 
     They depend on inputs and gradients of outputs alone, not on the arrays themselves.
     """
@@ -103,7 +106,7 @@ def _summed_by_parts(config: RunConfig, methods: Methods) -> set[str]:
         f"adapters/{path}/{name}"
         for path, method in methods.adapted()
         if how != "compressed" and config.base_dtype == "float32" and merges_float32(tokens, how, [method])
-        if method.float32_gradients and not method.dropout
+        if method.gradients_by_parts and not method.dropout
         for name in method.leaves()
     }
 
