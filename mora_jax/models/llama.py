@@ -280,7 +280,7 @@ class Llama(nn.Module):
 
     def _embedded(self, tokens_BT: Array) -> Array:
         table_VD, compute = self.embed_tokens.embedding, self.compute
-        x_BTD = lookup(table_VD, tokens_BT, ROWS, compute.dtype, compute.gradient_sums)
+        x_BTD: Any = lookup(table_VD, tokens_BT, ROWS, compute.dtype, compute.gradient_sums)
         return sharding.constrain(x_BTD, _HIDDEN)
 
     def head(self) -> Float[Array, "D V"]:
