@@ -62,7 +62,7 @@ class Comparison:
       mesh: sizes of the axes data, fsdp and tensor; of both meshes if the run is continued.
       microbatches: parts of a batch.
       scalars: largest relative difference of losses and gradient norms.
-      parameters: largest difference of a parameter at the end, adapters merged, relative to its largest entry.
+      parameters: that of a parameter at the end, adapters merged, relative to its largest entry.
       adapters: that of an adapter's array; 0 if there are none.
       loss: the last one.
     """
