@@ -18,7 +18,7 @@ from jax._src import compilation_cache
 from mora_jax.errors import InputError
 from mora_jax.sharding import make_mesh
 from train.config.run import RunConfig
-from train.config.sections import Compilation, Mesh
+from train.config.sections import Compilation
 from train.runtime import backend
 
 
@@ -207,29 +207,7 @@ def test_the_users_flags_stay_except_against_determinism(config, gpu_expected, v
     assert os.environ["XLA_FLAGS"] == f"{flags} {backend._DETERMINISTIC}"  # XLA goes by the last
 
 
-@pytest.mark.parametrize(
-    ("mesh", "visible", "several"),
-    [
-        (None, "0,1", False),
-        (Mesh(data=1), "0,1", False),
-        (Mesh(data=1, fsdp=2), "0,1", True),
-        (Mesh(data=-1), "0,1", True),
-        (Mesh(data=-1), "0", False),
-    ],
-)
-def test_flags_for_meshes_are_set_for_several_devices(gpu_expected, mesh, visible, several):
-    gpu_expected.setattr(backend, "OF_MESHES", ("--xla_gpu_a=true", "--xla_gpu_b=1"))
-    gpu_expected.setenv("JAX_PLATFORMS", "cuda")
-    gpu_expected.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpu_expected.setenv("XLA_FLAGS", "--xla_gpu_b=2")
-    backend.set_flags(False, mesh)
-    flags = os.environ["XLA_FLAGS"].split()
-    assert ("--xla_gpu_a=true" in flags) == several
-    assert "--xla_gpu_b=1" not in flags  # the user's stays
-
-
 def test_flags_are_known_to_this_xla(config, gpu_expected):
-    gpu_expected.setattr(backend, "PRODUCTS", (*backend.PRODUCTS, *backend.OF_MESHES))
     gpu_expected.setenv("XLA_FLAGS", "")
     backend.set_flags(deterministic=True)
     code = "import jax; jax.jit(lambda: 1)()"

@@ -59,7 +59,7 @@ def pretrain(config: RunConfig, resume: bool = True) -> dict[str, Any]:
       Stopped: if the run ends early, with a checkpoint: Preempted or Diverged.
     """
     config = with_adapter(absolute(config))
-    backend.set_flags(config.deterministic, config.mesh)  # before anything starts JAX
+    backend.set_flags(config.deterministic)  # before anything starts JAX
     buckets.configure()
     agree.check_config(config, resume)
     # Before the data: processes wait two minutes for each other's devices, and data may take longer to copy.

@@ -22,9 +22,7 @@ from etils import epath
 from mora_jax.errors import InputError
 from mora_jax.io import is_plain_file
 from train.config.run import RunConfig
-from train.config.sections import Mesh
 from train.runtime import workarounds
-from train.runtime.gpus import gpus
 from train.storage.buckets import in_bucket
 
 CACHE = "jax_cache"
@@ -43,9 +41,6 @@ _DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
 # for each of LoRA's small products, which takes over a minute and made no step faster. It would also
 # concatenate kernels that share an input, which takes longer than one product saves.
 PRODUCTS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_dot_merger_threshold_mb=0")
-# Options for programs of several GPUs, which hide communication behind products. None is here until a
-# measurement shows that it pays (`mora bench scaling --flags`, docs/performance.md).
-OF_MESHES: tuple[str, ...] = ()
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 # Seconds of compilation that are worth a file.
 _WORTH_KEEPING = 0.1
@@ -53,15 +48,13 @@ _WORTH_KEEPING = 0.1
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
-def set_flags(deterministic: bool, mesh: Mesh | None = None) -> None:
+def set_flags(deterministic: bool) -> None:
     """Sets XLA's flags for GPUs: products by cuBLAS as written and, if asked, only deterministic kernels.
 
-    On a mesh of several GPUs, it also sets the flags that hide communication. Flags that XLA_FLAGS already
-    has are kept, except those against determinism.
+    Flags that XLA_FLAGS already has are kept, except those against determinism.
 
     Args:
       deterministic: whether only deterministic kernels are used.
-      mesh: the devices of all programs of this process; one device by default.
 
     Raises:
       InputError: if JAX has started and a deterministic run needs a flag: XLA reads flags once.
@@ -70,18 +63,21 @@ def set_flags(deterministic: bool, mesh: Mesh | None = None) -> None:
         return
     given = os.environ.get("XLA_FLAGS", "").split()
     chosen = {flag.partition("=")[0] for flag in given}
-    wanted = (*PRODUCTS, *(OF_MESHES if OF_MESHES and mesh and _several(mesh) else ()))
-    flags = [flag for flag in wanted if flag.partition("=")[0] not in chosen]
-    if deterministic and _DETERMINISTIC not in given:
-        flags.append(_DETERMINISTIC)
-    if not flags:
+    missing = [flag for flag in PRODUCTS if flag.partition("=")[0] not in chosen]
+    missing += [_DETERMINISTIC] if deterministic and _DETERMINISTIC not in given else []
+    if not missing:
         return
     if not workarounds.jax_has_started():
-        os.environ["XLA_FLAGS"] = " ".join([*given, *flags])
-    elif _DETERMINISTIC in flags:
+        os.environ["XLA_FLAGS"] = " ".join([*given, *missing])
+    elif _DETERMINISTIC in missing:
         raise InputError(
             f"--deterministic comes too late, JAX has started: set XLA_FLAGS={_DETERMINISTIC} for the program"
         )
+
+
+def flags(deterministic: bool) -> tuple[str, ...]:
+    """Returns the flags that `set_flags` sets if XLA_FLAGS has none of them."""
+    return (*PRODUCTS, *((_DETERMINISTIC,) if deterministic else ()))
 
 
 def attention_here(head_width: int, dtype: str) -> Literal["xla", "cudnn"]:
@@ -163,12 +159,6 @@ def _gpu_expected() -> bool:
     platforms = getattr(jax.config, "jax_platforms")  # noqa: B009 (pyright does not know it)
     asked_for = not platforms or any(name in platforms for name in ("cuda", "rocm", "gpu"))
     return asked_for and any(importlib.util.find_spec(name) for name in _GPU_PLUGINS)
-
-
-def _several(mesh: Mesh) -> bool:
-    """Whether a mesh may have several devices. Counting them by JAX would start it."""
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-    return max(sizes) > 1 or (-1 in sizes and len(gpus()) > 1)
 
 
 def _remove_truncated(folder: epath.Path) -> None:

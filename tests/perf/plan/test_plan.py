@@ -139,7 +139,7 @@ def test_gradients_of_adapters_are_sent_in_the_dtype_of_their_sums(abstract, con
     state, methods, mesh = abstract(data=2)
     adapters = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
 
-    def sent(rows: int, sums: Any = "float32", base: bool = False, **method: object) -> int:
+    def sent(rows: int, sums: str = "float32", base: bool = False, **method: object) -> int:
         compute = dataclasses.replace(config.compute, dtype="bfloat16", gradient_sums=sums)
         large = dataclasses.replace(config, compute=compute, batch_size=rows)
         other = methods
@@ -314,6 +314,16 @@ def test_the_missing_compiler_is_named(monkeypatch, topology, count, extra):
     with pytest.raises(InputError, match=rf"pip install 'mora_jax\[{extra}\]'"):
         targets.topology(topology)
     assert targets.chips(topology) == count
+
+
+def test_the_share_of_a_gpu_that_jax_takes(monkeypatch):
+    for text, share in [("", 0.75), ("0.9", 0.9)]:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+        assert targets.memory_share() == share
+    for text in ("most", "0", "nan"):
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+        with pytest.raises(InputError, match=f"a share of memory such as 0.75, not '{text}'"):
+            targets.memory_share()
 
 
 # The GPU compiler

@@ -17,7 +17,6 @@ from train.perf.bench import children, communication, flops
 from train.perf.bench.jobs import Placement, ScalingJob, StepJob
 from train.perf.bench.program import Lowered, Program, compiled, lower_step, placed
 from train.perf.bench.spread import GIB, spread
-from train.runtime import backend
 from train.runtime.memory import exhausted
 
 ROUNDS = 4  # a mesh and one device take turns, so that a device that slows down slows both
@@ -97,8 +96,7 @@ def compile_all(step: StepJob, placements: Sequence[Placement], compilers: int) 
             return found
         try:
             # As options of one program, so that one device beside it is compiled without them.
-            defaults = backend.OF_MESHES if found.mesh.size > 1 and _on_gpus(found) else ()
-            return found, *compiled(found, (*defaults, *placement.flags))
+            return found, *compiled(found, placement.flags)
         except (jax.errors.JaxRuntimeError, InputError) as error:
             return children.one_line(error)
 
@@ -119,10 +117,6 @@ def _lowered(step: StepJob, sizes: tuple[int, int, int], rows: int) -> Lowered |
         return lower_step(step.spec, step.rules, (rows, step.batch[1]), mesh)
     except InputError as error:
         return children.one_line(error)
-
-
-def _on_gpus(lowered: Lowered) -> bool:
-    return lowered.mesh.devices.flat[0].platform == "gpu"
 
 
 def first(step: StepJob, program: Compiled) -> Measured:

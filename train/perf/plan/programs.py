@@ -143,7 +143,8 @@ def _options(config: RunConfig, mesh: Mesh) -> dict[str, str | bool]:
     """
     platform = mesh.devices.flat[0].platform
     if platform == "gpu":
-        return dict(map(option, backend.PRODUCTS)) | {"xla_gpu_autotune_level": "0"}
+        flags = backend.flags(config.deterministic)
+        return dict(map(option, flags)) | {"xla_gpu_autotune_level": "0"}
     if platform != "cpu" or config.base_dtype == "float32":
         return {}
     passes = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
