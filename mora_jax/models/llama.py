@@ -200,10 +200,20 @@ class Block(nn.Module):
         mlp = MLP(self.config, self.compute, name="mlp")
         y_BTD, new = attend(x_BTD if kind.norms_after else attend_norm(x_BTD), rope, visible, past)
         y_BTD = attend_norm(y_BTD) if kind.norms_after else y_BTD
-        x_BTD = sharding.constrain(x_BTD + y_BTD, _HIDDEN)
+        x_BTD = sharding.constrain(_added(x_BTD, y_BTD), _HIDDEN)
         x_BTD = checkpoint_name(x_BTD, RESIDUAL)
         y_BTD = mlp_norm(mlp(x_BTD)) if kind.norms_after else mlp(mlp_norm(x_BTD))
-        return sharding.constrain(x_BTD + y_BTD, _HIDDEN), new
+        return sharding.constrain(_added(x_BTD, y_BTD), _HIDDEN), new
+
+
+def _added(x_BTD: Array, y_BTD: Array) -> Array:
+    """Returns x + y, added as matrices.
+
+    XLA adds x within the product that makes y. If x had to be reshaped for that, it would be copied first, so
+    that the product can overwrite it (docs/performance.md).
+    """
+    x_TD, y_TD = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, y_BTD))
+    return (x_TD + y_TD).reshape(x_BTD.shape)
 
 
 class Llama(nn.Module):
