@@ -188,7 +188,12 @@ def _delta(x: Array, kernel: _Kernel) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: _How, x: Array, factors: _Factors) -> Any:
     """Returns x times the effective kernels, side by side."""
-    return x @ _effective(how.tile, x, factors)
+    return _times(x, _effective(how.tile, x, factors))
+
+
+def _times(x: Array, w: Array) -> Array:
+    """Returns x @ w, as a product of matrices."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _effective(tile: int, x: Array, factors: _Factors) -> Array:
@@ -228,7 +233,8 @@ def _product_forward(how: _How, x: Array, factors: _Factors) -> Any:
     # Over `tensor` some are not sent; XLA would keep these as well.
     sent = any(factors.layouts) and (sharding.gathers() or sharding.divides_products())
     w = _effective(how.tile, x, factors)
-    return x @ w, (x, factors, w if sent and how.keep else None)  # plain, so that it has a forward mode
+    kept = w if sent and how.keep else None
+    return _times(x, w), (x, factors, kept)  # plain, so that it has a forward mode
 
 
 def _product_backward(how: _How, saved: Any, dy: Array) -> Any:

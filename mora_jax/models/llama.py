@@ -27,7 +27,7 @@ from mora_jax.models.attention import Kernel as AttentionKernel
 from mora_jax.models.batch import Batch
 from mora_jax.models.cache import Cache, KeyValues
 from mora_jax.models.config import LlamaConfig
-from mora_jax.models.lookup import lookup
+from mora_jax.models.lookup import TABLE, lookup
 from mora_jax.models.loss import HEAD, cross_entropy
 from mora_jax.models.rope import angles
 from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout, Rules
@@ -43,7 +43,7 @@ EMBEDDINGS = ("embed_tokens/embedding", "lm_head/kernel")
 
 # How the parameters may be divided over a mesh, by the end of their path.
 LAYOUTS: Rules = (
-    ("embed_tokens/embedding", ROWS),
+    ("embed_tokens/embedding", TABLE),
     ("lm_head/kernel", HEAD),
     ("layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", COLUMNS),
     ("layers/(self_attn/o|mlp/down)_proj/kernel", ROWS),
@@ -52,6 +52,7 @@ LAYOUTS: Rules = (
     ("layers/(self_attn/o|mlp/down)_proj/bias", REPLICATED),
 )
 _HIDDEN = Layout((P(BATCH, None, None),))
+_TOKENS = Layout((P(BATCH, None),))
 _WIDE = Layout((P(BATCH, None, "tensor"), P(BATCH, None, None)))
 
 
@@ -200,10 +201,10 @@ class Block(nn.Module):
         mlp = MLP(self.config, self.compute, name="mlp")
         y_BTD, new = attend(x_BTD if kind.norms_after else attend_norm(x_BTD), rope, visible, past)
         y_BTD = attend_norm(y_BTD) if kind.norms_after else y_BTD
-        x_BTD = sharding.constrain(_added(x_BTD, y_BTD), _HIDDEN)
+        x_BTD = _added(x_BTD, y_BTD)
         x_BTD = checkpoint_name(x_BTD, RESIDUAL)
         y_BTD = mlp_norm(mlp(x_BTD)) if kind.norms_after else mlp(mlp_norm(x_BTD))
-        return sharding.constrain(_added(x_BTD, y_BTD), _HIDDEN), new
+        return _added(x_BTD, y_BTD), new
 
 
 def _added(x_BTD: Array, y_BTD: Array) -> Array:
@@ -213,7 +214,7 @@ def _added(x_BTD: Array, y_BTD: Array) -> Array:
     that the product can overwrite it (docs/performance.md).
     """
     x_TD, y_TD = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, y_BTD))
-    return (x_TD + y_TD).reshape(x_BTD.shape)
+    return sharding.constrain(x_TD + y_TD, _TOKENS).reshape(x_BTD.shape)
 
 
 class Llama(nn.Module):
@@ -290,7 +291,7 @@ class Llama(nn.Module):
 
     def _embedded(self, tokens_BT: Array) -> Array:
         table_VD, compute = self.embed_tokens.embedding, self.compute
-        x_BTD: Any = lookup(table_VD, tokens_BT, ROWS, compute.dtype, compute.gradient_sums)
+        x_BTD: Any = lookup(table_VD, tokens_BT, TABLE, compute.dtype, compute.gradient_sums)
         return sharding.constrain(x_BTD, _HIDDEN)
 
     def head(self) -> Float[Array, "D V"]:

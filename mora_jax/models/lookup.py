@@ -14,7 +14,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
-from mora_jax.sharding import BATCH, REPLICATED, Layout
+from mora_jax.sharding import BATCH, REPLICATED, ROWS, Layout
+
+# Rows are divided if they can be. Then a device's part lies in one piece, as it is sent, and so does the row
+# that a token's gradient is added to.
+TABLE = Layout((P(("tensor", "fsdp"), None), *ROWS.choices), used=ROWS.used)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

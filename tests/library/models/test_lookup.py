@@ -7,8 +7,7 @@ import pytest
 from slow import slow
 
 from mora_jax import sharding
-from mora_jax.models.lookup import lookup
-from mora_jax.sharding import ROWS
+from mora_jax.models.lookup import TABLE, lookup
 
 V, D = 24, 8
 
@@ -30,7 +29,7 @@ def test_rows_and_gradient_are_those_of_a_plain_lookup(inputs):
     x_BTD, vjp = jax.vjp(lambda table: table[tokens_BT], table_VD)
     np.testing.assert_array_equal(lookup(table_VD, tokens_BT), x_BTD)
     np.testing.assert_allclose(gradient(*inputs), vjp(dx_BTD)[0], rtol=1e-6)
-    assert lookup(table_VD, tokens_BT, ROWS, jnp.bfloat16).dtype == jnp.bfloat16
+    assert lookup(table_VD, tokens_BT, TABLE, jnp.bfloat16).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("shape", [slow((8, 1, 1)), slow((1, 8, 1)), (2, 2, 2)], ids=str)
@@ -38,10 +37,10 @@ def test_a_mesh_sums_the_gradient_of_its_parts_in_either_type(inputs, shape):
     expected, mesh = gradient(*inputs), sharding.make_mesh(*shape)
     table_VD, tokens_BT, dx_BTD = inputs
     with jax.set_mesh(mesh):
-        place = jax.NamedSharding(mesh, sharding.spec(ROWS, table_VD.shape, mesh.shape))
+        place = jax.NamedSharding(mesh, sharding.spec(TABLE, table_VD.shape, mesh.shape))
         placed = jax.device_put(table_VD, place), *jax.device_put((tokens_BT, dx_BTD), sharding.batch(mesh))
         compiled = jax.jit(gradient, static_argnums=(3, 4, 5))
-        exact, rounded = (compiled(*placed, ROWS, jnp.float32, sums) for sums in (jnp.float32, jnp.bfloat16))
+        exact, rounded = (compiled(*placed, TABLE, jnp.float32, sums) for sums in (jnp.float32, jnp.bfloat16))
     assert exact.sharding.is_equivalent_to(place, 2)
     assert exact.dtype == rounded.dtype == jnp.float32
     np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-6)
