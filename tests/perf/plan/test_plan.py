@@ -5,11 +5,13 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from slow import slow
@@ -17,15 +19,20 @@ from slow import slow
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import Decouple, mora
+from mora_jax.models.batch import Batch
 from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
 from train.config import flags
 from train.config.sections import REST, Params, Restart, Schedule
+from train.perf.hlo import option
 from train.perf.plan import targets
 from train.perf.plan.formula import expected
 from train.perf.plan.plan import held, make_plan
 from train.run.state import abstract_state, assign_methods
+from train.runtime import backend
 from train.step.optim import adapter_labels, array_options
+from train.step.spec import spec_of
+from train.step.step import train_step
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -349,6 +356,29 @@ def test_a_plan_by_the_gpu_compiler(tiny_yaml, tmp_path, topology):
     assert train["peak"] > sum(plan["held"].values())
     found = {(c["kind"], c["axes"]) for c in train["collectives"]}
     assert {("all-gather", "fsdp"), ("all-reduce", "data")} <= found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the GPU compiler: the extra `cuda13`"
+)
+@pytest.mark.parametrize(("topology", "data"), [("h100:1", 1), ("h100:2", 2)])
+def test_products_add_the_residual_stream_without_a_copy(config, topology, data):
+    """cuBLAS writes elsewhere than it reads, unless XLA has to reshape what is added."""
+    compute = dataclasses.replace(config.compute, dtype="bfloat16", layers="unrolled")
+    config = dataclasses.replace(config, compute=compute, batch_size=8 * data)
+    mesh = sharding.make_mesh(data, devices=targets.topology(topology).devices)
+    methods = assign_methods(config)
+    state = abstract_state(config, methods, mesh)
+    shape = (8 * data, config.data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch(mesh))
+    options = {"xla_gpu_autotune_level": "0"} | dict(map(option, backend.flags(deterministic=False)))
+    with jax.set_mesh(mesh):
+        lowered = train_step.lower(spec_of(config), methods, state, Batch(tokens))
+    text = lowered.compile(compiler_options=options).as_text()
+    stream = rf"bf16\[{8 * shape[1]},{config.model.hidden_size}\]"
+    assert re.search(rf"= \({stream}.* custom-call\(.*__cublas.*matmul", text)
+    assert not re.search(rf"= {stream}\S* copy\(", text)
 
 
 # The TPU compiler
