@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -365,7 +366,8 @@ def test_a_plan_by_the_gpu_compiler(tiny_yaml, tmp_path, topology):
 @pytest.mark.parametrize(("topology", "data"), [("h100:1", 1), ("h100:2", 2)])
 def test_products_add_the_residual_stream_without_a_copy(config, topology, data):
     """cuBLAS writes elsewhere than it reads, unless XLA has to reshape what is added."""
-    compute = dataclasses.replace(config.compute, dtype="bfloat16", layers="unrolled")
+    compute: Any = {"dtype": "bfloat16", "layers": "unrolled", "remat": "none", "adapter_path": "merged"}
+    compute = dataclasses.replace(config.compute, **compute)
     config = dataclasses.replace(config, compute=compute, batch_size=8 * data)
     mesh = sharding.make_mesh(data, devices=targets.topology(topology).devices)
     methods = assign_methods(config)
