@@ -116,8 +116,8 @@ def _forward(
     zeros_GDP = sharding.constrain(jnp.zeros((parts, *w_DP.shape), jnp.float32), _HEAD_GRADIENTS)
     start = (jnp.zeros((), jnp.float32), zeros_GDP)
     (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
-    # The padding is cut from the shards: XLA makes no reduce-scatter of a sum that is cut before.
-    dw_DV = sharding.scattered(sharding.summed(dw_GDP, sums), HEAD)[:, :vocabulary].astype(w_DV.dtype)
+    # The padding is cut before the sum: XLA makes no reduce-scatter of a sum that is cut.
+    dw_DV = sharding.scattered(sharding.summed(dw_GDP[:, :, :vocabulary], sums), HEAD).astype(w_DV.dtype)
     return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
 
 
