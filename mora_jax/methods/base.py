@@ -49,7 +49,7 @@ class Method:
       additive: whether the update is linear in the input, so that `delta` exists.
       merged_min_tokens: from this many tokens on, adding the update to the kernel is faster than computing
         `delta`. The former costs O(k d) a step, the latter O(tokens (k + d)) (docs/performance.md).
-      gradients_by_parts: whether the merged path computes the arrays' gradients part by part of the batch.
+      gradients_by_parts: whether `gradients` has a part for each shard of the batch, for any kernel.
       gathers_activations: whether gradients need activations that `tensor` divides to be all-gathered.
       orients: whether `oriented` does something with the kernel's gradient.
       dropout: share of the adapter's inputs that training sets to zero. A field where a method has it.
@@ -264,11 +264,12 @@ def padded(x: Array, axis: int, multiple: int) -> Array:
 
 def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Float[Array, "G K D"]:
     """Returns x^T dy over each shard of the batch, in float32; nothing is sent between devices yet."""
-    parts = math.gcd(sharding.batch_shards(), x.shape[0])
+    parts = math.gcd(sharding.batch_shards(), x.shape[0]) if x.ndim > 1 else 1
     if parts == 1:
         return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)[None]
     x_GTK, dy_GTD = (sharding.by_batch(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
-    return sharding.by_batch(jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32))
+    g_GKD = jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32)
+    return sharding.by_batch(g_GKD, widths=2)
 
 
 def check_dropout(rate: float) -> None:

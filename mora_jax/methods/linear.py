@@ -192,7 +192,7 @@ def _product(how: _How, x: Array, factors: _Factors) -> Any:
 
 
 def _times(x: Array, w: Array) -> Array:
-    """Returns x @ w, as a product of matrices."""
+    """Returns x @ w as a product of matrices, within which cuBLAS can add another matrix."""
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -294,7 +294,11 @@ def _scattered(factors: _Factors, dws: Sequence[Array], arrays: Sequence[Arrays]
             placed_ws[i] = sharding.scattered(dws[i], layout)
             placed_arrays[i] = {n: sharding.scattered(g, leaves[n].layout) for n, g in arrays[i].items()}
     placed = dataclasses.replace(factors, ws=tuple(placed_ws), arrays=tuple(placed_arrays))
-    return jax.tree.map(lambda g, array: g.astype(array.dtype), placed, factors)
+
+    def typed(g: Array, array: Array) -> Array:  # an array of integers has no gradient
+        return g if g.dtype == jax.dtypes.float0 else g.astype(array.dtype)
+
+    return jax.tree.map(typed, placed, factors)
 
 
 def _replicated(arrays: Arrays, method: Method, layout: Layout | None) -> Arrays:

@@ -27,7 +27,7 @@ from mora_jax.models.attention import Kernel as AttentionKernel
 from mora_jax.models.batch import Batch
 from mora_jax.models.cache import Cache, KeyValues
 from mora_jax.models.config import LlamaConfig
-from mora_jax.models.lookup import TABLE, lookup
+from mora_jax.models.lookup import TABLE, TIED_HEAD, lookup
 from mora_jax.models.loss import HEAD, cross_entropy
 from mora_jax.models.rope import angles
 from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout, Rules
@@ -73,7 +73,8 @@ class Compute:
         "folded" gradients, or by "activation"; "auto" chooses the fastest.
       gradient_sums: type in which devices of a mesh send each other their parts of gradients, to be summed.
         "bfloat16" halves what they send, and rounds each part and each sum of parts. It concerns kernels,
-        embeddings and MoRA's matrices. LoRA's gradients are sums of products of `dtype` in any case.
+        embeddings, MoRA's matrices and what follows from a kernel's gradient, as with DoRA. Other adapters'
+        gradients, such as LoRA's, are summed in `dtype` in any case.
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -214,7 +215,10 @@ def _added(x_BTD: Array, y_BTD: Array) -> Array:
     that the product can overwrite it (docs/performance.md).
     """
     x_TD, y_TD = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, y_BTD))
-    return sharding.constrain(x_TD + y_TD, _TOKENS).reshape(x_BTD.shape)
+    sum_TD = x_TD + y_TD
+    if x_BTD.shape[0] % sharding.batch_shards() == 0:  # else sequences would be cut
+        sum_TD = sharding.constrain(sum_TD, _TOKENS)
+    return sum_TD.reshape(x_BTD.shape)
 
 
 class Llama(nn.Module):
@@ -252,8 +256,8 @@ class Llama(nn.Module):
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
         shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])
         chunk = shards * largest_divisor(x_TD.shape[0] // shards, self.compute.loss_chunk)
-        sums = self.compute.gradient_sums
-        total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk, sums)
+        sums, layout = self.compute.gradient_sums, self.head_layout()
+        total = cross_entropy(x_TD, self.head(), targets_T, weights_BT.reshape(-1), chunk, sums, layout)
         return jnp.asarray(total), weights_BT.sum()
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
@@ -300,6 +304,10 @@ class Llama(nn.Module):
             return self.embed_tokens.embedding.T
         w = self.lm_head().w
         return w.method.weight(w.arrays, w.w) if isinstance(w, Bound) else w
+
+    def head_layout(self) -> Layout:
+        """Returns how the head may be divided over a mesh."""
+        return TIED_HEAD if self.config.tie_word_embeddings else HEAD
 
 
 def abstract_params(config: LlamaConfig) -> Any:

@@ -14,11 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mora_jax import sharding
-from mora_jax.sharding import BATCH, REPLICATED, ROWS, Layout
+from mora_jax.sharding import BATCH, COLUMNS, REPLICATED, ROWS, Layout
 
 # Rows are divided if they can be. Then a device's part lies in one piece, as it is sent, and so does the row
 # that a token's gradient is added to.
 TABLE = Layout((P(("tensor", "fsdp"), None), *ROWS.choices), used=ROWS.used)
+# The same of the transposed table, as the head of a model with tied embeddings.
+TIED_HEAD = Layout((P(None, ("tensor", "fsdp")), *COLUMNS.choices), used=COLUMNS.used)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -44,13 +46,18 @@ def lookup(
       >>> lookup(jnp.eye(3), jnp.array([[2, 0]])).tolist()
       [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
     """
+    return _rows(table_VD, tokens_BT, layout, dtype)
+
+
+def _rows(table_VD: Array, tokens_BT: Array, layout: Layout, dtype: DTypeLike) -> Array:
     return jnp.take(sharding.gathered(table_VD, layout, dtype), tokens_BT, axis=0).astype(dtype)
 
 
 def _forward(
     table_VD: Array, tokens_BT: Array, layout: Layout, dtype: DTypeLike, sums: DTypeLike
 ) -> tuple[Array, tuple[Array, Array]]:
-    return lookup(table_VD, tokens_BT, layout, dtype, sums), (table_VD, tokens_BT)
+    # Plain, so that it has a forward mode.
+    return _rows(table_VD, tokens_BT, layout, dtype), (table_VD, tokens_BT)
 
 
 def _backward(

@@ -28,7 +28,7 @@ _LOGITS = Layout((Spec(BATCH, "tensor"), Spec(BATCH, None)))
 _HEAD_GRADIENTS = Layout((Spec(BATCH, None, "tensor"), Spec(BATCH, None, None)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     x_TD: Float[Array, "T D"],
     w_DV: Float[Array, "D V"],
@@ -36,6 +36,7 @@ def cross_entropy(
     weights_T: Float[Array, "T"],
     chunk: int,
     sums: DTypeLike = jnp.float32,
+    layout: Layout = HEAD,
 ) -> Float[Array, ""]:
     """Returns the weighted sum of -log softmax(x @ w)[target], in nats.
 
@@ -49,11 +50,12 @@ def cross_entropy(
       weights_T: weight of each position, 0 where there is nothing to predict. It gets no gradient.
       chunk: tokens whose logits are held at a time. It must divide T.
       sums: type in which devices of a mesh send each other their parts of the head's gradient.
+      layout: how the head may be divided over an ambient mesh.
 
     Raises:
       InputError: if chunk does not divide T.
     """
-    w_DP = _tiled(w_DV, x_TD)
+    w_DP = _tiled(w_DV, x_TD, layout)
 
     def add_chunk(total: Array, inputs: Any) -> tuple[Array, None]:
         x_CD, targets_C, weights_C = inputs
@@ -64,7 +66,11 @@ def cross_entropy(
 
 
 def target_scores(
-    x_TD: Float[Array, "T D"], w_DV: Float[Array, "D V"], targets_T: Int[Array, "T"], chunk: int
+    x_TD: Float[Array, "T D"],
+    w_DV: Float[Array, "D V"],
+    targets_T: Int[Array, "T"],
+    chunk: int,
+    layout: Layout = HEAD,
 ) -> tuple[Float[Array, "T"], Bool[Array, "T"]]:
     """Returns log softmax(x @ w)[target] in nats, in float32, and whether the target has the largest logit.
 
@@ -73,11 +79,12 @@ def target_scores(
       w_DV: the head.
       targets_T: token to score at each position.
       chunk: tokens whose logits are held at a time. It must divide T.
+      layout: how the head may be divided over an ambient mesh.
 
     Raises:
       InputError: if chunk does not divide T.
     """
-    w_DP = _tiled(w_DV, x_TD)
+    w_DP = _tiled(w_DV, x_TD, layout)
 
     def score(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
         x_CD, targets_C = inputs
@@ -92,9 +99,15 @@ def target_scores(
 
 
 def _forward(
-    x_TD: Array, w_DV: Array, targets_T: Array, weights_T: Array, chunk: int, sums: DTypeLike
+    x_TD: Array,
+    w_DV: Array,
+    targets_T: Array,
+    weights_T: Array,
+    chunk: int,
+    sums: DTypeLike,
+    layout: Layout,
 ) -> tuple[Array, Any]:
-    w_DP, vocabulary = _tiled(w_DV, x_TD), w_DV.shape[1]
+    w_DP, vocabulary = _tiled(w_DV, x_TD, layout), w_DV.shape[1]
     # Each shard sums the gradient of its own tokens; all shards are added once, after the loop.
     parts = math.gcd(sharding.batch_shards(), chunk)
 
@@ -117,11 +130,13 @@ def _forward(
     start = (jnp.zeros((), jnp.float32), zeros_GDP)
     (total, dw_GDP), dx_NCD = jax.lax.scan(add_chunk, start, _chunks(chunk, x_TD, targets_T, weights_T))
     # The padding is cut before the sum: XLA makes no reduce-scatter of a sum that is cut.
-    dw_DV = sharding.scattered(sharding.summed(dw_GDP[:, :, :vocabulary], sums), HEAD).astype(w_DV.dtype)
+    dw_DV = sharding.scattered(sharding.summed(dw_GDP[:, :, :vocabulary], sums), layout).astype(w_DV.dtype)
     return total, (dx_NCD.swapaxes(0, 1).reshape(x_TD.shape), dw_DV)
 
 
-def _backward(chunk: int, sums: DTypeLike, gradients: Any, g: Array) -> tuple[Array, Array, None, None]:
+def _backward(
+    chunk: int, sums: DTypeLike, layout: Layout, gradients: Any, g: Array
+) -> tuple[Array, Array, None, None]:
     dx_TD, dw_DV = gradients
     return (dx_TD * g.astype(dx_TD.dtype)), dw_DV * g.astype(dw_DV.dtype), None, None
 
@@ -129,9 +144,9 @@ def _backward(chunk: int, sums: DTypeLike, gradients: Any, g: Array) -> tuple[Ar
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _tiled(w_DV: Array, x_TD: Array) -> Array:
+def _tiled(w_DV: Array, x_TD: Array, layout: Layout) -> Array:
     """Returns the head in the type of the products, its columns padded with zeros to full tiles."""
-    w_DV = sharding.gathered(w_DV.astype(x_TD.dtype), HEAD)
+    w_DV = sharding.gathered(w_DV.astype(x_TD.dtype), layout)
     return padded(w_DV, 1, sharding.tile(w_DV.shape[1], TILE))
 
 

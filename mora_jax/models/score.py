@@ -78,7 +78,8 @@ def score_batch(
     x_ND = x_BQD.reshape(-1, x_BQD.shape[-1])
     shards = math.gcd(sharding.batch_shards(), len(x_ND))
     chunk = shards * largest_divisor(len(x_ND) // shards, model.compute.loss_chunk)
-    log_p_N, greedy_N = target_scores(x_ND, w_DV, targets_BQ.reshape(-1), chunk)
+    targets_N, layout = targets_BQ.reshape(-1), model.head_layout()
+    log_p_N, greedy_N = target_scores(x_ND, w_DV, targets_N, chunk, layout)
     return log_p_N.reshape(at_BQ.shape), greedy_N.reshape(at_BQ.shape)
 
 

@@ -86,14 +86,14 @@ def whole(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, canonical(P(BATCH), 1, sizes))
 
 
-def by_batch(x: Array) -> Array:
-    """Returns an activation (batch, ..., width) divided along its batch, and along its width as XLA likes."""
+def by_batch(x: Array, widths: int = 1) -> Array:
+    """Returns an activation (batch, ..., width) divided along its batch, and its widths as XLA likes."""
     sizes = _ambient()
     if not divides_products() or x.shape[0] % math.prod(sizes[axis] for axis in BATCH):
         return whole(x)
     first, *_ = (*canonical(P(BATCH), 1, sizes), None)
-    between = (None,) * (x.ndim - 2)
-    return jax.lax.with_sharding_constraint(x, P(first, *between, P.UNCONSTRAINED))
+    between = (None,) * (x.ndim - 1 - widths)
+    return jax.lax.with_sharding_constraint(x, P(first, *between, *(P.UNCONSTRAINED,) * widths))
 
 
 def undivided(x: Array) -> Array:
@@ -134,7 +134,8 @@ def summed(parts: Array, sent: DTypeLike) -> Array:
     It is in the type that is sent: XLA makes no reduce-scatter of a sum that is widened before `scattered`.
 
     Args:
-      parts: one part for each shard. A single one is returned as it is.
+      parts: one part for each shard. A single one, as of rows that do not divide among shards, is returned
+        as it is.
       sent: type in which devices send each other parts, and sums of parts. They are rounded to it.
     """
     if len(parts) == 1:

@@ -269,6 +269,23 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         assert not [f for f in found if whole in f[1]]
 
 
+def test_gradients_of_kernels_are_summed_in_shards_over_tensor():
+    """Also those of o and down, whose inputs are divided."""
+    _, found = sent(configured("full", STEPS, "merged"), (2, 2, 2))
+    assert not [f for f in found if f[0] == "all-gather" and re.search(r"\[1,(64|100),64\]", f[1])]
+    summed = " ".join(shape for kind, shape in found if kind == "all-reduce")
+    assert "[50,64]" in summed
+    assert "[100,64]" not in summed
+
+
+def test_a_tied_embedding_is_not_moved_about():
+    config = configured("share", STEPS, "merged")
+    model = dataclasses.replace(config.model, tie_word_embeddings=True)
+    rest = (REST[0].removesuffix("|lm_head/kernel"), "train")
+    _, found = sent(dataclasses.replace(config, model=model, rules=(*config.rules[:-1], rest)), (2, 4, 1))
+    assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
+
+
 def sent_in_bfloat16(shape: tuple[int, int, int], layers: str, remat: str) -> list[tuple[str, str]]:
     """Collectives of a step of two layers, as runs are: kernels that need no cast do not share a product."""
     config = configured("share", STEPS, "merged")

@@ -1,6 +1,6 @@
 """Trains tiny models of every method on meshes of real devices, beside one device.
 
-    python tests/tools/meshes.py --jobs 4 --out meshes.json
+    python tests/tools/meshes.py --jobs 8 --out meshes.json
 
 Each method takes 20 updates in full float32, with a restart in the middle, on one device and on every mesh
 over four: from the same random state, on the same tokens. One mesh computes a batch in two microbatches, and

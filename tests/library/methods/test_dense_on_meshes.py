@@ -57,6 +57,21 @@ def test_the_gradients_are_those_of_one_device(name: str, layout: Layout, sizes:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
 
 
+@pytest.mark.parametrize("path", ["merged", "compressed", "folded", "activation"])
+def test_an_input_without_a_batch(path: Any):
+    method = METHODS["strided"]
+    x, w, arrays = inputs(method)
+
+    @jax.jit
+    def found(x: jax.Array) -> Any:
+        return jax.grad(lambda x, a: dense(x, [w], [Adapter(a, method)], path)[0].sum(), (0, 1))(x, arrays)
+
+    expected = found(x[0, 0])
+    with jax.set_mesh(sharding.make_mesh(4, devices=jax.devices()[:4])):
+        got = found(x[0, 0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
 def test_a_kernel_that_is_kept_is_all_gathered_once():
     method, mesh = METHODS["strided"], sharding.make_mesh(1, 4)
     rows, m = sharding.batch(mesh), method.leaves()["m_RR"].layout

@@ -104,6 +104,18 @@ def test_the_loss_is_the_mean_of_shifted_predictions(params):
     np.testing.assert_allclose(loss(params, F32), expected, rtol=1e-6)
 
 
+def test_the_loss_has_products_with_its_hessian(params):
+    """By forward mode over reverse mode, beside differences of the gradient."""
+    gradient = jax.jit(lambda p: jax.grad(loss)(p, F32))
+    at = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
+    product = jax.jit(lambda p: jax.jvp(gradient, (p,), (at,))[1])(params)
+    ahead = gradient(jax.tree.map(lambda p, a: p + 1e-3 * a, params, at))
+    behind = gradient(jax.tree.map(lambda p, a: p - 1e-3 * a, params, at))
+    for ours, after, before in zip(*map(jax.tree.leaves, (product, ahead, behind)), strict=True):
+        expected = (after - before) / 2e-3
+        assert np.linalg.norm(ours - expected) < 0.02 * np.linalg.norm(expected)
+
+
 def test_rows_of_weight_zero_count_for_nothing(params):
     first = loss(params, F32, weights_BT=jnp.array([[1.0], [0.0]]) * jnp.ones(TOKENS.shape))
     total, count = Llama(GROUPED, F32).apply({"params": params}, Batch(TOKENS[:1]), method="loss")

@@ -20,8 +20,10 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
 (one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
 
-Gradients are sent in float32, but those of adapters in the dtype of the products. On the merged path, which
-large batches take, some methods sum them in float32 part by part of the batch, and send float32.
+Gradients of kernels and embeddings are sent in `compute.gradient_sums`, those of norms and biases in float32,
+and those of adapters in the dtype of the products. On the merged path, which large batches take, some methods
+compute them part by part of the batch, and send them in `compute.gradient_sums` too. What DoRA sends for the
+gradient of its kernel is left out.
 
 A compiler that sends more moves something twice, in a wider dtype, or needlessly.
 """
