@@ -94,8 +94,14 @@ def test_without_a_gpu_left_the_runs_stay_unfinished(fakes):
 
 def test_a_signal_stops_the_runs_and_the_next_start_resumes_them(fakes):
     fakes.jobs = 2
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     fakes.study = study(fakes.study.run_dir, set={"steps": 60, "schedule.warmup": 2}, variants=LORA)
+
+    def stop() -> None:
+        while not all(starts(run) for run in fakes.study.runs):  # before that, the signal would end the tests
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(exits.Preempted, match="the same command continues"):
         fakes.work()
     queue, _ = fakes.work()
