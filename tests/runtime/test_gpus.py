@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from train.runtime.gpus import gpus
+from mora_jax.errors import InputError
+from train.runtime.gpus import MEMORY_SHARE, gpus, memory_share
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,11 @@ def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert gpus({}) == ["0", "1"]
+
+
+def test_the_share_of_a_gpu_that_jax_takes():
+    for text, share in [("", 0.75), ("0.9", 0.9)]:
+        assert memory_share(0.75, {MEMORY_SHARE: text}) == share
+    for text in ("most", "0", "nan"):
+        with pytest.raises(InputError, match=f"a share of memory such as 0.75, not '{text}'"):
+            memory_share(0.75, {MEMORY_SHARE: text})

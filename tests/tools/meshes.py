@@ -190,7 +190,8 @@ def trained(config: Any, meshes: Sequence[Shape], start: Any = None) -> tuple[An
                         state = orient_step(spec, methods, state, batch)
                     state, scalars = train_step(spec, methods, state, batch)
                     logged.append((float(scalars["loss"]), float(scalars["grad_norm"])))
-            merged = jax.tree.map(np.array, transform.merge(state.params, state.adapters, methods))
+    with jax.set_mesh(mesh):
+        merged = jax.tree.map(np.array, transform.merge(state.params, state.adapters, methods))
     return (np.array(logged), merged, jax.tree.map(np.array, state.adapters)), start
 
 

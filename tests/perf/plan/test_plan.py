@@ -324,23 +324,15 @@ def test_the_missing_compiler_is_named(monkeypatch, topology, count, extra):
     assert targets.chips(topology) == count
 
 
-def test_the_share_of_a_gpu_that_jax_takes(monkeypatch):
-    for text, share in [("", 0.75), ("0.9", 0.9)]:
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
-        assert targets.memory_share() == share
-    for text in ("most", "0", "nan"):
-        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
-        with pytest.raises(InputError, match=f"a share of memory such as 0.75, not '{text}'"):
-            targets.memory_share()
-
-
 # The GPU compiler
+
+needs_gpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the GPU compiler: the extra `cuda13`"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the GPU compiler: the extra `cuda13`"
-)
+@needs_gpu_compiler
 @pytest.mark.parametrize("topology", ["h100:4", "h200:2x2"])
 def test_a_plan_by_the_gpu_compiler(tiny_yaml, tmp_path, topology):
     out = tmp_path / "plan.json"
@@ -360,9 +352,7 @@ def test_a_plan_by_the_gpu_compiler(tiny_yaml, tmp_path, topology):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the GPU compiler: the extra `cuda13`"
-)
+@needs_gpu_compiler
 @pytest.mark.parametrize(("topology", "data"), [("h100:1", 1), ("h100:2", 2)])
 def test_products_add_the_residual_stream_without_a_copy(config, topology, data):
     """cuBLAS writes elsewhere than it reads, unless XLA has to reshape what is added."""

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Mapping
 
 from mora_jax.errors import InputError
-from train.runtime.gpus import gpus
+from train.runtime.gpus import MEMORY_SHARE, gpus, memory_share
 
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Seconds that a GPU has to answer.
 _PATIENCE = 120
 
@@ -36,7 +35,7 @@ def devices(gpus_per_run: int, jobs: int, environment: Mapping[str, str] = os.en
       environment: of this process.
 
     Raises:
-      InputError: if the machine has fewer GPUs than a run needs.
+      InputError: if the machine has fewer GPUs than a run needs, or a share of memory is none.
     """
     found = gpus(environment)
     if not found:
@@ -47,7 +46,7 @@ def devices(gpus_per_run: int, jobs: int, environment: Mapping[str, str] = os.en
         raise InputError(f"--gpus-per-run {gpus_per_run}: this machine has {len(found)}")
     shared: dict[str, str] = {}
     if jobs > 1:
-        shared[_FRACTION] = f"{float(environment.get(_FRACTION) or 0.9) / jobs:.4f}"
+        shared[MEMORY_SHARE] = f"{memory_share(0.9, environment) / jobs:.4f}"
     # With a list of platforms, JAX fails if it cannot use the GPU; without, it would train on the CPU.
     shared["JAX_PLATFORMS"] = environment.get("JAX_PLATFORMS") or "cuda,cpu"
     groups = [found[i : i + gpus_per_run] for i in range(0, len(found) - gpus_per_run + 1, gpus_per_run)]

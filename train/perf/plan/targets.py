@@ -12,6 +12,7 @@ import jax
 
 from mora_jax.errors import InputError
 from train.config.sections import at_least
+from train.runtime.gpus import memory_share
 
 GIB = 2**30
 CPU_COMPILER = "CPU compiler"
@@ -83,8 +84,6 @@ platform_name: "CUDA" device_description_str: "%(name)s"
 dnn_version_info { major: 9 minor: 20 } runtime_version { major: 13 }
 """
 _GPU_PLUGIN = "jax_cuda13_plugin"
-# The variable for the share of a GPU's memory that JAX takes, 0.75 by default.
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,25 +145,13 @@ def _gpus(name: str) -> Target:
     from jax.experimental import topologies
 
     gpu, each = GPUS[kind], int(shape.split("x")[-1])
-    usable = memory_share() * gpu.memory  # before the plugin, which a bad share stops without a message
+    usable = memory_share(0.75) * gpu.memory  # before the plugin, which a bad share stops without a message
     layout = f"1x{count // each}x{each}"  # slices x machines x GPUs of one
     found = topologies.get_topology_desc(
         platform="cuda", topology_name=name, target_config=_HOPPER % dataclasses.asdict(gpu), topology=layout
     )
     compiler = f"GPU compiler (jax-cuda13-plugin {version('jax-cuda13-plugin')})"
     return Target(name, compiler, list(found.devices), round(usable))
-
-
-def memory_share() -> float:
-    """Returns the share of a GPU's memory that JAX takes."""
-    text = os.environ.get(_FRACTION) or "0.75"
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < math.inf:
-        raise InputError(f"{_FRACTION} is a share of memory such as 0.75, not {text!r}")
-    return share
 
 
 def _tpus(name: str) -> Target:
