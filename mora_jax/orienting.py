@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
@@ -15,7 +15,7 @@ from mora_jax.methods.base import Method
 from mora_jax.transform import Methods, Tree
 
 
-def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
+def orient(adapters: Tree, methods: Methods, gradients: Tree, key: PRNGKeyArray | None = None) -> Tree:
     """Fits adapters that have no update yet to the gradients of their kernels, for methods that do so.
 
     A kernel, or one of a stack, keeps its adapter if its gradient or what is fitted to it is not finite.
@@ -24,9 +24,10 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
       adapters: as `attach` or `restart` returned them.
       methods: what the arrays mean.
       gradients: nested dict of the gradients of the kernels of `methods.orientable()`, at their paths.
+      key: random key of what methods draw.
 
     Raises:
-      InputError: if a gradient is missing or has another shape than its kernel.
+      InputError: if a gradient is missing or has another shape than its kernel, or a method needs a key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,10 +55,11 @@ def orient(adapters: Tree, methods: Methods, gradients: Tree) -> Tree:
         alike[on.method, gradient.shape[-2:]].append((path, _one_stack(arrays, gradient)))
     # Kernels of one shape together. XLA compiles one decomposition for all, which takes a minute for a TPU,
     # and devices have more to share.
-    for (method, _), kernels in alike.items():
+    for group, ((method, _), kernels) in enumerate(alike.items()):
         stacks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(stack for _, stack in kernels))
-        fitted = sharding.one_by_one(functools.partial(_fitted, method), *stacks)
         ends = list(itertools.accumulate(len(gradient) for _, (_, gradient) in kernels))
+        seeds = None if key is None else _seeds(jax.random.fold_in(key, group), ends[-1])
+        fitted = sharding.one_by_one(functools.partial(_fitted, method), *stacks, seeds)
         for name, array in fitted.items():
             for (path, _), part in zip(kernels, jnp.split(array, ends[:-1]), strict=True):
                 flat[f"{path}/{name}"] = part.reshape(flat[f"{path}/{name}"].shape)
@@ -70,8 +72,15 @@ def _one_stack(arrays: dict[str, Array], gradient: Array) -> tuple[dict[str, Arr
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[depth:]), (arrays, gradient))
 
 
-def _fitted(method: Method, arrays: dict[str, Array], gradient: Array) -> dict[str, Array]:
-    fitted = method.oriented(arrays, gradient)
+def _seeds(key: PRNGKeyArray, count: int) -> Array:
+    """Returns seeds of keys, one for each kernel: shards of a mesh take arrays of numbers."""
+    return jax.random.bits(key, (count,))
+
+
+def _fitted(
+    method: Method, arrays: dict[str, Array], gradient: Array, seed: Array | None
+) -> dict[str, Array]:
+    fitted = method.oriented(arrays, gradient, None if seed is None else jax.random.key(seed))
     usable = jnp.isfinite(gradient).all()
     for array in fitted.values():
         usable &= jnp.isfinite(array).all()

@@ -91,17 +91,18 @@ class State:
         """Returns the parameters with every adapter merged, for the plain model."""
         return transform.merge(self.params, self.adapters, self.methods)
 
-    def oriented(self, gradients: Params) -> "State":
+    def oriented(self, gradients: Params, key: PRNGKeyArray | None = None) -> "State":
         """Returns the state with adapters fitted to gradients, before they are trained or after a restart.
 
         Only methods such as `Spectral` do so; the arrays of others stay.
 
         Args:
           gradients: the gradient of the loss for `merged()`, or that of the adapted kernels as a nested dict.
+          key: random key of what methods draw, such as sampled bases.
 
         Raises:
           InputError: if an adapter holds an update, which would be lost; inside jit that is not seen. Or if a
-            gradient is missing or has another shape than its kernel.
+            gradient is missing or has another shape than its kernel, or a method needs a key.
         """
         kernels = trees.flatten(self.params)
         for path, on, arrays in transform.adapters_of(self.params, self.adapters, self.methods):
@@ -109,7 +110,7 @@ class State:
                 merged = transform.effective(on, arrays, kernels[path])
                 if not isinstance(merged, Tracer) and not jnp.array_equal(kernels[path], merged):
                     raise InputError(f"{path} has an update, which would be lost; restart first")
-        adapters = orient(self.adapters, self.methods, gradients)
+        adapters = orient(self.adapters, self.methods, gradients, key)
         return dataclasses.replace(self, adapters=adapters)
 
     def optimizer(

@@ -69,8 +69,13 @@ class Method:
         """Returns the adapter's arrays (float32) for a kernel like w, such that `weight(arrays, w) == w`."""
         raise NotImplementedError
 
-    def oriented(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
-        """Returns the arrays of an adapter without an update yet, fitted to the gradient of its kernel."""
+    def oriented(
+        self, arrays: Arrays, gradient: Float[Array, "K D"], key: PRNGKeyArray | None = None
+    ) -> dict[str, Array]:
+        """Returns the arrays of an adapter without an update yet, fitted to the gradient of its kernel.
+
+        `key` is for methods that draw something.
+        """
         return dict(arrays)
 
     def leaves(self) -> dict[str, Leaf]:

@@ -6,7 +6,7 @@ Legend of shapes in names: K inputs, D outputs, R the side of M.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,16 @@ from mora_jax.sharding import STATE, Layout
 
 _M_LAYOUT = Layout((P("fsdp", "tensor"), P(STATE, None)), hint="method.multiple 8 makes it divisible")
 _EXACT = jax.lax.Precision.HIGHEST
+Bases: TypeAlias = Literal["leading", "sampled"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectral(Method):
     """y = x @ w + scale (x @ u) @ m @ v with m square and trained; the orthonormal u and v are not trained.
 
-    This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `oriented` makes u and v the
-    leading singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507) projects gradients, so
-    that m holds most of what a step would change. MoRA's groups know nothing of the kernel. Without a
+    This is MoRA (arXiv:2405.12130) whose operators are fitted to the kernel. `oriented` makes u and v
+    singular vectors of the kernel's gradient, as GaLore (arXiv:2403.03507) projects gradients, so
+    that m holds much of what a step would change. MoRA's groups know nothing of the kernel. Without a
     gradient u and v are random, with vectors of length 1 on average. The scale makes the entries of the
     update about as large as those of m.
 
@@ -50,11 +51,14 @@ class Spectral(Method):
     Attributes:
       rank: LoRA rank whose number of trainable parameters is matched.
       multiple: r_hat is rounded down to a multiple of this; 8 lets a mesh divide m among 8 devices.
+      bases: which singular vectors: the leading ones; or ones drawn in proportion to their singular values
+        (SARA, arXiv:2502.05790), so that more directions are trained over the restarts.
       dropout: share of the adapter's inputs that training sets to zero.
     """
 
     rank: int = 128
     multiple: int = 1
+    bases: Bases = "leading"
     dropout: float = 0.0
     name: ClassVar[str] = "spectral"
     orients: ClassVar[bool] = True
@@ -62,6 +66,8 @@ class Spectral(Method):
     def __post_init__(self) -> None:
         check_rank("Spectral's rank", self.rank)
         check_rank("Spectral's multiple", self.multiple)
+        if self.bases not in get_args(Bases):
+            raise InputError(f"Spectral's bases are {' or '.join(get_args(Bases))}, not {self.bases!r}")
         check_dropout(self.dropout)
 
     def r_hat(self, k: int, d: int) -> int:
@@ -86,14 +92,24 @@ class Spectral(Method):
             "v_RD": jax.random.normal(v_key, (side, d)) / math.sqrt(d),
         }
 
-    def oriented(self, arrays: Arrays, gradient: Float[Array, "K D"]) -> dict[str, Array]:
-        """Returns the arrays with the gradient's leading singular vectors as bases."""
+    def oriented(
+        self, arrays: Arrays, gradient: Float[Array, "K D"], key: PRNGKeyArray | None = None
+    ) -> dict[str, Array]:
+        """Returns the arrays with singular vectors of the gradient as bases.
+
+        Raises:
+          InputError: if the bases are sampled and there is no key.
+        """
+        if self.bases == "leading":
+            key = None
+        elif key is None:
+            raise InputError("bases that are sampled need a random key")
         g_KD, side = gradient.astype(jnp.float32), arrays["m_RR"].shape[0]
         k, d = g_KD.shape
         if k > d:
-            v_DR, u_KR = _leading(g_KD.T, side)
+            v_DR, u_KR = _bases(g_KD.T, side, key)
         else:
-            u_KR, v_DR = _leading(g_KD, side)
+            u_KR, v_DR = _bases(g_KD, side, key)
         return {"m_RR": arrays["m_RR"], "u_KR": u_KR, "v_RD": v_DR.T}
 
     def leaves(self) -> dict[str, Leaf]:
@@ -158,10 +174,22 @@ class Spectral(Method):
         return f"spectral r {self.rank}, r_hat {self.r_hat(k, d)}"
 
 
-def _leading(g_KD: Float[Array, "K D"], side: int) -> tuple[Float[Array, "K R"], Float[Array, "D R"]]:
-    """Returns the leading singular vectors of a matrix with K <= D, from its smaller Gram matrix."""
+def _bases(
+    g_KD: Float[Array, "K D"], side: int, key: PRNGKeyArray | None
+) -> tuple[Float[Array, "K R"], Float[Array, "D R"]]:
+    """Returns singular vectors of a matrix with K <= D, from its smaller Gram matrix, leading ones first.
+
+    With a key they are drawn without replacement, in proportion to the singular values.
+    """
     g_KD = g_KD / jnp.maximum(jnp.linalg.norm(g_KD), jnp.finfo(jnp.float32).tiny)
-    _, ascending = jnp.linalg.eigh(jnp.matmul(g_KD, g_KD.T, precision=_EXACT))
-    u_KR = ascending[:, ::-1][:, :side]
+    squares_K, ascending_KK = jnp.linalg.eigh(jnp.matmul(g_KD, g_KD.T, precision=_EXACT))
+    if key is None:
+        chosen_R = jnp.arange(len(squares_K))[::-1][:side]
+    else:
+        # The largest sums of log weights and Gumbel noise are such a draw (arXiv:1903.06059).
+        noise_K = jax.random.gumbel(key, squares_K.shape)
+        scores_K = 0.5 * jnp.log(jnp.maximum(squares_K, jnp.finfo(jnp.float32).tiny)) + noise_K
+        chosen_R = jnp.sort(jax.lax.top_k(scores_K, side)[1])[::-1]
+    u_KR = ascending_KK[:, chosen_R]
     v_DR, _ = jnp.linalg.qr(jnp.matmul(g_KD.T, u_KR, precision=_EXACT))
     return u_KR, v_DR

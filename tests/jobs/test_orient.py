@@ -12,7 +12,7 @@ from train.config import flags
 STEPS, EVERY = 6, 2
 CONFIG = {
     "steps": STEPS,
-    "method": {"name": "spectral", "rank": 4, "multiple": 8},
+    "method": {"name": "spectral", "rank": 4, "multiple": 8, "bases": "sampled"},
     "restart": {"every": EVERY, "warmup": 1},
     "eval": {"every": 0, "batch_size": 4, "max_batches": 1},
     "checkpoint": {"every": EVERY, "keep": 0},

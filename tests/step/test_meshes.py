@@ -194,6 +194,17 @@ def test_every_mesh_computes_what_one_device_computes(name, steps, path, shape):
         assert_same(many.restarted, one.restarted, rtol=0, atol=0 if name in ("share", "rotate") else 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), SLOW_8], ids=str)
+@pytest.mark.parametrize("name", ["share", slow("full")])
+def test_muon_computes_on_a_mesh_what_it_computes_on_one_device(name, shape):
+    muon = Optimizer(learning_rate=3e-3, matrices="muon")
+    config = dataclasses.replace(configured(name, STEPS, "merged"), optimizer=muon)
+    one = on_one(config)
+    many = trained(config, shape, one)
+    np.testing.assert_allclose(many.scalars, one.scalars, rtol=1e-5)
+    assert one.scalars[-1, 0] < one.scalars[0, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_kernels_that_share_a_product_have_gradients_of_their_own_on_a_mesh(shape):

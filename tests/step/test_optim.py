@@ -70,7 +70,7 @@ def without_decay(options):
 
 
 def test_groups_are_adam_with_their_multiple_of_the_rate():
-    tx = optim.adamw(Optimizer(), without_decay(OPTIONS))
+    tx = optim.optimizer(Optimizer(), without_decay(OPTIONS))
     updates, _ = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)
     adam = optax.scale_by_adam(0.9, 0.999, 1e-8)
     expected, _ = adam.update(GRADIENTS, adam.init(PARAMS))
@@ -80,7 +80,7 @@ def test_groups_are_adam_with_their_multiple_of_the_rate():
 
 
 def test_each_array_has_its_own_decay():
-    tx, plain = optim.adamw(Optimizer(), OPTIONS), optim.adamw(Optimizer(), without_decay(OPTIONS))
+    tx, plain = optim.optimizer(Optimizer(), OPTIONS), optim.optimizer(Optimizer(), without_decay(OPTIONS))
     with_decay, _ = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)
     without, _ = plain.update(GRADIENTS, plain.init(PARAMS), PARAMS)
     np.testing.assert_allclose(with_decay["base"]["scale"], without["base"]["scale"])
@@ -155,7 +155,7 @@ def test_embedding_and_head_have_their_multiple_of_the_rate():
 
 
 def test_a_reset_clears_moments_and_count_of_adapters_alone():
-    tx = optim.adamw(Optimizer(), OPTIONS)
+    tx = optim.optimizer(Optimizer(), OPTIONS)
     _, state = tx.update(GRADIENTS, tx.init(PARAMS), PARAMS)
     fresh, cleared = optim.clear_adapters(state, Restart(), jax.random.key(0), LABELS)
     assert float(cleared) == 1.0
@@ -175,7 +175,7 @@ def test_a_reset_clears_moments_and_count_of_adapters_alone():
 def test_the_mean_of_second_moments_keeps_the_size_of_the_next_update():
     params = {"m": jax.random.normal(jax.random.key(0), (3, 20, 20)).at[:, 15:].set(0)}  # padded, in a stack
     options = {"m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.0)}
-    tx = optim.adamw(Optimizer(), options)
+    tx = optim.optimizer(Optimizer(), options)
     _, state = tx.update(params, tx.init(params), params)
     how = Restart(optimizer="mean")
     after, cleared = optim.clear_adapters(state, how, jax.random.key(1), optim.adapter_labels(options))
@@ -193,7 +193,7 @@ def test_the_mean_of_second_moments_keeps_the_size_of_the_next_update():
 def test_pruning_clears_its_share_of_each_moment_and_keeps_the_count(how):
     params = {"m": jax.random.normal(jax.random.key(0), (3, 20, 20)).at[:, 15:].set(0)}  # padded, in a stack
     options = {"m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.0)}
-    tx = optim.adamw(Optimizer(), options)
+    tx = optim.optimizer(Optimizer(), options)
     _, state = tx.update(params, tx.init(params), params)
     how_much = Restart(optimizer=how, prune=0.8)
     fresh, cleared = optim.clear_adapters(state, how_much, jax.random.key(1), optim.adapter_labels(options))
@@ -207,3 +207,54 @@ def test_pruning_clears_its_share_of_each_moment_and_keeps_the_count(how):
         dropped = old_layer[(new_layer == 0) & (old_layer > 0)]
         smallest_go = dropped.max() <= new_layer[new_layer > 0].min()
         assert smallest_go == (how == "magnitude")
+
+
+MATRICES = {
+    "self_attn": {"kernel": jnp.ones((3, 8, 12)), "bias": jnp.ones((3, 12))},
+    "norm": {"scale": jnp.ones((3, 8))},
+    "embed_tokens": {"embedding": jnp.ones((16, 8))},
+    "lm_head": {"kernel": jnp.ones((8, 16))},
+}
+
+
+def test_muon_updates_kernels_and_matrices_of_adapters_alone():
+    full = assign([(".*", "train")], MATRICES)
+    adapted = assign([("self_attn/kernel", DoRA(2)), (".*", "train")], MATRICES, stacked="self_attn/kernel")
+    for methods, expected in (
+        (full, {"params/self_attn/kernel"}),
+        (adapted, {f"adapters/self_attn/kernel/{name}" for name in ("a_KR", "b_RD")}),
+    ):
+        options = optim.array_options(Optimizer(matrices="muon"), methods)
+        assert {path for path, o in options.items() if o.muon} == expected
+        assert not any(o.muon for o in optim.array_options(Optimizer(), methods).values())
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (24, 24)])
+def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adam(shape):
+    u, s, vt = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
+    gradient = (u * np.geomspace(1, 0.1, s.shape[-1])) @ vt
+    tx, grads = optim.muon(0.95), {"w": jnp.asarray(gradient)}
+    updates, _ = tx.update(grads, tx.init(grads))
+    sizes = np.linalg.svd(np.asarray(updates["w"]), compute_uv=False) / (0.2 * np.sqrt(max(shape[-2:])))
+    assert sizes.min() > 0.6
+    assert sizes.max() < 1.3
+    nearest = u @ vt
+    overlap = (nearest * updates["w"]).sum() / np.linalg.norm(nearest) / np.linalg.norm(updates["w"])
+    assert overlap > 0.97
+
+
+def test_momentum_of_muon_is_nesterovs_and_a_restart_clears_it():
+    options = {"m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.0, muon=True)}
+    tx = optim.optimizer(Optimizer(momentum=0.5), options)
+    first, second = (jax.random.normal(jax.random.key(i), (8, 8)) for i in range(2))
+    _, state = tx.update({"m": first}, tx.init({"m": first}), {"m": first})
+    updates, state = tx.update({"m": second}, state, {"m": first})
+    alone = optim.muon(0.0)
+    expected, _ = alone.update(1.5 * second + 0.25 * first, alone.init(first))
+    np.testing.assert_allclose(updates["m"], expected, atol=1e-5)
+    after, cleared = optim.clear_adapters(state, Restart(), jax.random.key(0), optim.adapter_labels(options))
+    assert float(cleared) == 1.0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(after))
+    updates, _ = tx.update({"m": second}, after, {"m": first})
+    expected, _ = alone.update(second, alone.init(first))
+    np.testing.assert_allclose(updates["m"], expected, atol=1e-5)

@@ -66,7 +66,7 @@ class RunConfig:
         config file names, and of its operator. If a flag changes the method or the operator, the file's
         fields that the new one lacks are dropped.
       params: which parameters are adapted, and which are trained themselves.
-      optimizer: AdamW.
+      optimizer: AdamW or Muon.
       schedule: the learning rate over the run.
       restart: restarts of ReMoRA and ReLoRA.
       bad_steps: updates that are skipped.
@@ -182,6 +182,11 @@ class RunConfig:
         if self.schedule.kind == "jagged-cosine" and self.schedule.warmup > self.restart.every:
             raise InputError(
                 f"schedule.warmup {self.schedule.warmup} is longer than restart.every {self.restart.every}"
+            )
+        if self.optimizer.matrices == "muon" and self.restart.optimizer != "reset":
+            raise InputError(
+                f"restart.optimizer {self.restart.optimizer} needs Adam's moments, and optimizer.matrices "
+                "muon keeps none; leave restart.optimizer at reset"
             )
         adapted = self._methods()
         if not adapted or not all(m.additive for m in adapted):

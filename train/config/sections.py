@@ -97,7 +97,7 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class GroupRule:
-    """What AdamW does differently with the arrays that a regex matches.
+    """What the optimizer does differently with the arrays that a regex matches.
 
     Attributes:
       lr_scale: multiple of the learning rate.
@@ -115,13 +115,17 @@ class GroupRule:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW.
+    """AdamW, or Muon for matrices.
 
     Attributes:
       learning_rate: the peak rate.
+      matrices: what updates kernels and the matrices of adapters: adamw; or muon, which makes their momentum
+        orthogonal, keeps no second moments, and moves an entry by 0.2 of the rate on average
+        (arXiv:2502.16982). AdamW updates embedding, head, norms and biases.
+      momentum: decay of muon's momentum.
       embedding_lr_scale: multiple of the rate for the token embedding and the head, where they are trained.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+      b1: decay of AdamW's first moment.
+      b2: decay of its second moment.
       eps: added to the square root of the second moment.
       weight_decay: decoupled weight decay per unit of learning rate; norms, biases and the like have none.
       clip_norm: largest global norm of the gradient; 0 for no clipping.
@@ -130,6 +134,8 @@ class Optimizer:
 
     learning_rate: float = 5e-4
     embedding_lr_scale: float = 1.0
+    matrices: Literal["adamw", "muon"] = "adamw"
+    momentum: float = 0.95
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -140,7 +146,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         above("optimizer.learning_rate", self.learning_rate, 0, LARGEST_FACTOR)
         at_least("optimizer.embedding_lr_scale", self.embedding_lr_scale, 0, LARGEST_FACTOR)
-        for name in ("b1", "b2"):
+        for name in ("momentum", "b1", "b2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise InputError(f"optimizer.{name} must lie in [0, 1), not {value}")

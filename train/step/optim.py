@@ -1,6 +1,7 @@
-"""Learning-rate schedules, AdamW by parameter group, and what a restart does to its state."""
+"""Learning-rate schedules, AdamW and Muon by parameter group, and what a restart does to their state."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -46,30 +47,33 @@ def _decay(spec: StepSpec, progress: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayOptions:
-    """What AdamW does with one trainable array.
+    """What the optimizer does with one trainable array.
 
     Attributes:
       adapter: whether the array belongs to an adapter.
       lr_scale: multiple of the learning rate.
       weight_decay: decoupled decay per unit of learning rate.
+      muon: whether Muon updates the array, AdamW otherwise.
     """
 
     adapter: bool
     lr_scale: float
     weight_decay: float
+    muon: bool = False
 
     @property
     def label(self) -> str:
-        """Name of the array's optimizer state in checkpoints, such as "base" or "adapter*16.0"."""
+        """Name of the array's optimizer state in checkpoints, such as "base" or "adapter*16.0, muon"."""
         scale = "" if self.lr_scale == 1 else f"*{self.lr_scale}"
-        return f"{'adapter' if self.adapter else 'base'}{scale}"
+        return f"{'adapter' if self.adapter else 'base'}{scale}{', muon' if self.muon else ''}"
 
 
 def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions]:
     """Returns the options of every trainable array, by its path under `params/` or `adapters/`.
 
     A method states a multiple of the rate and whether its arrays are decayed; scales of norms and biases are
-    not decayed. The first of `config.groups` whose regex matches the rest of the path changes these, and
+    not decayed. What is decayed by default, except embedding and head, are the matrices of `config.matrices`.
+    The first of `config.groups` whose regex matches the rest of the path changes these, and
     `config.embedding_lr_scale` multiplies the rate of the embedding and the head.
 
     Raises:
@@ -97,6 +101,7 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
             group.adapter,
             scale * config.embedding_lr_scale if path in embeddings else scale,
             decay if rule.weight_decay is None else rule.weight_decay,
+            muon=config.matrices == "muon" and decayed and path not in embeddings,
         )
     return options
 
@@ -106,22 +111,49 @@ def adapter_labels(options: Mapping[str, ArrayOptions]) -> frozenset[str]:
     return frozenset(o.label for o in options.values() if o.adapter)
 
 
-def adamw(config: Optimizer, options: Mapping[str, ArrayOptions]) -> optax.GradientTransformation:
-    """Returns AdamW without its learning rate, with one state for each label of `array_options`.
+def optimizer(config: Optimizer, options: Mapping[str, ArrayOptions]) -> optax.GradientTransformation:
+    """Returns AdamW and Muon without their learning rate, with one state for each label of `array_options`.
 
     The rate follows the train step and not a count kept here, so that resetting a group's state keeps it.
     """
     labels = trees.unflatten({path: o.label for path, o in options.items()})
-    scales = {o.label: o.lr_scale for o in options.values()}
+    by_label = {o.label: o for o in options.values()}
     decays = {path: o.weight_decay for path, o in options.items()}
 
     def group(label: str) -> optax.GradientTransformation:
         of_group = {decays[path] for path, o in options.items() if o.label == label}
         parts = [_decayed(decay, decays) for decay in sorted(of_group) if decay]
         adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-        return optax.chain(adam, *parts, optax.scale(scales[label]))
+        first = muon(config.momentum) if by_label[label].muon else adam
+        return optax.chain(first, *parts, optax.scale(by_label[label].lr_scale))
 
-    return optax.partition({label: group(label) for label in sorted(scales)}, labels)
+    return optax.partition({label: group(label) for label in sorted(by_label)}, labels)
+
+
+def muon(momentum: float) -> optax.GradientTransformation:
+    """Returns Muon (arXiv:2502.16982) without its learning rate and decay, for matrices (..., k, d).
+
+    Its state is the momentum alone, zero at the start, so that a restart clears it as Adam's moments.
+    `optax.contrib.scale_by_muon` keeps coefficients beside it.
+    """
+    return optax.chain(
+        optax.trace(momentum, nesterov=True),
+        optax.stateless(lambda updates, _: jax.tree.map(_orthogonal, updates)),
+    )
+
+
+def _orthogonal(g: Float[Array, "*L K D"]) -> Float[Array, "*L K D"]:
+    """Returns about the nearest orthogonal matrices, with entries of 0.2 on average, as Adam's updates have.
+
+    Five steps of a Newton-Schulz iteration bring singular values near 1 (kellerjordan.github.io/posts/muon).
+    """
+    k, d = g.shape[-2:]
+    x = g.mT if k > d else g
+    x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), jnp.finfo(x.dtype).tiny)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return 0.2 * math.sqrt(max(k, d)) * (x.mT if k > d else x)
 
 
 def _decayed(decay: float, decays: dict[str, float]) -> optax.GradientTransformation:
@@ -138,10 +170,10 @@ def _decayed(decay: float, decays: dict[str, float]) -> optax.GradientTransforma
 def clear_adapters(
     opt_state: Any, how: Restart, key: PRNGKeyArray, labels: Set[str]
 ) -> tuple[Any, Float[Array, ""]]:
-    """Clears the adapters' Adam state, or a share of it, as `mora_jax.moments.clear` does.
+    """Clears the adapters' optimizer state, or a share of it, as `mora_jax.moments.clear` does.
 
     Args:
-      opt_state: state of `adamw`.
+      opt_state: state of `optimizer`.
       how: what to clear.
       key: random key of pruning.
       labels: `adapter_labels`.
@@ -149,7 +181,7 @@ def clear_adapters(
     Returns:
       The new state, and the share of the moments' non-zero entries that was cleared.
     """
-    fresh = jax.tree.map(jnp.zeros_like, opt_state)  # what AdamW starts with
+    fresh = jax.tree.map(jnp.zeros_like, opt_state)  # what both start with
     after = moments.clear(opt_state, fresh, labels, how.optimizer, how.prune, key)
     counts = [
         _non_zero({label: state for label, state in s.inner_states.items() if label in labels})
@@ -158,12 +190,13 @@ def clear_adapters(
     return after, 1 - counts[1] / jnp.maximum(counts[0], 1)
 
 
-def _is_adam(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState)
+def _has_moments(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState | optax.TraceState)
 
 
 def _non_zero(state: Any) -> Array:
     """Returns the number of non-zero entries of all moments."""
-    both = [(s.mu, s.nu) for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
-    counts = [jnp.count_nonzero(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(both)]
+    found = [s for s in jax.tree.leaves(state, is_leaf=_has_moments) if _has_moments(s)]
+    arrays = [s.trace if isinstance(s, optax.TraceState) else (s.mu, s.nu) for s in found]
+    counts = [jnp.count_nonzero(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(arrays)]
     return jnp.sum(jnp.stack(counts))

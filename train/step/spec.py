@@ -15,7 +15,7 @@ class StepSpec:
     Attributes:
       model: sizes and options of the model.
       compute: how the model is computed.
-      optimizer: AdamW and its parameter groups.
+      optimizer: AdamW, Muon and their parameter groups.
       schedule: the learning rate over the run.
       restart: when restarts happen and what they do to the optimizer state.
       bad_steps: which updates are skipped.

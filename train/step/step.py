@@ -37,8 +37,8 @@ def train_step(
     if spec.optimizer.clip_norm:
         shrink = jnp.minimum(1.0, spec.optimizer.clip_norm / (grad_norm + 1e-6))
         gradients = jax.tree.map(lambda g: g * shrink, gradients)
-    optimizer = optim.adamw(spec.optimizer, optim.array_options(spec.optimizer, methods))
-    updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+    tx = optim.optimizer(spec.optimizer, optim.array_options(spec.optimizer, methods))
+    updates, opt_state = tx.update(gradients, state.opt_state, trainable)
     rate = optim.learning_rate(spec, state.step)
     bad, history = spikes.judge(spec.bad_steps, state.spikes, loss, grad_norm)
     updated = jax.tree.map(lambda p, u: p - rate * u, trainable, updates)
@@ -79,7 +79,9 @@ def orient_step(spec: StepSpec, methods: Methods, state: TrainState, batch: Batc
     both = {"params": state.params, "adapters": state.adapters}
     adapted, others = trees.split(both, kernels.__contains__)
     _, gradients = _mean_gradient(spec, methods, adapted, others, batch, state.step)
-    adapters = orient(state.adapters, methods, gradients["params"])
+    adapter_key = jax.random.fold_in(key_of(spec, "adapters"), state.step)
+    key = jax.random.fold_in(adapter_key, 1)  # the restart has used the other one
+    adapters = orient(state.adapters, methods, gradients["params"], key)
     return sharding.pin(dataclasses.replace(state, adapters=adapters), layouts(methods))
 
 

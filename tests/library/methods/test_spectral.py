@@ -1,5 +1,6 @@
 """Bases from gradients, and the sizes of updates."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -25,6 +26,55 @@ def test_bases_are_the_leading_singular_vectors(k, d):
     np.testing.assert_allclose(kept, best, atol=2e-3 * s[0])
     for basis in (arrays["u_KR"], arrays["v_RD"].T):
         np.testing.assert_allclose(basis.T @ basis, np.eye(side), atol=1e-5)
+
+
+@pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24)])
+def test_sampled_bases_are_different_singular_vectors(k, d):
+    method = Spectral(rank=3, bases="sampled")
+    gradient = np.random.default_rng(0).normal(size=(k, d)).astype(np.float32)
+    arrays = method.init(jax.random.key(0), jnp.zeros((k, d)))
+    found = [method.oriented(arrays, jnp.asarray(gradient), jax.random.key(i)) for i in range(3)]
+    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+    for bases in found:
+        left, right = np.abs(u.T @ bases["u_KR"]), np.abs(vt @ bases["v_RD"].T)
+        chosen = left.argmax(0)
+        assert (np.diff(chosen) > 0).all()  # each once, leading ones first
+        for places in (left, right):
+            np.testing.assert_allclose(places, np.eye(24)[:, chosen], atol=1e-3)
+    assert np.abs(found[0]["u_KR"] - found[1]["u_KR"]).max() > 0.1
+
+
+def test_singular_vectors_are_drawn_in_proportion_to_their_values():
+    sizes = np.array([8.0, 4.0, 2.0, 1.0, 1.0], np.float32)
+    method = Spectral(rank=1, multiple=3, bases="sampled")  # r_hat 3
+    arrays = method.init(jax.random.key(0), jnp.zeros((5, 5)))
+    keys = jax.random.split(jax.random.key(1), 4000)
+    u_NKR = jax.vmap(lambda key: method.oriented(arrays, jnp.diag(sizes), key)["u_KR"])(keys)
+    got = (np.abs(u_NKR) > 0.5).any(2).mean(0)
+    shares = np.zeros(5)  # by hand: three draws without replacement
+    for order in itertools.permutations(range(5), 3):
+        left, chance = sizes.sum(), 1.0
+        for i in order:
+            chance, left = chance * sizes[i] / left, left - sizes[i]
+        shares[list(order)] += chance
+    np.testing.assert_allclose(got, shares, atol=0.03)
+
+
+def test_kernels_draw_apart_and_the_same_for_a_key():
+    params = {"kernel": jnp.zeros((3, 8, 12)), "other": jnp.zeros((8, 12))}
+    methods = assign([(".*", Spectral(2, bases="sampled"))], params, stacked="kernel")
+    adapters = attach(jax.random.key(0), params, methods)
+    one = jax.random.normal(jax.random.key(1), (8, 12))
+    gradients = {"kernel": jnp.stack([one] * 3), "other": one}
+    found, again, others = (orient(adapters, methods, gradients, jax.random.key(i)) for i in (2, 2, 3))
+    jax.tree.map(np.testing.assert_array_equal, found, again)
+    u_NKR = np.stack([*found["kernel"]["u_KR"], found["other"]["u_KR"]])
+    assert len(np.unique(u_NKR.round(3), axis=0)) > 1
+    assert np.abs(found["kernel"]["u_KR"] - others["kernel"]["u_KR"]).max() > 0.1
+    with pytest.raises(InputError, match="sampled need a random key"):
+        orient(adapters, methods, gradients)
+    with pytest.raises(InputError, match="bases are leading or sampled, not 'random'"):
+        Spectral(bases="random")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_gradient_of_zeros_leaves_finite_orthonormal_bases():
@@ -116,9 +166,9 @@ def test_kernels_of_one_shape_are_decomposed_by_one_program(monkeypatch):
     methods = assign([(".*", Spectral(2))], params, stacked="a")
     traced, oriented = [], Spectral.oriented
 
-    def seen(self, arrays, gradient):
+    def seen(self, arrays, gradient, key):
         traced.append(gradient.shape)
-        return oriented(self, arrays, gradient)
+        return oriented(self, arrays, gradient, key)
 
     monkeypatch.setattr(Spectral, "oriented", seen)
     jax.eval_shape(lambda g: orient(attach(jax.random.key(0), params, methods), methods, g), params)
