@@ -126,6 +126,11 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
         ),
         (lambda: RunConfig(schedule=s.Schedule("jagged-cosine")), "jagged-cosine needs restart"),
         (
+            lambda: RunConfig(optimizer=s.Optimizer(matrices="muon"), restart=s.Restart(9, 2, "mean")),
+            "restart.optimizer mean needs Adam's moments, and optimizer.matrices muon keeps none",
+        ),
+        (lambda: s.Optimizer(momentum=1.0), "optimizer.momentum must lie in"),
+        (
             lambda: RunConfig(schedule=s.Schedule("jagged-cosine", 60), restart=s.Restart(50, 10)),
             r"schedule\.warmup 60 is longer than restart\.every 50",
         ),

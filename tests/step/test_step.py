@@ -211,6 +211,31 @@ def test_a_restart_draws_new_random_factors():
     assert not np.allclose(first[path], again[path])
 
 
+def is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_muon_moves_the_adapters_by_its_rate_and_keeps_padding_zero():
+    optimizer = Optimizer(learning_rate=1e-2, matrices="muon")
+    config = dataclasses.replace(with_method("mora"), optimizer=optimizer)
+    methods, state, _ = trained(config, 2)  # the first update has a rate of 0
+    padded = 0
+    for path, on in methods.kernels():
+        m_LRR = np.asarray(trees.flatten(state.adapters)[f"{path}/m_RR"])
+        side = on.method.r_hat(*trees.flatten(state.params)[path].shape[-2:])
+        padded += side < m_LRR.shape[-1]
+        assert not m_LRR[:, side:].any()
+        assert not m_LRR[:, :, side:].any()
+        # Of an orthogonal matrix all singular values are alike; entries are 0.2 of the rate.
+        sizes = np.linalg.svd(m_LRR[:, :side, :side], compute_uv=False) / (
+            1e-2 * 0.2 * m_LRR.shape[-1] ** 0.5
+        )
+        assert np.median(sizes) == pytest.approx(1, abs=0.3)
+    assert padded == 3
+    _, cleared = restart_step(spec_of(config), methods, state)
+    assert float(cleared) == 1.0
+
+
 def test_the_gradient_is_clipped_and_its_norm_is_logged_unclipped():
     loose = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-2, clip_norm=0))
     tight = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-2, clip_norm=1e-3))
@@ -218,8 +243,8 @@ def test_the_gradient_is_clipped_and_its_norm_is_logged_unclipped():
     for config in (loose, tight):
         _, state, metrics = trained(config, 1)
         norms.append(float(metrics["grad_norm"]))
-        adam = jax.tree.leaves(state.opt_state, is_leaf=optim._is_adam)
-        moments.append(float(optax.tree.norm([s.mu for s in adam if optim._is_adam(s)])))
+        adam = jax.tree.leaves(state.opt_state, is_leaf=is_adam)
+        moments.append(float(optax.tree.norm([s.mu for s in adam if is_adam(s)])))
     assert norms[0] > 0.1
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
     # The first moment is a tenth of the first gradient.
