@@ -412,3 +412,17 @@ def test_bases_are_those_of_the_gradient_of_the_batch():
         held = jnp.linalg.norm(g_LRR, axis=(1, 2))
         singular = np.linalg.svd(gradients[path], compute_uv=False)[:, : u_LKR.shape[2]]
         np.testing.assert_allclose(held, np.linalg.norm(singular, axis=1), rtol=1e-4)
+
+
+def test_sampled_bases_are_others_at_each_restart_and_seed():
+    config = dataclasses.replace(CONFIG, method=Spectral(4, multiple=8, bases="sampled"))
+    methods, state = started(config)
+    other_seed = dataclasses.replace(spec_of(config), seed=1)
+    found = []
+    for spec, step in ((spec_of(config), 3), (spec_of(config), 6), (other_seed, 3), (spec_of(config), 3)):
+        at_step = dataclasses.replace(jax.tree.map(jnp.copy, state), step=jnp.int32(step))
+        fitted = trees.flatten(orient_step(spec, methods, at_step, Batch(tokens(0))).adapters)
+        found.append(np.asarray(fitted["layers/mlp/up_proj/kernel/u_KR"]))
+    assert np.abs(found[0] - found[1]).max() > 0.1
+    assert np.abs(found[0] - found[2]).max() > 0.1
+    np.testing.assert_array_equal(found[0], found[3])
