@@ -28,12 +28,14 @@ class Leaf:
       trainable: whether the array is trained.
       lr_scale: multiple of the learning rate.
       weight_decay: whether weight decay applies.
+      matrix: whether the array of one kernel is a matrix, which Muon may update.
       layout: how the array may be divided over a mesh.
     """
 
     trainable: bool = True
     lr_scale: float = 1.0
     weight_decay: bool = True
+    matrix: bool = False
     layout: Layout = REPLICATED
 
 

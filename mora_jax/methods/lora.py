@@ -93,8 +93,8 @@ class LoRA(Method):
     def leaves(self) -> dict[str, Leaf]:
         """Returns both factors, or only b as trained; b has its own learning rate."""
         return {
-            "a_KR": Leaf(self.train_factors == "ab", layout=A_LAYOUT),
-            "b_RD": Leaf(lr_scale=self.b_lr_scale, layout=B_LAYOUT),
+            "a_KR": Leaf(self.train_factors == "ab", matrix=True, layout=A_LAYOUT),
+            "b_RD": Leaf(lr_scale=self.b_lr_scale, matrix=True, layout=B_LAYOUT),
         }
 
     def count(self, k: int, d: int) -> int:

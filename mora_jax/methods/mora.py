@@ -93,7 +93,7 @@ class MoRA(Method):
 
     def leaves(self) -> dict[str, Leaf]:
         """Returns m_RR as trained."""
-        return {"m_RR": Leaf(layout=_M_LAYOUT)}
+        return {"m_RR": Leaf(matrix=True, layout=_M_LAYOUT)}
 
     def weight(self, arrays: Arrays, w: Float[Array, "K D"]) -> Float[Array, "K D"]:
         """Returns w + the operator's matrix of m, (k, d) in w's type."""

@@ -115,7 +115,7 @@ class Spectral(Method):
     def leaves(self) -> dict[str, Leaf]:
         """Returns m_RR as trained, and the bases as not."""
         return {
-            "m_RR": Leaf(layout=_M_LAYOUT),
+            "m_RR": Leaf(matrix=True, layout=_M_LAYOUT),
             "u_KR": Leaf(trainable=False, layout=A_LAYOUT),
             "v_RD": Leaf(trainable=False, layout=B_LAYOUT),
         }

@@ -243,6 +243,19 @@ def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adam(shape):
     assert overlap > 0.97
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-22, 1e-18, 1e18])
+def test_muon_keeps_its_size_and_is_finite_for_gradients_of_any_size(size):
+    gradient = size * jax.random.normal(jax.random.key(0), (2, 16, 40)).at[:, 12:].set(0).at[:, :, 30:].set(0)
+    updates, _ = optim.muon(0.0).update(gradient, optim.muon(0.0).init(gradient))
+    assert not updates[:, 12:].any()
+    assert not updates[:, :, 30:].any()
+    alone, _ = optim.muon(0.0).update(gradient[:, :12, :30], optim.muon(0.0).init(gradient[:, :12, :30]))
+    np.testing.assert_allclose(updates[:, :12, :30], alone, atol=1e-5)
+    rms = float(jnp.sqrt(jnp.mean(alone**2)))
+    # XLA may flush numbers below float32's normal ones to zero, which moves nothing.
+    assert rms == pytest.approx(0.2 if size > 1e-37 else rms and 0.2, rel=0.2)
+
+
 def test_momentum_of_muon_is_nesterovs_and_a_restart_clears_it():
     options = {"m": ArrayOptions(adapter=True, lr_scale=1.0, weight_decay=0.0, muon=True)}
     tx = optim.optimizer(Optimizer(momentum=0.5), options)

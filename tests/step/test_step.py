@@ -227,9 +227,7 @@ def test_muon_moves_the_adapters_by_its_rate_and_keeps_padding_zero():
         assert not m_LRR[:, side:].any()
         assert not m_LRR[:, :, side:].any()
         # Of an orthogonal matrix all singular values are alike; entries are 0.2 of the rate.
-        sizes = np.linalg.svd(m_LRR[:, :side, :side], compute_uv=False) / (
-            1e-2 * 0.2 * m_LRR.shape[-1] ** 0.5
-        )
+        sizes = np.linalg.svd(m_LRR[:, :side, :side], compute_uv=False) / (1e-2 * 0.2 * side**0.5)
         assert np.median(sizes) == pytest.approx(1, abs=0.3)
     assert padded == 3
     _, cleared = restart_step(spec_of(config), methods, state)

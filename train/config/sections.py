@@ -26,7 +26,7 @@ MOST_ROWS = 2**40
 
 
 # Of the learning rate, of its multiples and of weight decay. With a finite gradient norm, no product of these
-# and of Adam's update leaves float32, so the step need not look at every parameter after the update.
+# and of an update of Adam or Muon leaves float32, so the step need not look at every parameter afterwards.
 LARGEST_FACTOR = 1e6
 
 
@@ -120,8 +120,8 @@ class Optimizer:
     Attributes:
       learning_rate: the peak rate.
       matrices: what updates kernels and the matrices of adapters: adamw; or muon, which makes their momentum
-        orthogonal, keeps no second moments, and moves an entry by 0.2 of the rate on average
-        (arXiv:2502.16982). AdamW updates embedding, head, norms and biases.
+        orthogonal, keeps no second moments, and moves an entry by about 0.2 of the rate (arXiv:2502.16982).
+        AdamW updates all others: embedding, head, norms, biases, DoRA's magnitudes.
       momentum: decay of muon's momentum.
       embedding_lr_scale: multiple of the rate for the token embedding and the head, where they are trained.
       b1: decay of AdamW's first moment.
@@ -146,6 +146,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         above("optimizer.learning_rate", self.learning_rate, 0, LARGEST_FACTOR)
         at_least("optimizer.embedding_lr_scale", self.embedding_lr_scale, 0, LARGEST_FACTOR)
+        if self.matrices not in ("adamw", "muon"):
+            raise InputError(f"optimizer.matrices is adamw or muon, not {self.matrices!r}")
         for name in ("momentum", "b1", "b2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -206,7 +208,7 @@ class Restart:
     Attributes:
       every: optimizer steps between restarts; 0 for none.
       warmup: optimizer steps of linear warm-up after a restart.
-      optimizer: the adapters' Adam state: "reset" zeroes moments and count; "magnitude" and "random" zero a
+      optimizer: the adapters' optimizer state: "reset" zeroes all; "magnitude" and "random" zero a
         fraction of each moment's entries, the smallest or random ones, and keep the count; "mean" zeroes
         the first moment, averages the second one over each kernel, and keeps the count.
       prune: that fraction, in (0, 1]; used by "magnitude" and "random".

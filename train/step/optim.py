@@ -1,7 +1,6 @@
 """Learning-rate schedules, AdamW and Muon by parameter group, and what a restart does to their state."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -72,8 +71,8 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
     """Returns the options of every trainable array, by its path under `params/` or `adapters/`.
 
     A method states a multiple of the rate and whether its arrays are decayed; scales of norms and biases are
-    not decayed. What is decayed by default, except embedding and head, are the matrices of `config.matrices`.
-    The first of `config.groups` whose regex matches the rest of the path changes these, and
+    not decayed. The matrices of `config.matrices` are those that methods name, and all trained kernels but
+    the head. The first of `config.groups` whose regex matches the rest of the path changes these, and
     `config.embedding_lr_scale` multiplies the rate of the embedding and the head.
 
     Raises:
@@ -91,6 +90,13 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
         raise InputError(
             "optimizer.embedding_lr_scale: neither the embedding nor the head is trained; leave it 1"
         )
+    matrices = {
+        f"adapters/{path}/{name}"
+        for path, method in methods.adapted()
+        for name, leaf in method.leaves().items()
+        if leaf.matrix
+    }
+    matrices |= {path for path in groups if path.endswith("/kernel")} - embeddings
     options = {}
     for path, group in groups.items():
         rule = chosen[path.partition("/")[2]]
@@ -101,7 +107,7 @@ def array_options(config: Optimizer, methods: Methods) -> dict[str, ArrayOptions
             group.adapter,
             scale * config.embedding_lr_scale if path in embeddings else scale,
             decay if rule.weight_decay is None else rule.weight_decay,
-            muon=config.matrices == "muon" and decayed and path not in embeddings,
+            muon=config.matrices == "muon" and path in matrices,
         )
     return options
 
@@ -143,17 +149,22 @@ def muon(momentum: float) -> optax.GradientTransformation:
 
 
 def _orthogonal(g: Float[Array, "*L K D"]) -> Float[Array, "*L K D"]:
-    """Returns about the nearest orthogonal matrices, with entries of 0.2 on average, as Adam's updates have.
+    """Returns about the nearest orthogonal matrices, with entries of about 0.2 (root mean square), as Adam's.
 
     Five steps of a Newton-Schulz iteration bring singular values near 1 (kellerjordan.github.io/posts/muon).
+    Padding of stored arrays stays zero, and does not count as a side.
     """
     k, d = g.shape[-2:]
     x = g.mT if k > d else g
-    x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), jnp.finfo(x.dtype).tiny)
+    tiny = jnp.finfo(x.dtype).tiny
+    x /= jnp.maximum(jnp.abs(x).max((-2, -1), keepdims=True), tiny)  # the norm's squares would underflow
+    rows, columns = ((x != 0).any(axis, keepdims=True).sum((-2, -1), keepdims=True) for axis in (-1, -2))
+    x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), tiny)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return 0.2 * math.sqrt(max(k, d)) * (x.mT if k > d else x)
+    x *= 0.2 * jnp.sqrt(jnp.maximum(rows, columns))
+    return x.mT if k > d else x
 
 
 def _decayed(decay: float, decays: dict[str, float]) -> optax.GradientTransformation:

@@ -17,7 +17,10 @@ from train.step import optim, spikes
 from train.step.spec import StepSpec
 
 # Purposes of random numbers; each has a key of its own.
-STREAMS = ("params", "adapters", "pruning", "dropout")
+STREAMS = ("params", "adapters", "pruning", "dropout", "bases")
+
+# Earlier versions had these alone, and their checkpoints resume.
+_CHECKED = 4
 
 
 @struct.dataclass
@@ -94,11 +97,11 @@ def layouts(methods: Methods) -> sharding.Rules:
 
 
 def random_state(spec: StepSpec, step: int) -> dict[str, list[int]]:
-    """Returns the next random numbers of each stream at a step.
+    """Returns the next random numbers of the checked streams at a step.
 
     A checkpoint compares them: equal keys may give other numbers under another version or option of JAX.
     """
-    keys = {stream: jax.random.fold_in(key_of(spec, stream), step) for stream in STREAMS}
+    keys = {stream: jax.random.fold_in(key_of(spec, stream), step) for stream in STREAMS[:_CHECKED]}
     return {stream: jax.random.bits(key, (4,)).tolist() for stream, key in keys.items()}
 
 

@@ -79,8 +79,7 @@ def orient_step(spec: StepSpec, methods: Methods, state: TrainState, batch: Batc
     both = {"params": state.params, "adapters": state.adapters}
     adapted, others = trees.split(both, kernels.__contains__)
     _, gradients = _mean_gradient(spec, methods, adapted, others, batch, state.step)
-    adapter_key = jax.random.fold_in(key_of(spec, "adapters"), state.step)
-    key = jax.random.fold_in(adapter_key, 1)  # the restart has used the other one
+    key = jax.random.fold_in(key_of(spec, "bases"), state.step)
     adapters = orient(state.adapters, methods, gradients["params"], key)
     return sharding.pin(dataclasses.replace(state, adapters=adapters), layouts(methods))
 
