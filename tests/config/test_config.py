@@ -125,6 +125,8 @@ RESTARTED = {"schedule": s.Schedule("jagged-cosine", 10), "restart": s.Restart(1
             "longer than model.max_position_embeddings",
         ),
         (lambda: RunConfig(schedule=s.Schedule("jagged-cosine")), "jagged-cosine needs restart"),
+        (lambda: RunConfig(restart=s.Restart(growth=2)), "restart.growth needs restart.every above 0"),
+        (lambda: s.Restart(100, growth=0.5), "restart.growth must be at least 1, not 0.5"),
         (
             lambda: RunConfig(optimizer=s.Optimizer(matrices="muon"), restart=s.Restart(9, 2, "mean")),
             "restart.optimizer mean needs Adam's moments, and optimizer.matrices muon keeps none",
@@ -229,6 +231,16 @@ def test_restarts():
     never = RunConfig()
     assert not any(never.restarts_at(step) for step in range(20_000))
     assert never.restarts_before(10_000) == 0
+
+
+def test_cycles_grow():
+    config = RunConfig(steps=150, schedule=s.Schedule("linear", 5), restart=s.Restart(10, 2, growth=1.5))
+    # Cycles of 10, 15, 22.5, 33.75 and 50.625 steps.
+    restarts = [10, 25, 48, 81, 132]
+    assert [step for step in range(200) if config.restarts_at(step)] == restarts
+    for step in range(151):
+        assert config.restarts_before(step) == sum(at < step for at in restarts), step
+    assert s.Restart(5, 0, growth=1e6).starts(2**31 - 1) == (5, 5_000_005)
 
 
 def test_the_configs_are_those_of_the_paper():

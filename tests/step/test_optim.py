@@ -42,6 +42,19 @@ def test_the_jagged_cosine_is_the_recorded_one(total, warmup, again, every, gold
     np.testing.assert_allclose(got, expected, atol=5e-7)
 
 
+def test_the_rate_climbs_again_in_every_cycle_of_growing_ones():
+    """Between warm-ups it is the cosine's, and in one a straight line to it."""
+    restart = Restart(10, 4, growth=1.5)
+    rates = multipliers(config("jagged-cosine", 150, 6, restart))
+    cosine = multipliers(config("cosine", 150, 6))
+    starts = (10, 25, 48, 81, 132)
+    expected = cosine.copy()
+    for start in starts:
+        expected[start : start + 4] = cosine[start + 4] * np.arange(4) / 4
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+    assert (rates[list(starts)] == 0).all()
+
+
 def test_cosine_and_linear_by_hand():
     for kind, middle in (
         ("cosine", 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * 0.25))),

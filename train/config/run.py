@@ -178,6 +178,8 @@ class RunConfig:
         if self.schedule.kind == "jagged-cosine" and not self.restart.every:
             raise InputError("schedule.kind jagged-cosine needs restart.every above 0")
         if not self.restart.every:
+            if self.restart.growth != 1:
+                raise InputError("restart.growth needs restart.every above 0")
             return
         if self.schedule.kind == "jagged-cosine" and self.schedule.warmup > self.restart.every:
             raise InputError(
@@ -251,11 +253,11 @@ class RunConfig:
 
     def restarts_before(self, step: int) -> int:
         """Returns the number of restarts before that of optimizer step `step` (from 0), if it has one."""
-        return max(step - 1, 0) // self.restart.every if self.restart.every else 0
+        return len(self.restart.starts(step))
 
     def restarts_at(self, step: int) -> bool:
         """Returns whether a restart precedes optimizer step `step` (from 0)."""
-        return bool(self.restart.every) and 0 < step < self.steps and step % self.restart.every == 0
+        return step in self.restart.starts(self.steps)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

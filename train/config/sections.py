@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -206,26 +208,50 @@ class Restart:
     """Restarts of ReMoRA and ReLoRA: merge, initialise again, switch the pattern.
 
     Attributes:
-      every: optimizer steps between restarts; 0 for none.
+      every: optimizer steps before the first restart, and between restarts; 0 for none.
       warmup: optimizer steps of linear warm-up after a restart.
       optimizer: the adapters' optimizer state: "reset" zeroes all; "magnitude" and "random" zero a
         fraction of each moment's entries, the smallest or random ones, and keep the count; "mean" zeroes
         the first moment, averages the second one over each kernel, and keeps the count.
       prune: that fraction, in (0, 1]; used by "magnitude" and "random".
+      growth: how many times as long as the one before it each cycle is (T_mult of SGDR, arXiv:1608.03983).
     """
 
     every: int = 0
     warmup: int = 50
     optimizer: Literal["reset", "magnitude", "random", "mean"] = "reset"
     prune: float = 0.9
+    growth: float = 1.0
 
     def __post_init__(self) -> None:
         at_least("restart.every", self.every, 0)
         at_least("restart.warmup", self.warmup, 0)
+        at_least("restart.growth", self.growth, 1, LARGEST_FACTOR)
         if not 0 < self.prune <= 1:
             raise InputError(f"restart.prune must lie in (0, 1], not {self.prune}")
         if 0 < self.every <= self.warmup:
             raise InputError(f"restart.warmup {self.warmup} must be shorter than restart.every {self.every}")
+
+    def starts(self, steps: int) -> Sequence[int]:
+        """Returns the steps (from 0) of a run of `steps` that a restart precedes.
+
+        >>> [*Restart(every=100, growth=2).starts(1000)]
+        [100, 300, 700]
+        """
+        if not self.every:
+            return ()
+        return range(self.every, steps, self.every) if self.growth == 1 else _growing_starts(self, steps)
+
+
+@functools.lru_cache
+def _growing_starts(restart: Restart, steps: int) -> tuple[int, ...]:
+    found: list[int] = []
+    start = cycle = float(restart.every)
+    while round(start) < steps:
+        found.append(round(start))
+        cycle *= restart.growth
+        start += cycle
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,10 +32,18 @@ def learning_rate(spec: StepSpec, step: Int[Array, ""]) -> Float[Array, ""]:
     )
     if spec.schedule.kind == "jagged-cosine":
         every, again = spec.restart.every, spec.restart.warmup
-        since = step % every
+        since = _since_restart(spec, step)
         end = _decay(spec, (step - since + again - warmup) / max(total - warmup, 1))
         ratio = jnp.where((since < again) & (step >= every), since / max(again, 1) * end, ratio)
     return spec.optimizer.learning_rate * ratio
+
+
+def _since_restart(spec: StepSpec, step: Array) -> Array:
+    """Returns the updates between the last restart, or the run's start, and `step`."""
+    if spec.restart.growth == 1:
+        return step % spec.restart.every
+    starts = jnp.asarray((0, *spec.restart.starts(spec.steps)), jnp.float32)
+    return step - starts[jnp.searchsorted(starts, step, side="right") - 1]
 
 
 def _decay(spec: StepSpec, progress: Array) -> Array:
