@@ -61,7 +61,8 @@ def adapt(model: M, rules: Rules | Methods, rngs: nnx.Rngs) -> M:
 
     Each kernel's module holds the adapter's arrays beside it, such as `kernel_m_RR`: `AdapterParam`s, or
     `FixedAdapterParam`s where the method does not train them. Arrays of a stacked kernel have the stack's
-    axes first, so that `nnx.scan` and `nnx.vmap` over axis 0 slice both alike.
+    axes first, so that `nnx.scan` and `nnx.vmap` over axis 0 slice both alike. Nothing fits adapters to
+    gradients: the bases of `Spectral()` are random, and each restart draws others.
 
     Args:
       model: an NNX module.
@@ -71,9 +72,10 @@ def adapt(model: M, rules: Rules | Methods, rngs: nnx.Rngs) -> M:
       rngs: its `params` stream gives the adapters' random key.
 
     Raises:
-      InputError: as `assign` does; if a method has dropout, which an NNX model cannot apply; if the model has
-        adapters already; if a kernel is no attribute of a module, but lies in a list or dict, or is the
-        kernel of an `nnx.WeightNorm` or `nnx.SpectralNorm`.
+      InputError: as `assign` does; if a method has dropout, which an NNX model cannot apply, or draws from
+        gradients, as `Spectral(bases="sampled")`; if the model has adapters already; if a kernel is no
+        attribute of a module, but lies in a list or dict, or is the kernel of an `nnx.WeightNorm` or
+        `nnx.SpectralNorm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,6 +98,8 @@ def adapt(model: M, rules: Rules | Methods, rngs: nnx.Rngs) -> M:
     for path, method in chosen.adapted():
         if method.dropout:
             raise InputError(f"{path}: NNX models apply no dropout of {method.name}'s inputs; set it to 0")
+        if method.orients_by_key:
+            raise InputError(f"{path}: NNX models have no gradient from which {method} could draw")
     _check_wrappers(model, dict(chosen.adapted()))
     _install(model, chosen, trees.flatten(transform.attach(rngs.params(), tree, chosen)))
     return model

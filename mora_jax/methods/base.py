@@ -80,6 +80,11 @@ class Method:
         """
         return dict(arrays)
 
+    @property
+    def orients_by_key(self) -> bool:
+        """Whether `oriented` draws something from the gradient, and so needs a key."""
+        return False
+
     def leaves(self) -> dict[str, Leaf]:
         """Returns how each array that `init` makes is trained and sharded."""
         raise NotImplementedError

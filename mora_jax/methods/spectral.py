@@ -100,7 +100,7 @@ class Spectral(Method):
         Raises:
           InputError: if the bases are sampled and there is no key.
         """
-        if self.bases == "leading":
+        if not self.orients_by_key:
             key = None
         elif key is None:
             raise InputError("bases that are sampled need a random key")
@@ -111,6 +111,11 @@ class Spectral(Method):
         else:
             u_KR, v_DR = _bases(g_KD, side, key)
         return {"m_RR": arrays["m_RR"], "u_KR": u_KR, "v_RD": v_DR.T}
+
+    @property
+    def orients_by_key(self) -> bool:
+        """Whether the bases are sampled."""
+        return self.bases == "sampled"
 
     def leaves(self) -> dict[str, Leaf]:
         """Returns m_RR as trained, and the bases as not."""

@@ -1,5 +1,6 @@
 """NNX models with adapters: outputs, gradients, state, restarts, and what other code sees of a kernel."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from mora_jax import DoRA, InputError, LoRA, Methods, MoRA, On, Share
+from mora_jax import DoRA, InputError, LoRA, Methods, MoRA, On, Share, Spectral
 from mora_jax import nnx as mora_nnx
 from mora_jax.nnx import AdapterParam, FixedAdapterParam
 
@@ -412,6 +413,30 @@ def test_saved_methods_restore_a_model_that_was_restarted():
     assert "train" in mora_nnx.describe(again)
 
 
+def test_spectral_bases_are_fixed_until_a_restart_draws_others():
+    rules, rngs = [("kernel", Spectral(2)), (".*", "frozen")], nnx.Rngs(1)
+    model = mora_nnx.adapt(nnx.Linear(D, D, rngs=nnx.Rngs(0)), rules, rngs)
+    vars(model)["kernel_m_RR"][...] += jax.random.normal(KEY, vars(model)["kernel_m_RR"].shape)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=AdapterParam)
+    step, _ = trained_step(AdapterParam)
+    seen = []
+    for _ in range(3):
+        close(call(model, X), call(mora_nnx.merged(model), X))
+        before = nnx.clone(model)
+        step(model, optimizer, X)
+        m_RR, u_KR, v_RD = (
+            [vars(m)[f"kernel_{n}"][...] for m in (before, model)] for n in ("m_RR", "u_KR", "v_RD")
+        )
+        assert np.abs(m_RR[1] - m_RR[0]).max() > 1e-3
+        np.testing.assert_array_equal(u_KR[1], u_KR[0])
+        np.testing.assert_array_equal(v_RD[1], v_RD[0])
+        seen.append(np.concatenate([u_KR[0], v_RD[0].T]))
+        y = call(model, X)
+        model, optimizer = mora_nnx.restarted(model, optimizer, rngs)
+        close(call(model, X), y)
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(seen, 2)) > 0.1
+
+
 # What code may do with a module.
 
 
@@ -583,6 +608,10 @@ class Held(nnx.Module):
     ("rules", "message"),
     [
         ([("w", LoRA(2, dropout=0.1)), (".*", "frozen")], "w: NNX models apply no dropout of lora's inputs"),
+        (
+            [("w", Spectral(2, bases="sampled")), (".*", "frozen")],
+            r"w: NNX models have no gradient from which Spectral\(.*bases='sampled'.*\) could draw",
+        ),
         ([("ws/0", MoRA(2)), (".*", "frozen")], "kernels in an nnx.List cannot be adapted"),
         ([("pair/0", MoRA(2)), (".*", "frozen")], "'pair/0': kernels in a list or dict"),
         ([("w", MoRA(2)), (".*", "frozen")], "Held has an attribute w_m_RR"),
