@@ -10,14 +10,14 @@ import pytest
 from slow import quick, slow
 
 from mora_jax import sharding, trees
-from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share
+from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Share, Spectral
 from mora_jax.models.batch import Batch
 from mora_jax.models.llama import Compute, LlamaConfig
 from train.config.run import RunConfig
 from train.config.sections import Data, Optimizer, Restart, Schedule
 from train.run.state import abstract_state, assign_methods, fresh_state
 from train.step.spec import spec_of
-from train.step.step import restart_step, train_step
+from train.step.step import orient_step, restart_step, train_step
 
 STEPS, RESTART = 20, 10
 # Updates whose gradients are looked at: the first, and one when LoRA's b is no longer zero after the restart.
@@ -203,6 +203,50 @@ def test_muon_computes_on_a_mesh_what_it_computes_on_one_device(name, shape):
     many = trained(config, shape, one)
     np.testing.assert_allclose(many.scalars, one.scalars, rtol=1e-5)
     assert one.scalars[-1, 0] < one.scalars[0, 0]
+
+
+def oriented(config: RunConfig, shape: tuple[int, int, int], start: Any = None) -> tuple[Any, Any]:
+    """The first state of a run on a mesh, with m not zero, before and after its adapters are fitted."""
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        methods = assign_methods(config)
+        if start is None:
+            state = drawn(fresh_state(config, methods, mesh))
+        else:
+            state = placed(start, abstract_state(config, methods, mesh))
+        before, places = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
+        tokens_BT = np.random.default_rng(0).integers(0, 60, (8, 16), np.int32)
+        on_mesh = Batch(jax.device_put(tokens_BT, sharding.batch(mesh)))
+        state = orient_step(spec_of(config), methods, state, on_mesh)
+    assert jax.tree.map(lambda x: x.sharding, state) == places
+    return before, state
+
+
+@pytest.mark.parametrize("shape", [slow((8, 1, 1)), SLOW_8, slow((1, 1, 8)), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("bases", ["sampled", slow("leading")])
+def test_bases_on_a_mesh_are_those_of_one_device_and_each_device_holds_the_same(bases, shape):
+    config = dataclasses.replace(
+        configured("share", STEPS, "merged"), rules=rules(**{".*": Spectral(4, 8, bases)})
+    )
+    start, one = oriented(config, (1, 1, 1))
+    _, many = oriented(config, shape, start)
+    old, one, many = (trees.flatten(state.adapters) for state in (start, one, many))
+    assert len(many) == 7 * 3
+    for path, array in many.items():
+        parts: dict[str, np.ndarray] = {}
+        for shard in array.addressable_shards:
+            part = np.asarray(shard.data)
+            np.testing.assert_array_equal(part, parts.setdefault(str(shard.index), part), err_msg=path)
+        if path.endswith("m_RR"):
+            assert np.abs(array).max() > 0.01
+            np.testing.assert_array_equal(array, old[path], err_msg=path)
+            continue
+        axes = "lkr,lks->lrs" if path.endswith("u_KR") else "lrd,lsd->lrs"
+        places_LRR = np.abs(np.einsum(axes, np.asarray(one[path]), np.asarray(array)))
+        # The same vectors but for signs: another draw has a 0 on the diagonal. Rounding of the Gram matrix
+        # turned vectors by up to 8e-4 over three seeds, towards those of the nearest singular values.
+        same_LRR = np.broadcast_to(np.eye(places_LRR.shape[-1]), places_LRR.shape)
+        np.testing.assert_allclose(places_LRR, same_LRR, atol=5e-3, err_msg=path)
 
 
 @pytest.mark.slow
