@@ -61,18 +61,27 @@ def test_singular_vectors_are_drawn_in_proportion_to_their_values():
 
 
 def test_kernels_draw_apart_and_the_same_for_a_key():
-    params = {"kernel": jnp.zeros((3, 8, 12)), "other": jnp.zeros((8, 12))}
-    methods = assign([(".*", Spectral(2, bases="sampled"))], params, stacked="kernel")
+    """Kernels of one shape, layers of a stack, kernels of another shape, and one kernel at each key."""
+    params = {"kernel": jnp.zeros((3, 24, 40)), "other": jnp.zeros((24, 40)), "turned": jnp.zeros((40, 24))}
+    methods = assign([(".*", Spectral(1, bases="sampled"))], params, stacked="kernel")  # 8 of 24 vectors
     adapters = attach(jax.random.key(0), params, methods)
-    one = jax.random.normal(jax.random.key(1), (8, 12))
-    gradients = {"kernel": jnp.stack([one] * 3), "other": one}
+    one = jax.random.normal(jax.random.key(1), (24, 40))  # of all, so that only keys tell them apart
+    gradients = {"kernel": jnp.stack([one] * 3), "other": one, "turned": one.T}
     found, again, others = (orient(adapters, methods, gradients, jax.random.key(i)) for i in (2, 2, 3))
     jax.tree.map(np.testing.assert_array_equal, found, again)
-    u_NKR = np.stack([*found["kernel"]["u_KR"], found["other"]["u_KR"]])
-    assert len(np.unique(u_NKR.round(3), axis=0)) > 1
-    assert np.abs(found["kernel"]["u_KR"] - others["kernel"]["u_KR"]).max() > 0.1
+    u = np.linalg.svd(one)[0]
+    draws = {
+        tuple(np.abs(u.T @ basis).argmax(0))
+        for drawn in (found, others)
+        for basis in (*drawn["kernel"]["u_KR"], drawn["other"]["u_KR"], drawn["turned"]["v_RD"].T)
+    }
+    assert len(draws) == 2 * 5
+
+
+def test_sampled_bases_without_a_key_and_other_bases_are_refused():
+    state = State.init(jax.random.key(0), {"w": jnp.zeros((8, 12))}, [("w", Spectral(2, bases="sampled"))])
     with pytest.raises(InputError, match="sampled need a random key"):
-        orient(adapters, methods, gradients)
+        state.oriented({"w": jnp.ones((8, 12))})
     with pytest.raises(InputError, match="bases are leading or sampled, not 'random'"):
         Spectral(bases="random")  # pyright: ignore[reportArgumentType]
 
