@@ -394,8 +394,9 @@ def test_a_batch_of_which_nothing_counts_has_no_loss():
 # Orienting
 
 
-def test_bases_are_those_of_the_gradient_of_the_batch():
-    config = dataclasses.replace(CONFIG, method=Spectral(4, multiple=8), microbatches=2)
+def fitted(method: Spectral):
+    """Each kernel's bases that a step fits, in two microbatches, and the gradient of the whole batch."""
+    config = dataclasses.replace(CONFIG, method=method, microbatches=2)
     methods, state = started(config)
 
     def loss(params, batch):
@@ -404,16 +405,33 @@ def test_bases_are_those_of_the_gradient_of_the_batch():
 
     gradients = trees.flatten(jax.grad(loss)(state.params, Batch(tokens(0))))
     found = trees.flatten(orient_step(spec_of(config), methods, state, Batch(tokens(0))).adapters)
-    for path, _ in methods.orientable():
-        u_LKR, v_LRD = found[f"{path}/u_KR"], found[f"{path}/v_RD"]
-        g_LRR = jnp.einsum("lkr,lkd,lsd->lrs", u_LKR, gradients[path], v_LRD)
+    paths = [path for path, _ in methods.orientable()]
+    assert len(paths) == 7
+    return [(found[f"{path}/u_KR"], found[f"{path}/v_RD"], np.asarray(gradients[path])) for path in paths]
+
+
+def test_bases_are_those_of_the_gradient_of_the_batch():
+    for u_LKR, v_LRD, g_LKD in fitted(Spectral(4, multiple=8)):
+        g_LRR = jnp.einsum("lkr,lkd,lsd->lrs", u_LKR, g_LKD, v_LRD)
         held = jnp.linalg.norm(g_LRR, axis=(1, 2))
-        singular = np.linalg.svd(gradients[path], compute_uv=False)[:, : u_LKR.shape[2]]
+        singular = np.linalg.svd(g_LKD, compute_uv=False)[:, : u_LKR.shape[2]]
         np.testing.assert_allclose(held, np.linalg.norm(singular, axis=1), rtol=1e-4)
 
 
+def test_sampled_bases_are_singular_vectors_of_the_gradient_of_the_batch():
+    for u_LKR, v_LRD, g_LKD in fitted(Spectral(4, multiple=8, bases="sampled")):
+        left_LKC, s_LC, _ = np.linalg.svd(g_LKD, full_matrices=False)
+        chosen_LR = np.abs(left_LKC.swapaxes(1, 2) @ u_LKR).argmax(1)
+        assert (chosen_LR >= u_LKR.shape[2]).any(1).all()  # not the leading ones
+        s_LR = np.take_along_axis(s_LC, chosen_LR, 1)
+        g_LRR = np.abs(np.einsum("lkr,lkd,lsd->lrs", u_LKR, g_LKD, v_LRD)) / s_LC[:, :1, None]
+        expected_LRR = np.eye(s_LR.shape[1]) * (s_LR / s_LC[:, :1])[:, None]
+        np.testing.assert_allclose(g_LRR, expected_LRR, atol=1e-3)
+
+
 def test_sampled_bases_are_others_at_each_restart_and_seed():
-    config = dataclasses.replace(CONFIG, method=Spectral(4, multiple=8, bases="sampled"))
+    method = Spectral(4, multiple=8, bases="sampled")
+    config = dataclasses.replace(CONFIG, method=method, microbatches=2)  # compiled above
     methods, state = started(config)
     other_seed = dataclasses.replace(spec_of(config), seed=1)
     found = []

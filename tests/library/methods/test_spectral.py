@@ -13,6 +13,9 @@ import pytest
 
 from mora_jax import InputError, On, Spectral, State, assign, attach, orient
 
+KEY = jax.random.key(6)  # of what is drawn, if something is
+each_bases = pytest.mark.parametrize("bases", ["leading", "sampled"])
+
 
 @pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24), (24, 24)])
 def test_bases_are_the_leading_singular_vectors(k, d):
@@ -28,20 +31,24 @@ def test_bases_are_the_leading_singular_vectors(k, d):
         np.testing.assert_allclose(basis.T @ basis, np.eye(side), atol=1e-5)
 
 
+def chosen_vectors(arrays, gradient) -> np.ndarray:
+    """Which singular vectors the bases are: those of each side, each once, leading ones first."""
+    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+    left, right = np.abs(u.T @ arrays["u_KR"]), np.abs(vt @ arrays["v_RD"].T)
+    chosen = left.argmax(0)
+    assert (np.diff(chosen) > 0).all()
+    for places in (left, right):
+        np.testing.assert_allclose(places, np.eye(len(left))[:, chosen], atol=1e-3)
+    return chosen
+
+
 @pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24)])
 def test_sampled_bases_are_different_singular_vectors(k, d):
     method = Spectral(rank=3, bases="sampled")
     gradient = np.random.default_rng(0).normal(size=(k, d)).astype(np.float32)
     arrays = method.init(jax.random.key(0), jnp.zeros((k, d)))
     found = [method.oriented(arrays, jnp.asarray(gradient), jax.random.key(i)) for i in range(3)]
-    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
-    for bases in found:
-        left, right = np.abs(u.T @ bases["u_KR"]), np.abs(vt @ bases["v_RD"].T)
-        chosen = left.argmax(0)
-        assert (np.diff(chosen) > 0).all()  # each once, leading ones first
-        for places in (left, right):
-            np.testing.assert_allclose(places, np.eye(24)[:, chosen], atol=1e-3)
-    assert np.abs(found[0]["u_KR"] - found[1]["u_KR"]).max() > 0.1
+    assert len({tuple(chosen_vectors(bases, gradient)) for bases in found}) == 3
 
 
 def test_singular_vectors_are_drawn_in_proportion_to_their_values():
@@ -86,17 +93,32 @@ def test_sampled_bases_without_a_key_and_other_bases_are_refused():
         Spectral(bases="random")  # pyright: ignore[reportArgumentType]
 
 
-def test_a_gradient_of_zeros_leaves_finite_orthonormal_bases():
-    method = Spectral(rank=3)
-    arrays = method.oriented(method.init(jax.random.key(0), jnp.zeros((24, 40))), jnp.zeros((24, 40)))
+@each_bases
+def test_a_gradient_of_zeros_leaves_finite_orthonormal_bases(bases):
+    method = Spectral(rank=3, bases=bases)
+    arrays = method.init(jax.random.key(0), jnp.zeros((24, 40)))
+    arrays = method.oriented(arrays, jnp.zeros((24, 40)), KEY)
     for basis in (arrays["u_KR"], arrays["v_RD"].T):
         np.testing.assert_allclose(basis.T @ basis, np.eye(method.r_hat(24, 40)), atol=1e-5)
 
 
-def test_entries_of_the_update_are_as_large_as_those_of_m():
-    method, w = Spectral(rank=8), jnp.zeros((96, 160))
+@each_bases
+def test_bases_hold_all_of_a_gradient_of_low_rank(bases):
+    method, rng = Spectral(rank=1, bases=bases), np.random.default_rng(0)  # r_hat 8
+    gradient = (rng.normal(size=(24, 3)) @ rng.normal(size=(3, 40))).astype(np.float32)
+    arrays = method.oriented(method.init(jax.random.key(0), jnp.zeros((24, 40))), jnp.asarray(gradient), KEY)
+    u_KR, v_RD = np.asarray(arrays["u_KR"]), np.asarray(arrays["v_RD"])
+    kept = u_KR @ (u_KR.T @ gradient @ v_RD.T) @ v_RD
+    np.testing.assert_allclose(kept, gradient, atol=1e-4 * np.linalg.norm(gradient, 2))
+    for basis in (u_KR, v_RD.T):
+        np.testing.assert_allclose(basis.T @ basis, np.eye(method.r_hat(24, 40)), atol=1e-5)
+
+
+@each_bases
+def test_entries_of_the_update_are_as_large_as_those_of_m(bases):
+    method, w = Spectral(rank=8, bases=bases), jnp.zeros((96, 160))
     gradient = jax.random.normal(jax.random.key(1), w.shape)
-    arrays = method.oriented(method.init(jax.random.key(0), w), gradient)
+    arrays = method.oriented(method.init(jax.random.key(0), w), gradient, KEY)
     m_RR = jax.random.normal(jax.random.key(2), arrays["m_RR"].shape)
     update = method.weight(arrays | {"m_RR": m_RR}, w)
     assert float(jnp.std(update)) == pytest.approx(float(jnp.std(m_RR)), rel=0.02)
@@ -114,9 +136,10 @@ def test_stacks_are_fitted_layer_by_layer():
             np.testing.assert_allclose(found[name][layer], array, atol=1e-5)
 
 
-def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one():
+@each_bases
+def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one(bases):
     target = jax.random.normal(jax.random.key(3), (32, 3)) @ jax.random.normal(jax.random.key(4), (3, 32))
-    state = State.init(jax.random.key(0), {"w": jnp.zeros((32, 32))}, [("w", Spectral(2))])
+    state = State.init(jax.random.key(0), {"w": jnp.zeros((32, 32))}, [("w", Spectral(2, bases=bases))])
 
     def loss(params):
         return jnp.sum((params["w"] - target) ** 2)
@@ -129,50 +152,71 @@ def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one():
         updates, _ = tx.update(jax.grad(of_m)(state.trainable), tx.init(state.trainable))
         return float(loss(state.updated(updates).merged()))
 
-    fitted = state.oriented(jax.grad(loss)(state.merged()))
+    fitted = state.oriented(jax.grad(loss)(state.merged()), KEY)
     np.testing.assert_array_equal(fitted.merged()["w"], state.merged()["w"])
     assert after_a_step(fitted) < after_a_step(state) < float(loss(state.merged()))
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_of_its_kernel():
+@each_bases
+def test_a_gradient_that_is_not_finite_changes_nothing_of_its_kernel(bases):
     params = {"kernel": jnp.zeros((3, 8, 12))}
-    methods = assign([("kernel", Spectral(2))], params, stacked="kernel")
+    methods = assign([("kernel", Spectral(2, bases=bases))], params, stacked="kernel")
     adapters = attach(jax.random.key(0), params, methods)
     bad = jax.random.normal(jax.random.key(1), (3, 8, 12)).at[1, 2, 3].set(jnp.nan)
-    found = orient(adapters, methods, {"kernel": bad})["kernel"]
+    found = orient(adapters, methods, {"kernel": bad}, KEY)["kernel"]
     for name, array in adapters["kernel"].items():
         np.testing.assert_array_equal(found[name][1], array[1])
         assert np.isfinite(found[name]).all()
     assert np.abs(found["u_KR"][0] - adapters["kernel"]["u_KR"][0]).max() > 1e-2
 
 
-def test_kernels_side_by_side_are_fitted_as_each_is_alone():
-    """Stacks and single kernels of one shape, some on other axes, and one of another."""
+def side_by_side(method, key=None):
+    """Kernels that are fitted at once: the arrays of each before and after, and its gradient.
+
+    Stacks and single kernels of one shape, some on other axes, and one of another.
+    """
     shapes = {"a": (3, 8, 12), "b": (8, 12), "c": (2, 2, 8, 12), "d": (2, 4, 12), "e": (12, 8)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     rules = [
-        ("a", On(Spectral(2), stack=(0,))),
-        ("c", On(Spectral(2), stack=(0, 1))),
-        ("d", On(Spectral(2), inputs=(0, 1))),
-        (".*", Spectral(2)),
+        ("a", On(method, stack=(0,))),
+        ("c", On(method, stack=(0, 1))),
+        ("d", On(method, inputs=(0, 1))),
+        (".*", method),
     ]
     methods = assign(rules, params)
-    adapters = attach(jax.random.key(0), params, methods)
-    keys = jax.random.split(jax.random.key(1), len(shapes))
-    gradients = {n: jax.random.normal(key, s) for key, (n, s) in zip(keys, shapes.items(), strict=True)}
-    found = orient(adapters, methods, gradients)
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda a: a + rng.normal(size=a.shape).astype(np.float32), attach(jax.random.key(0), params, methods)
+    )
+    gradients = {name: jnp.asarray(rng.normal(size=s).astype(np.float32)) for name, s in shapes.items()}
+    found = orient(adapters, methods, gradients, key)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, adapters)
-    for name, arrays in found.items():
-        flat = gradients[name].reshape(-1, *((12, 8) if name == "e" else (8, 12)))
-        for i, gradient in enumerate(flat):
-            old = {n: a.reshape(len(flat), *a.shape[-2:])[i] for n, a in adapters[name].items()}
-            for n, array in Spectral(2).oriented(old, gradient).items():
-                np.testing.assert_allclose(arrays[n].reshape(len(flat), *array.shape)[i], array, atol=1e-5)
+    for name, gradient in gradients.items():
+        matrices = gradient.reshape(-1, *((12, 8) if name == "e" else (8, 12)))
+        for i, matrix in enumerate(matrices):
+            before, after = (
+                {n: a.reshape(len(matrices), *a.shape[-2:])[i] for n, a in tree[name].items()}
+                for tree in (adapters, found)
+            )
+            yield before, after, matrix
 
 
-def test_kernels_of_one_shape_are_decomposed_by_one_program(monkeypatch):
+def test_kernels_side_by_side_are_fitted_as_each_is_alone():
+    for before, after, gradient in side_by_side(Spectral(2)):
+        for name, array in Spectral(2).oriented(before, gradient).items():
+            np.testing.assert_allclose(after[name], array, atol=1e-5)
+
+
+def test_kernels_side_by_side_have_sampled_singular_vectors_of_their_own():
+    for before, after, gradient in side_by_side(Spectral(2, bases="sampled"), KEY):
+        assert len(chosen_vectors(after, gradient)) == 6
+        np.testing.assert_array_equal(after["m_RR"], before["m_RR"])
+
+
+@each_bases
+def test_kernels_of_one_shape_are_decomposed_by_one_program(monkeypatch, bases):
     params = {"a": jnp.zeros((3, 8, 12)), "b": jnp.zeros((8, 12)), "c": jnp.zeros((12, 8))}
-    methods = assign([(".*", Spectral(2))], params, stacked="a")
+    methods = assign([(".*", Spectral(2, bases=bases))], params, stacked="a")
     traced, oriented = [], Spectral.oriented
 
     def seen(self, arrays, gradient, key):
@@ -180,7 +224,7 @@ def test_kernels_of_one_shape_are_decomposed_by_one_program(monkeypatch):
         return oriented(self, arrays, gradient, key)
 
     monkeypatch.setattr(Spectral, "oriented", seen)
-    jax.eval_shape(lambda g: orient(attach(jax.random.key(0), params, methods), methods, g), params)
+    jax.eval_shape(lambda g: orient(attach(jax.random.key(0), params, methods), methods, g, KEY), params)
     assert traced == [(8, 12), (12, 8)]
 
 
@@ -193,15 +237,18 @@ def test_a_gradient_that_is_missing_or_of_another_shape_is_refused():
         state.oriented({"kernel": jnp.zeros((3, 12, 8))})
 
 
-def test_an_update_is_not_lost():
+@each_bases
+def test_an_update_is_not_lost(bases):
     params = {"kernel": jax.random.normal(jax.random.key(1), (8, 12))}
-    state = State.init(jax.random.key(0), params, [("kernel", Spectral(2))])
-    trained = state.with_trainable(jax.tree.map(lambda m: m + 0.1, state.trainable))
+    state = State.init(jax.random.key(0), params, [("kernel", Spectral(2, bases=bases))])
+    noise = 0.1 * jax.random.normal(jax.random.key(3), state.adapters["kernel"]["m_RR"].shape)
+    trained = state.with_trainable(jax.tree.map(lambda m: m + noise, state.trainable))
     with pytest.raises(InputError, match="kernel has an update, which would be lost; restart first"):
-        trained.oriented(params)
+        trained.oriented(params, KEY)
     tx = trained.optimizer(optax.adam(1e-3))
     restarted, _ = trained.restart(jax.random.key(2), tx.init(trained.trainable), tx)
-    restarted = restarted.oriented(params)
+    random, restarted = restarted, restarted.oriented(params, KEY)
+    assert np.abs(restarted.adapters["kernel"]["u_KR"] - random.adapters["kernel"]["u_KR"]).max() > 0.1
     np.testing.assert_allclose(restarted.merged()["kernel"], trained.merged()["kernel"], atol=1e-6)
 
 
