@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,52 @@ def test_mora_all_gathers_products_over_tensor_on_the_merged_path(abstract, conf
         products += layers * method.gathered_product(k, d, (inward, not inward))
     m = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
     assert lines["all-gather", "tensor"].adapters == products * 4 / 2 + 2 * m / 2
+
+
+def planned(config, data: int, fsdp: int, tensor: int):
+    """The plan of a training step on simulated devices."""
+    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+    evaluation = dataclasses.replace(config.eval, batch_size=8)
+    config = dataclasses.replace(config, mesh=mesh, eval=evaluation)
+    return make_plan(config, targets.simulated(8, 0.0), ("train",))
+
+
+def totals(found: Any) -> dict[tuple[str, str], int]:
+    """Returns the bytes of the formula's lines or of collectives, by kind and axes.
+
+    The CPU compiler makes no reduce-scatter: an all-reduce sends twice as much.
+    """
+    sent: Counter[tuple[str, str]] = Counter()
+    for line in found:
+        scatters = line.kind == "reduce-scatter"
+        size = line.sent if hasattr(line, "sent") else line.base + line.adapters
+        sent["all-reduce" if scatters else line.kind, line.axes] += size * (2 if scatters else 1)
+    return sent
+
+
+def trained_whole(config, **model: object):
+    """The config, with every parameter trained and an MLP of full tiles."""
+    sizes: Any = {"intermediate_size": 128} | model
+    sizes = dataclasses.replace(config.model, **sizes)
+    changes: Any = {"method": "full", "restart": Restart(), "schedule": Schedule(warmup=2)}
+    return dataclasses.replace(config, model=sizes, batch_size=8, **changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "axes"),
+    [
+        ((8, 1, 1), "all-reduce", "data"),
+        slow((1, 8, 1), "all-reduce", "fsdp"),
+        slow((1, 8, 1), "all-gather", "fsdp"),
+        slow((2, 4, 1), "all-gather", "fsdp"),
+        slow((4, 1, 2), "all-reduce", "data"),
+    ],
+    ids=str,
+)
+def test_a_tied_embedding_is_sent_as_embedding_and_as_head(config, sizes, kind, axes):
+    made = planned(trained_whole(config, tie_word_embeddings=True), *sizes)
+    formula, sent = totals(made.expected), totals(made.programs[0].collectives)
+    assert sent[kind, axes] == pytest.approx(formula[kind, axes], rel=0.001)
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])

@@ -17,6 +17,8 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   the activation path, and with blocks, it all-gathers the activations on the sharded side of every adapted
   kernel: (n - 1) / n of them, counted once, in the backward pass.
 
+A tied embedding is all-gathered, and its gradient summed, twice: as embedding and as head.
+
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
 (one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
 
@@ -75,8 +77,9 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
     by_parts, keeps = _summed_by_parts(config, methods), _keeps(config.compute)
     for path, leaf in arrays.items():
         once = path.endswith(ONCE) or (keeps and (path.endswith("kernel") or path in by_parts))
+        uses = 2 if config.model.tie_word_embeddings and path.endswith("embedding") else 1
         for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
-            sent[kind, axes, path.startswith("adapters/")] += round(size * config.microbatches)
+            sent[kind, axes, path.startswith("adapters/")] += round(size * uses * config.microbatches)
     sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
     with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
         sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
