@@ -20,7 +20,7 @@ from slow import slow
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
-from mora_jax.methods import Decouple, mora
+from mora_jax.methods import Decouple, DoRA, mora
 from mora_jax.models.batch import Batch
 from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
@@ -260,6 +260,27 @@ def test_a_tied_embedding_is_sent_as_embedding_and_as_head(config, sizes, kind, 
     made = planned(trained_whole(config, tie_word_embeddings=True), *sizes)
     formula, sent = totals(made.expected), totals(made.programs[0].collectives)
     assert sent[kind, axes] == pytest.approx(formula[kind, axes], rel=0.001)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), slow((4, 1, 2))], ids=str)
+def test_dora_sends_the_gradient_of_the_kernel_in_place_of_its_own(config, sizes):
+    made = planned(dataclasses.replace(trained_whole(config), method=DoRA(4)), *sizes)
+    formula, sent = totals(made.expected), totals(made.programs[0].collectives)
+    assert sent["all-reduce", "data"] == pytest.approx(formula["all-reduce", "data"], rel=0.001)
+    (line,) = (line for line in made.expected if line.axes == "data")
+    kernels = 2 * (4 * 32 * 32 + 3 * 32 * 128) * 4
+    assert line.adapters == 2 * (sizes[0] - 1) / sizes[0] * kernels / sizes[2]
+
+
+def test_gradients_of_kernels_under_dora_are_reduce_scattered(config):
+    """By hand: half of the kernels, in the type of the sums."""
+    compute = dataclasses.replace(config.compute, gradient_sums="bfloat16")
+    config = dataclasses.replace(trained_whole(config), method=DoRA(4), compute=compute)
+    methods, mesh = assign_methods(config), sharding.make_mesh(data=1, fsdp=2)
+    lines = expected(config, methods, abstract_state(config, methods, mesh), mesh)
+    (scatters,) = (line for line in lines if line.kind == "reduce-scatter")
+    assert scatters.adapters == 2 * (4 * 32 * 32 + 3 * 32 * 128) * 2 / 2
+    assert [line.adapters for line in lines if line.kind == "all-reduce"] == [0]
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])

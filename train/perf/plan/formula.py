@@ -24,8 +24,9 @@ Left out are what embedding, head and loss send over tensor, the sums of squares
 
 Gradients of kernels and embeddings are sent in `compute.gradient_sums`, those of norms and biases in float32,
 and those of adapters in the dtype of the products. On the merged path, which large batches take, some methods
-compute them part by part of the batch, and send them in `compute.gradient_sums` too. What DoRA sends for the
-gradient of its kernel is left out.
+compute them part by part of the batch, and send them in `compute.gradient_sums` too. Those of methods that
+are not additive, such as DoRA, follow from the kernel's gradient, which is sent in their place. What devices
+then exchange of it over fsdp and tensor is left out: XLA gathers the gradients of some kernels, by no rule.
 
 A compiler that sends more moves something twice, in a wider dtype, or needlessly.
 """
@@ -75,11 +76,13 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
     gradients = _gradients(config, methods)
     arrays = trees.flatten({"params": state.params, "adapters": state.adapters})
     by_parts, keeps = _summed_by_parts(config, methods), _keeps(config.compute)
+    adapted = {f"params/{path}" for path, _ in methods.adapted()}
     for path, leaf in arrays.items():
         once = path.endswith(ONCE) or (keeps and (path.endswith("kernel") or path in by_parts))
         uses = 2 if config.model.tie_word_embeddings and path.endswith("embedding") else 1
         for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
-            sent[kind, axes, path.startswith("adapters/")] += round(size * uses * config.microbatches)
+            of_adapter = path.startswith("adapters/") or (path in adapted and kind != "all-gather")
+            sent[kind, axes, of_adapter] += round(size * uses * config.microbatches)
     sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
     with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
         sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
@@ -89,7 +92,7 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
 
 
 def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
-    """Returns the itemsize in which each trained array's gradient is sent."""
+    """Returns the itemsize in which the gradient of each array is sent; others have none, or send none."""
     by_parts = _summed_by_parts(config, methods)
     products, sums = (jnp.dtype(t).itemsize for t in (config.compute.dtype, config.compute.gradient_sums))
 
@@ -98,7 +101,11 @@ def _gradients(config: RunConfig, methods: Methods) -> dict[str, int]:
             return sums
         return products if path.startswith("adapters/") else FLOAT32
 
-    return {path: itemsize(path) for path in methods.trainable()}
+    found = {path: itemsize(path) for path in methods.trainable()}
+    for path, method in methods.adapted():
+        if not method.additive:
+            found |= {f"adapters/{path}/{name}": 0 for name in method.leaves()} | {f"params/{path}": sums}
+    return found
 
 
 def _summed_by_parts(config: RunConfig, methods: Methods) -> set[str]:
@@ -121,7 +128,7 @@ def _of_array(
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (kind, axes, bytes) that one microbatch sends for an array.
 
-    `gradient` is the itemsize of its gradient, 0 if it is frozen; `once` says whether the array is
+    `gradient` is the itemsize of its gradient, 0 if none is sent; `once` says whether the array is
     all-gathered for one pass only.
     """
     sharded, adapter = _sharded(leaf), path.startswith("adapters/")
