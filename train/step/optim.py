@@ -16,6 +16,7 @@ from mora_jax.transform import Methods
 from train.config.sections import GroupRule, Optimizer, Restart
 from train.step.spec import StepSpec
 
+MUON_STEPS = 5  # of the Newton-Schulz iteration
 UNDECAYED = ("scale", "bias")  # names of the parameters of norms and of biases
 
 
@@ -168,7 +169,7 @@ def _orthogonal(g: Float[Array, "*L K D"]) -> Float[Array, "*L K D"]:
     x /= jnp.maximum(jnp.abs(x).max((-2, -1), keepdims=True), tiny)  # the norm's squares would underflow
     rows, columns = ((x != 0).any(axis, keepdims=True).sum((-2, -1), keepdims=True) for axis in (-1, -2))
     x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), tiny)
-    for _ in range(5):
+    for _ in range(MUON_STEPS):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
     x *= 0.2 * jnp.sqrt(jnp.maximum(rows, columns))

@@ -25,7 +25,7 @@ from mora_jax.models.batch import Batch
 from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
 from train.config import flags
-from train.config.sections import REST, Params, Restart, Schedule
+from train.config.sections import REST, Optimizer, Params, Restart, Schedule
 from train.perf.hlo import option
 from train.perf.plan import targets
 from train.perf.plan.formula import expected
@@ -283,6 +283,22 @@ def test_gradients_of_kernels_under_dora_are_reduce_scattered(config):
     assert [line.adapters for line in lines if line.kind == "all-reduce"] == [0]
 
 
+def test_muon_sends_matrices_and_their_squares_in_each_iteration(config):
+    """By hand: `fsdp` divides rows of q, k, v, gate and up, and columns of o and down."""
+    config = trained_whole(config)
+    methods, mesh = assign_methods(config), sharding.make_mesh(data=1, fsdp=4)
+
+    def sent(matrices: Any) -> Counter[tuple[str, str]]:
+        other = dataclasses.replace(config, optimizer=Optimizer(matrices=matrices))
+        return totals(expected(other, methods, abstract_state(other, methods, mesh), mesh))
+
+    more, square, wide = sent("muon") - sent("adamw"), 32 * 32, 32 * 128
+    # Of down, 128 wide, the shorter side is that of the columns. Of o the columns count as the longer one.
+    gathered = 3 * (square + square) + 3 * (wide + square)
+    assert more["all-gather", "fsdp"] == 5 * 2 * gathered * 4 * 3 / 4
+    assert more["all-reduce", "fsdp"] == 5 * 2 * square * 4 * 2 * 3 / 4
+
+
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
 def test_kernels_that_are_kept_are_all_gathered_once(abstract, config, axis):
     state, methods, mesh = abstract(data=1, **{axis: 2})
@@ -498,6 +514,42 @@ def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
     (train,) = figures["programs"]
     assert train["peak"] > sum(figures["held"].values())
     assert train["flops"] > 0
+    sent = sum(c["sent"] for c in train["collectives"])
+    assert sent == pytest.approx(sum(e["base"] + e["adapters"] for e in figures["expected"]), rel=0.001)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("method", ["full", "mora"])
+def test_what_muon_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_path, method, axis):
+    """On a CPU another program is compiled, which all-gathers matrices twice."""
+    words = ["--topology", "v5e:2x2", f"--mesh.{axis}", "4", "--method.name", method]
+    words += ["--compute.dtype", "bfloat16", "--batch-size", "64", "--restart.every", "0"]
+    words += ["--schedule.kind", "cosine", "--optimizer.matrices", "muon", "--model.intermediate-size", "128"]
+    words += ["--model.num-attention-heads", "4", "--model.num-key-value-heads", "4"]
+    figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
+    (train,) = figures["programs"]
+    (sent,) = (c["sent"] for c in train["collectives"] if (c["kind"], c["axes"]) == ("all-gather", axis))
+    formula = {(e["kind"], e["axes"]): e["base"] + e["adapters"] for e in figures["expected"]}
+    assert sent == pytest.approx(formula["all-gather", axis], rel=0.001)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        ["--method.name", "full", "--model.tie-word-embeddings", "True"],
+        ["--method.name", "dora", "--method.rank", "4"],
+    ],
+    ids=["a tied embedding", "DoRA"],
+)
+def test_gradients_by_the_tpu_compiler(tiny_yaml, tmp_path, case):
+    words = ["--topology", "v5e:2x2", "--mesh.data", "4", "--compute.dtype", "bfloat16", "--batch-size", "64"]
+    words += ["--restart.every", "0", "--schedule.kind", "cosine", "--compute.gradient-sums", "bfloat16"]
+    figures = planned_for_tpus(str(tiny_yaml), *words, *case, folder=tmp_path)
+    (train,) = figures["programs"]
     sent = sum(c["sent"] for c in train["collectives"])
     assert sent == pytest.approx(sum(e["base"] + e["adapters"] for e in figures["expected"]), rel=0.001)
 

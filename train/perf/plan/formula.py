@@ -19,6 +19,11 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
 
 A tied embedding is all-gathered, and its gradient summed, twice: as embedding and as head.
 
+Muon makes matrices orthogonal once in a step, with a sum over the long side of each, x x^T, in each of its
+iterations. An axis that divides the short side all-gathers x and the sum, in the type in which the device
+multiplies. An axis that divides the long side all-reduces the sum in float32. Where both are divided, XLA
+also exchanges parts, by no rule.
+
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
 (one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
 
@@ -44,9 +49,11 @@ from jax.sharding import Mesh
 from mora_jax import trees
 from mora_jax.methods.linear import merges_float32
 from mora_jax.models.llama import Compute
+from mora_jax.sharding.rules import names
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.plan.hlo import SENT
+from train.step.optim import MUON_STEPS, array_options
 
 FLOAT32 = 4  # bytes
 ONCE = ("embed_tokens/embedding", "lm_head/kernel")  # used in one pass only
@@ -83,6 +90,11 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
         for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
             of_adapter = path.startswith("adapters/") or (path in adapted and kind != "all-gather")
             sent[kind, axes, of_adapter] += round(size * uses * config.microbatches)
+    multiplied = 2 if mesh.devices.flat[0].platform == "tpu" else FLOAT32
+    for path, options in array_options(config.optimizer, methods).items():
+        if options.muon:
+            for kind, axes, size in _of_muon(arrays[path], multiplied, mesh.shape):
+                sent[kind, axes, options.adapter] += round(size)
     sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
     with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
         sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
@@ -152,6 +164,22 @@ def _of_array(
         yield "all-reduce", "+".join(axes), held * gradient * SENT["all-reduce"](count)
 
 
+def _of_muon(leaf: Any, multiplied: int, mesh: Mapping[str, int]) -> Iterator[tuple[str, str, float]]:
+    """Yields (kind, axes, bytes) that a step sends to make a stack of matrices orthogonal.
+
+    `multiplied` is the itemsize in which devices multiply float32.
+    """
+    *layers, k, d = leaf.shape
+    of_rows, of_columns = (*_entries(leaf), (), ())[leaf.ndim - 2 : leaf.ndim]
+    sides = [(k, of_rows), (d, of_columns)] if k <= d else [(d, of_columns), (k, of_rows)]
+    (short, over_short), (long, over_long) = sides
+    shorts, longs = (math.prod(mesh[axis] for axis in over) for over in (over_short, over_long))
+    iterations, sums = MUON_STEPS * math.prod(layers), short * short
+    gathered = iterations * (short * long / longs + sums) * multiplied
+    yield "all-gather", "+".join(over_short), gathered * SENT["all-gather"](shorts)
+    yield "all-reduce", "+".join(over_long), iterations * sums / shorts * FLOAT32 * SENT["all-reduce"](longs)
+
+
 def _summed(config: RunConfig, mesh: Mapping[str, int]) -> int:
     """Returns the bytes a step of the activations all-reduced over `tensor`."""
     entries = 4 * config.model.hidden_size * config.model.num_hidden_layers
@@ -189,5 +217,10 @@ def _column(config: RunConfig, mesh: Mapping[str, int]) -> float:
 
 def _sharded(leaf: jax.ShapeDtypeStruct) -> set[str]:
     """Returns the axes of the mesh over which an array is sharded."""
+    return {axis for entry in _entries(leaf) for axis in entry}
+
+
+def _entries(leaf: jax.ShapeDtypeStruct) -> list[tuple[str, ...]]:
+    """Returns the axes of the mesh over which each axis of an array is sharded, the last ones left out."""
     entries = leaf.sharding.spec  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return {a for entry in entries if entry for a in (entry if isinstance(entry, tuple) else (entry,))}
+    return [names(entry) for entry in entries]
