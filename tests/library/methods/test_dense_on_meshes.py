@@ -1,5 +1,6 @@
 """`dense` on a mesh: the numbers of one device, and what is all-gathered for them."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from slow import slow
 
 from mora_jax import sharding
-from mora_jax.methods import Adapter, MoRA, Share, dense, mora
+from mora_jax.methods import Adapter, DoRA, LoRA, Method, MoRA, Rotate, Share, Spectral, dense, mora
+from mora_jax.methods.base import Leaf, outer_by_parts
 from mora_jax.sharding import COLUMNS, ROWS, Layout
 from train.perf.plan.hlo import collectives
 
@@ -99,3 +101,89 @@ def test_over_tensor_no_activations_are_all_gathered_for_the_gradient(monkeypatc
         step = jax.jit(lambda x, dy: method.gradients(arrays, x, dy, (False, True)), in_shardings=places)
         program = step.lower(x, dy).compile()
     assert gathered(program, mesh)["bytes"] == side * D * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Picked(Method):
+    """y = x @ w + x[at] @ m for some inputs, whose numbers are an array of integers."""
+
+    def init(self, key, w):
+        return {"m_RD": jnp.zeros((8, w.shape[1])), "at_R": 5 * jnp.arange(8)}
+
+    def leaves(self):
+        layout = Layout((jax.sharding.PartitionSpec("fsdp"),))
+        return {"m_RD": Leaf(), "at_R": Leaf(trainable=False, layout=layout)}
+
+    def weight(self, arrays, w):
+        return w.at[arrays["at_R"]].add(arrays["m_RD"])
+
+    def delta(self, arrays, x, d):
+        return x[..., arrays["at_R"]] @ arrays["m_RD"]
+
+    def example(self, key, w, std):
+        arrays = self.init(key, w)
+        return arrays | {"m_RD": std * jax.random.normal(key, arrays["m_RD"].shape)}
+
+
+class PickedByParts(Picked):
+    """The same, with gradients for each shard of the batch."""
+
+    def gradients(self, arrays, x, dy, divided=(False, False)):
+        g_GKD = outer_by_parts(x, dy[..., 0, :])
+        return [jax.vmap(jax.vjp(lambda a: self.weight(a, jnp.zeros((K, D))), arrays[0])[1])(g_GKD)[0]]
+
+
+class PickedWhole(Picked):
+    """The same, by the gradient of the kernel."""
+
+    additive = False
+
+
+def of_floats(method: Any, rows: int, path: Any, plain: bool = False) -> Any:
+    """Returns the gradients of a loss of some rows for x, the kernel and the adapter's floating arrays."""
+    x, w, arrays = inputs(method)
+    floats = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+
+    @jax.jit
+    def found(x: jax.Array, w: jax.Array, floats: Any) -> Any:
+        def loss(x: jax.Array, w: jax.Array, floats: Any) -> jax.Array:
+            adapter = Adapter(arrays | floats, method)
+            y = (
+                x @ method.weight(adapter.arrays, w)
+                if plain
+                else dense(x, [w], [adapter], path, layouts=[COLUMNS])[0]
+            )
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(loss, (0, 1, 2))(x, w, floats)
+
+    return found(x[:rows], w, floats)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Beside the largest entry of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("path", ["merged", "compressed", "folded", "activation"])
+@pytest.mark.parametrize("method", [Picked(), PickedByParts(), PickedWhole()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), slow((1, 8, 1)), (2, 2, 2)], ids=str)
+def test_an_adapter_with_integers_has_the_gradients_of_the_plain_formula(method: Any, sizes: Any, path: Any):
+    expected = of_floats(method, B, path, plain=True)
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        got = of_floats(method, B, path)
+    assert_same(got, expected)
+
+
+RAGGED = [*METHODS.values(), MoRA(8, Rotate(), align=8), LoRA(8), DoRA(8), Spectral(30, multiple=8)]
+
+
+@pytest.mark.parametrize("rows", [6, 3])  # two parts for four shards or eight, and one
+@pytest.mark.parametrize("method", RAGGED, ids=str)
+@pytest.mark.parametrize("sizes", [slow((8, 1, 1)), slow((1, 8, 1)), (2, 2, 2)], ids=str)
+def test_rows_that_do_not_divide_among_devices(method: Any, sizes: Any, rows: int):
+    expected = of_floats(method, rows, "merged", plain=True)
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        got = of_floats(method, rows, "merged")
+    assert_same(got, expected)
