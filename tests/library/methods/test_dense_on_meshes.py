@@ -157,7 +157,7 @@ def of_floats(method: Any, rows: int, path: Any, plain: bool = False) -> Any:
 
         return jax.grad(loss, (0, 1, 2))(x, w, floats)
 
-    return found(x[:rows], w, floats)
+    return found(x[:rows, : T - 1], w, floats)  # of 63 tokens, so that no shards are cut out of a row
 
 
 def assert_same(got: Any, expected: Any) -> None:
