@@ -224,7 +224,7 @@ def planned(config, data: int, fsdp: int, tensor: int):
     return make_plan(config, targets.simulated(8, 0.0), ("train",))
 
 
-def totals(found: Any) -> dict[tuple[str, str], int]:
+def totals(found: Any) -> Counter[tuple[str, str]]:
     """Returns the bytes of the formula's lines or of collectives, by kind and axes.
 
     The CPU compiler makes no reduce-scatter: an all-reduce sends twice as much.
