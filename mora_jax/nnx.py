@@ -98,8 +98,10 @@ def adapt(model: M, rules: Rules | Methods, rngs: nnx.Rngs) -> M:
     for path, method in chosen.adapted():
         if method.dropout:
             raise InputError(f"{path}: NNX models apply no dropout of {method.name}'s inputs; set it to 0")
-        if method.orients_by_key:
-            raise InputError(f"{path}: NNX models have no gradient from which {method} could draw")
+        if method.oriented_needs_key:
+            raise InputError(
+                f"{path}: nothing fits the adapters of an NNX model to gradients, which {method} draws from"
+            )
     _check_wrappers(model, dict(chosen.adapted()))
     _install(model, chosen, trees.flatten(transform.attach(rngs.params(), tree, chosen)))
     return model

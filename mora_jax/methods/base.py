@@ -81,7 +81,7 @@ class Method:
         return dict(arrays)
 
     @property
-    def orients_by_key(self) -> bool:
+    def oriented_needs_key(self) -> bool:
         """Whether `oriented` draws something from the gradient, and so needs a key."""
         return False
 

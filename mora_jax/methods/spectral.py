@@ -100,7 +100,7 @@ class Spectral(Method):
         Raises:
           InputError: if the bases are sampled and there is no key.
         """
-        if not self.orients_by_key:
+        if not self.oriented_needs_key:
             key = None
         elif key is None:
             raise InputError("bases that are sampled need a random key")
@@ -113,7 +113,7 @@ class Spectral(Method):
         return {"m_RR": arrays["m_RR"], "u_KR": u_KR, "v_RD": v_DR.T}
 
     @property
-    def orients_by_key(self) -> bool:
+    def oriented_needs_key(self) -> bool:
         """Whether the bases are sampled."""
         return self.bases == "sampled"
 

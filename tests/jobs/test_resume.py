@@ -52,6 +52,22 @@ def test_an_interrupted_run_resumes_bit_for_bit(free, tiny_run, monkeypatch, upd
     assert train_step._cache_size() == tiny_run.compilations["train_step"]
 
 
+@pytest.mark.slow
+def test_a_run_with_growing_cycles_resumes_bit_for_bit(free, tmp_path, monkeypatch):
+    restart = dataclasses.replace(free.restart, growth=1.5)
+    whole, parts = (dataclasses.replace(free, restart=restart, run_dir=str(tmp_path / n)) for n in "ab")
+    assert [step for step in range(22) if whole.restarts_at(step)] == [2, 5, 10, 16]
+    loop.pretrain(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Interrupted):
+            loop.pretrain(parts)
+    loop.pretrain(parts)
+    assert without_times(tmp_path / "b") == without_times(tmp_path / "a")
+    for ours, theirs in zip(arrays(parts, tmp_path / "b", 22), arrays(whole, tmp_path / "a", 22), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(free, tiny_run, capsys):
     folder = Path(free.run_dir)
     shutil.copytree(tiny_run.folder, folder)

@@ -3,6 +3,7 @@
 A config file is YAML with the same nesting. Scalar fields are also flags (`--optimizer.learning-rate 1e-3`).
 """
 
+import bisect
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -207,8 +208,8 @@ class RunConfig:
             )
         if 0 < self.restart.every <= self.bad_steps.window:
             found.append(
-                "no spike of the gradient can be detected: bad_steps.window "
-                f"{self.bad_steps.window} is not full before the next restart; "
+                f"no spike of the gradient can be detected in cycles of at most {self.bad_steps.window} steps, "
+                "such as the first: bad_steps.window is not full before the next restart; "
                 f"choose one below restart.every {self.restart.every}"
             )
         return found
@@ -253,7 +254,7 @@ class RunConfig:
 
     def restarts_before(self, step: int) -> int:
         """Returns the number of restarts before that of optimizer step `step` (from 0), if it has one."""
-        return len(self.restart.starts(step))
+        return bisect.bisect_left(self.restart.starts(max(step, self.steps)), step)
 
     def restarts_at(self, step: int) -> bool:
         """Returns whether a restart precedes optimizer step `step` (from 0)."""

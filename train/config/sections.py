@@ -208,13 +208,14 @@ class Restart:
     """Restarts of ReMoRA and ReLoRA: merge, initialise again, switch the pattern.
 
     Attributes:
-      every: optimizer steps before the first restart, and between restarts; 0 for none.
+      every: optimizer steps before the first restart, and between restarts unless they grow; 0 for none.
       warmup: optimizer steps of linear warm-up after a restart.
       optimizer: the adapters' optimizer state: "reset" zeroes all; "magnitude" and "random" zero a
         fraction of each moment's entries, the smallest or random ones, and keep the count; "mean" zeroes
         the first moment, averages the second one over each kernel, and keeps the count.
       prune: that fraction, in (0, 1]; used by "magnitude" and "random".
-      growth: how many times as long as the one before it each cycle is (T_mult of SGDR, arXiv:1608.03983).
+      growth: length of each cycle as a multiple of the one before it, rounded to whole steps; 1 for cycles of
+        one length (T_mult of SGDR, arXiv:1608.03983).
     """
 
     every: int = 0

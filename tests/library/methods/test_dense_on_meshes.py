@@ -176,6 +176,13 @@ def test_an_adapter_with_integers_has_the_gradients_of_the_plain_formula(method:
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("path", ["merged", "compressed", "folded", "activation"])
+def test_integers_have_no_gradient_outside_jit_either(path: Any):
+    expected = of_floats(Picked(), B, path, plain=True)
+    with jax.disable_jit():
+        assert_same(of_floats(Picked(), B, path), expected)
+
+
 RAGGED = [*METHODS.values(), MoRA(8, Rotate(), align=8), LoRA(8), DoRA(8), Spectral(30, multiple=8)]
 
 

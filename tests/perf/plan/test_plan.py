@@ -279,7 +279,10 @@ def test_gradients_of_kernels_under_dora_are_reduce_scattered(config):
     methods, mesh = assign_methods(config), sharding.make_mesh(data=1, fsdp=2)
     lines = expected(config, methods, abstract_state(config, methods, mesh), mesh)
     (scatters,) = (line for line in lines if line.kind == "reduce-scatter")
-    assert scatters.adapters == 2 * (4 * 32 * 32 + 3 * 32 * 128) * 2 / 2
+    kernels = 2 * (4 * 32 * 32 + 3 * 32 * 128)
+    assert scatters.adapters == kernels * 2 / 2
+    (gathers,) = (line for line in lines if line.kind == "all-gather")
+    assert gathers.base > kernels * 4 / 2 > gathers.adapters  # the kernels themselves are the model's own
     assert [line.adapters for line in lines if line.kind == "all-reduce"] == [0]
 
 
@@ -297,6 +300,31 @@ def test_muon_sends_matrices_and_their_squares_in_each_iteration(config):
     gathered = 3 * (square + square) + 3 * (wide + square)
     assert more["all-gather", "fsdp"] == 5 * 2 * gathered * 4 * 3 / 4
     assert more["all-reduce", "fsdp"] == 5 * 2 * square * 4 * 2 * 3 / 4
+
+
+def test_muon_sends_no_more_where_matrices_are_not_divided(config):
+    config = dataclasses.replace(trained_whole(config), optimizer=Optimizer(matrices="muon"))
+    for data in (1, 8):
+        methods, mesh = assign_methods(config), sharding.make_mesh(data=data)
+        lines = expected(config, methods, abstract_state(config, methods, mesh), mesh)
+        assert {line.axes for line in lines} == ({"data"} if data > 1 else set())
+
+
+def test_muon_sends_shards_of_matrices_that_two_axes_divide(config):
+    """By hand: `fsdp` divides the hidden size of every kernel and `tensor` the other side."""
+    config = trained_whole(config)
+    methods, mesh = assign_methods(config), sharding.make_mesh(data=1, fsdp=2, tensor=4)
+
+    def sent(matrices: Any) -> Counter[tuple[str, str]]:
+        other = dataclasses.replace(config, optimizer=Optimizer(matrices=matrices))
+        return totals(expected(other, methods, abstract_state(other, methods, mesh), mesh))
+
+    more, square, wide = sent("muon") - sent("adamw"), 32 * 32, 32 * 128
+    # The hidden size is the shorter side, but of o, whose rows over `tensor` come first.
+    assert more["all-gather", "fsdp"] == 5 * 2 * (3 * (square / 4 + square) + 3 * (wide / 4 + square)) * 4 / 2
+    assert more["all-gather", "tensor"] == 5 * 2 * (square / 2 + square) * 4 * 3 / 4
+    assert more["all-reduce", "tensor"] == 5 * 2 * 6 * square / 2 * 4 * 2 * 3 / 4
+    assert more["all-reduce", "fsdp"] == 5 * 2 * square / 4 * 4 * 2 / 2
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
@@ -529,9 +557,11 @@ def test_what_muon_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_path, method, 
     words += ["--model.num-attention-heads", "4", "--model.num-key-value-heads", "4"]
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
     (train,) = figures["programs"]
-    (sent,) = (c["sent"] for c in train["collectives"] if (c["kind"], c["axes"]) == ("all-gather", axis))
+    sent = {(c["kind"], c["axes"]): c["sent"] for c in train["collectives"]}
     formula = {(e["kind"], e["axes"]): e["base"] + e["adapters"] for e in figures["expected"]}
-    assert sent == pytest.approx(formula["all-gather", axis], rel=0.001)
+    assert sent["all-gather", axis] == pytest.approx(formula["all-gather", axis], rel=0.001)
+    if axis == "fsdp":  # over `tensor` the formula leaves out what embedding, head and loss sum
+        assert sent["all-reduce", axis] == pytest.approx(formula["all-reduce", axis], rel=0.01)
 
 
 @needs_libtpu

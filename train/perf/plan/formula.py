@@ -170,7 +170,7 @@ def _of_muon(leaf: Any, multiplied: int, mesh: Mapping[str, int]) -> Iterator[tu
     `multiplied` is the itemsize in which devices multiply float32.
     """
     *layers, k, d = leaf.shape
-    of_rows, of_columns = (*_entries(leaf), (), ())[leaf.ndim - 2 : leaf.ndim]
+    of_rows, of_columns = _entries(leaf)[-2:]
     sides = [(k, of_rows), (d, of_columns)] if k <= d else [(d, of_columns), (k, of_rows)]
     (short, over_short), (long, over_long) = sides
     shorts, longs = (math.prod(mesh[axis] for axis in over) for over in (over_short, over_long))
@@ -221,6 +221,6 @@ def _sharded(leaf: jax.ShapeDtypeStruct) -> set[str]:
 
 
 def _entries(leaf: jax.ShapeDtypeStruct) -> list[tuple[str, ...]]:
-    """Returns the axes of the mesh over which each axis of an array is sharded, the last ones left out."""
+    """Returns the axes of the mesh over which each axis of an array is sharded."""
     entries = leaf.sharding.spec  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return [names(entry) for entry in entries]
+    return [names(entry) for entry in (*entries, *[None] * (leaf.ndim - len(entries)))]
