@@ -64,7 +64,9 @@ def test_a_run_with_growing_cycles_resumes_bit_for_bit(free, tmp_path, monkeypat
             loop.pretrain(parts)
     loop.pretrain(parts)
     assert without_times(tmp_path / "b") == without_times(tmp_path / "a")
-    for ours, theirs in zip(arrays(parts, tmp_path / "b", 22), arrays(whole, tmp_path / "a", 22), strict=True):
+    for ours, theirs in zip(
+        arrays(parts, tmp_path / "b", 22), arrays(whole, tmp_path / "a", 22), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 

@@ -208,8 +208,8 @@ class RunConfig:
             )
         if 0 < self.restart.every <= self.bad_steps.window:
             found.append(
-                f"no spike of the gradient can be detected in cycles of at most {self.bad_steps.window} steps, "
-                "such as the first: bad_steps.window is not full before the next restart; "
+                "no spike of the gradient can be detected in cycles as short as the first: bad_steps.window "
+                f"{self.bad_steps.window} is not full before the next restart; "
                 f"choose one below restart.every {self.restart.every}"
             )
         return found
