@@ -20,7 +20,7 @@ LENGTH = 128
 ROWS = ((40, 3, 60), (1, 90))
 
 
-def packed(vocab_size: int, with_weights: bool = True) -> Batch:
+def packed(vocab_size: int) -> Batch:
     """Random sequences in rows, with random weights, some of them 0."""
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(1, vocab_size, (len(ROWS), LENGTH))
@@ -29,35 +29,32 @@ def packed(vocab_size: int, with_weights: bool = True) -> Batch:
     for row_T, lengths in zip(segments_BT, ROWS, strict=True):
         ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         row_T[: len(ids)] = ids
-    weights = jnp.asarray(weights_BT, jnp.float32) if with_weights else None
-    return Batch(jnp.asarray(tokens_BT, jnp.int32), weights, jnp.asarray(segments_BT))
+    return Batch(
+        jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(weights_BT, jnp.float32), jnp.asarray(segments_BT)
+    )
 
 
-def alone(batch: Batch) -> list[Batch]:
-    """Each sequence in a row of its own, without padding."""
-    found = []
-    for b in range(batch.tokens_BT.shape[0]):
-        for segment in range(1, int(batch.segments_BT[b].max()) + 1):
-            here = np.flatnonzero(batch.segments_BT[b] == segment)
-            weights = None if batch.weights_BT is None else batch.weights_BT[b, here][None]
-            found.append(Batch(batch.tokens_BT[b, here][None], weights))
-    return found
+def alone(batch: Batch) -> Batch:
+    """Each sequence in a row of its own, before zeros of weight 0."""
+    tokens_NT, weights_NT = [], []
+    for b, lengths in enumerate(ROWS):
+        for length, start in zip(lengths, np.cumsum([0, *lengths]), strict=False):
+            here, padding = np.s_[start : start + length], (0, LENGTH - length)
+            tokens_NT.append(np.pad(batch.tokens_BT[b, here], padding))
+            weights_NT.append(np.pad(batch.weights_BT[b, here], padding))
+    return Batch(jnp.asarray(tokens_NT), jnp.asarray(weights_NT))
 
 
-def total_and_gradient(model, params, batches):
+def total_and_gradient(model, params, batch):
     """The sum of losses, that of weights, and the gradient of the former."""
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def losses(params, batch):
+    def losses(params):
         return model.apply({"params": params}, batch, method="loss")
 
-    total, count, gradients = 0.0, 0.0, None
-    for batch in batches:
-        (loss, weight), gradient = losses(params, batch)
-        total, count = total + float(loss), count + float(weight)
-        gradients = gradient if gradients is None else jax.tree.map(jnp.add, gradients, gradient)
-    return total, count, trees.flatten(gradients)
+    (total, count), gradients = losses(params)
+    return float(total), float(count), trees.flatten(gradients)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +73,7 @@ def test_packed_rows_are_their_sequences(name, kernel, monkeypatch):
     config, params = CONFIGS[name], random_params(CONFIGS[name])
     batch = packed(config.vocab_size)
     model = Llama(config, Compute(dtype="float32", attention=kernel, layers="scan", loss_chunk=64))
-    total, count, gradients = total_and_gradient(model, params, [batch])
-    # splash takes no sequences of these lengths
+    total, count, gradients = total_and_gradient(model, params, batch)
     plain = Llama(config, Compute(dtype="float32", layers="scan", loss_chunk=64))
     total_, count_, gradients_ = total_and_gradient(plain, params, alone(batch))
     np.testing.assert_allclose([total, count], [total_, count_], rtol=1e-5)
@@ -103,9 +99,8 @@ def test_given_positions_are_taken():
     batch = packed(config.vocab_size)
     given = Batch(batch.tokens_BT, batch.weights_BT, batch.segments_BT, batch.positions())
     shifted = Batch(batch.tokens_BT, batch.weights_BT, batch.segments_BT, batch.positions() * 3)
-    by_default, same, other = (
-        float(model.apply({"params": params}, each, method="loss")[0]) for each in (batch, given, shifted)
-    )
+    loss = jax.jit(functools.partial(model.apply, {"params": params}, method="loss"))
+    by_default, same, other = (float(loss(each)[0]) for each in (batch, given, shifted))
     assert same == by_default
     assert abs(other - by_default) > 1e-3 * by_default
 
