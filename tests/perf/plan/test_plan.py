@@ -286,16 +286,21 @@ def test_gradients_of_kernels_under_dora_are_reduce_scattered(config):
     assert [line.adapters for line in lines if line.kind == "all-reduce"] == [0]
 
 
-def test_muon_sends_matrices_and_their_squares_in_each_iteration(config):
-    """By hand: `fsdp` divides rows of q, k, v, gate and up, and columns of o and down."""
-    config = trained_whole(config)
-    methods, mesh = assign_methods(config), sharding.make_mesh(data=1, fsdp=4)
+def sent_for_muon(config: Any, mesh: Any) -> Counter[tuple[str, str]]:
+    """What the formula has with Muon beyond what it has with AdamW."""
+    methods = assign_methods(config)
 
     def sent(matrices: Any) -> Counter[tuple[str, str]]:
         other = dataclasses.replace(config, optimizer=Optimizer(matrices=matrices))
         return totals(expected(other, methods, abstract_state(other, methods, mesh), mesh))
 
-    more, square, wide = sent("muon") - sent("adamw"), 32 * 32, 32 * 128
+    return sent("muon") - sent("adamw")
+
+
+def test_muon_sends_matrices_and_their_squares_in_each_iteration(config):
+    """By hand: `fsdp` divides rows of q, k, v, gate and up, and columns of o and down."""
+    more = sent_for_muon(trained_whole(config), sharding.make_mesh(data=1, fsdp=4))
+    square, wide = 32 * 32, 32 * 128
     # Of down, 128 wide, the shorter side is that of the columns. Of o the columns count as the longer one.
     gathered = 3 * (square + square) + 3 * (wide + square)
     assert more["all-gather", "fsdp"] == 5 * 2 * gathered * 4 * 3 / 4
@@ -312,14 +317,8 @@ def test_muon_sends_no_more_where_matrices_are_not_divided(config):
 
 def test_muon_sends_shards_of_matrices_that_two_axes_divide(config):
     """By hand: `fsdp` divides the hidden size of every kernel and `tensor` the other side."""
-    config = trained_whole(config)
-    methods, mesh = assign_methods(config), sharding.make_mesh(data=1, fsdp=2, tensor=4)
-
-    def sent(matrices: Any) -> Counter[tuple[str, str]]:
-        other = dataclasses.replace(config, optimizer=Optimizer(matrices=matrices))
-        return totals(expected(other, methods, abstract_state(other, methods, mesh), mesh))
-
-    more, square, wide = sent("muon") - sent("adamw"), 32 * 32, 32 * 128
+    more = sent_for_muon(trained_whole(config), sharding.make_mesh(data=1, fsdp=2, tensor=4))
+    square, wide = 32 * 32, 32 * 128
     # The hidden size is the shorter side, but of o, whose rows over `tensor` come first.
     assert more["all-gather", "fsdp"] == 5 * 2 * (3 * (square / 4 + square) + 3 * (wide / 4 + square)) * 4 / 2
     assert more["all-gather", "tensor"] == 5 * 2 * (square / 2 + square) * 4 * 3 / 4
