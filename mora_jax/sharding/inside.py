@@ -1,8 +1,10 @@
 """Constraints inside jit: what the model and its adapters say about an ambient mesh."""
 
+import collections
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +78,55 @@ def one_by_one(function: Callable[..., Any], *stacks: Any) -> Any:
     found = jax.shard_map(local, in_specs=divided, out_specs=divided, check_vma=False)(*filled)
     # Replicated once: XLA would do so for each entry that is cut out of a divided stack.
     return jax.tree.map(lambda a: undivided(a)[:count], found)
+
+
+def by_matrix(
+    function: Callable[[Array], Array], matrices: Mapping[str, Array], rules: Rules
+) -> dict[str, Array]:
+    """Applies a function of stacks (N, K, D) to all matrices, where each device takes some of them whole.
+
+    For what needs complete matrices: devices exchange the parts that they hold, and the results, once. No
+    device computes what another does, but for those that hold the same parts, and for undivided matrices.
+
+    Args:
+      function: of a stack, for each matrix by itself, to one of the same shape. It maps zeros to zeros.
+      matrices: arrays (..., K, D) by path.
+      rules: how they may be divided.
+
+    Returns:
+      The results by path.
+    """
+    sizes, alike, results = _ambient(), collections.defaultdict(list), {}
+    for path, array in matrices.items():
+        shape = array.shape[-2:]
+        alike[shape, spec_at(path, shape, sizes, rules) if sizes else P()].append(path)
+    for (shape, stored), paths in alike.items():
+        if stored == P():
+            results |= {path: function(matrices[path]) for path in paths}
+            continue
+        stacks = [matrices[path].reshape(-1, *shape) for path in paths]
+        ends = itertools.accumulate(len(stack) for stack in stacks)
+        found = jnp.split(_exchanged(function, jnp.concatenate(stacks), stored, sizes), list(ends)[:-1])
+        results |= {path: part.reshape(matrices[path].shape) for path, part in zip(paths, found, strict=True)}
+    return results
+
+
+def _exchanged(function: Callable[[Array], Array], stack: Array, stored: P, sizes: Sizes) -> Array:
+    """Applies a function to a stack (N, K, D) of divided matrices; each of n devices takes N / n of them."""
+    # Of two mesh axes that divide an axis, the second one divides it further.
+    ways = [(name, axis) for axis, entry in enumerate(stored, 1) for name in reversed(names(entry))]
+
+    def local(stack: Array) -> Array:
+        for name, axis in ways:
+            stack = jax.lax.all_to_all(stack, name, 0, axis, tiled=True)
+        stack = function(stack)
+        for name, axis in reversed(ways):
+            stack = jax.lax.all_to_all(stack, name, axis, 0, tiled=True)
+        return stack
+
+    count, divided = len(stack), P(None, *stored)
+    stack = jnp.pad(stack, [(0, -count % math.prod(sizes[name] for name, _ in ways)), (0, 0), (0, 0)])
+    return jax.shard_map(local, in_specs=divided, out_specs=divided, check_vma=False)(stack)[:count]
 
 
 def whole(x: Array) -> Array:

@@ -256,6 +256,35 @@ def test_devices_share_out_the_entries_of_a_stack(count):
     assert len(computed) == 8 * -(-count // 8)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+def test_devices_share_matrices_that_they_hold_in_parts(shape):
+    """Each has whole matrices, a share of each kind; `d` is not divided, and `c` can only be by its rows."""
+    rules = [("[ac].*", sharding.COLUMNS), ("b", sharding.ROWS), ("d", sharding.REPLICATED)]
+    shapes = {"a0": (3, 16, 24), "a1": (16, 24), "b": (5, 24, 16), "c": (2, 16, 13), "d": (16, 24)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    matrices = {name: jax.random.normal(key, s) for (name, s), key in zip(shapes.items(), keys, strict=True)}
+    computed = []
+
+    def running(stack):
+        computed.append(stack.shape)
+        return jnp.cumsum(jnp.cumsum(stack, -1), -2)
+
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        places = {
+            name: jax.NamedSharding(mesh, sharding.spec_at(name, m.shape, mesh.shape, rules))
+            for name, m in matrices.items()
+        }
+        shared = jax.jit(lambda matrices: sharding.by_matrix(running, matrices, rules))
+        found = shared(jax.device_put(matrices, places))
+    for name, matrix in matrices.items():
+        np.testing.assert_allclose(found[name], running(matrix), rtol=1e-6, atol=1e-5)
+        assert found[name].sharding == places[name]
+    held = 8 // shape[0]
+    whole = [(-(-count // held), k, d) for count, k, d in ((4, 16, 24), (5, 24, 16), (2, 16, 13))]
+    assert computed[:4] == [*whole, (16, 24)]
+
+
 def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
     x_BTD = jnp.ones((2, 3, 4))
     other = jax.make_mesh((8,), ("x",))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from mora_jax import moments, trees
+from mora_jax import moments, sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.models.llama import EMBEDDINGS
 from mora_jax.transform import Methods
@@ -126,10 +126,17 @@ def adapter_labels(options: Mapping[str, ArrayOptions]) -> frozenset[str]:
     return frozenset(o.label for o in options.values() if o.adapter)
 
 
-def optimizer(config: Optimizer, options: Mapping[str, ArrayOptions]) -> optax.GradientTransformation:
+def optimizer(
+    config: Optimizer, options: Mapping[str, ArrayOptions], layouts: sharding.Rules = ()
+) -> optax.GradientTransformation:
     """Returns AdamW and Muon without their learning rate, with one state for each label of `array_options`.
 
     The rate follows the train step and not a count kept here, so that resetting a group's state keeps it.
+
+    Args:
+      config: rates, decay and momentum.
+      options: of `array_options`.
+      layouts: how a mesh may divide the arrays. Arrays on one device need none.
     """
     labels = trees.unflatten({path: o.label for path, o in options.items()})
     by_label = {o.label: o for o in options.values()}
@@ -139,22 +146,24 @@ def optimizer(config: Optimizer, options: Mapping[str, ArrayOptions]) -> optax.G
         of_group = {decays[path] for path, o in options.items() if o.label == label}
         parts = [_decayed(decay, decays) for decay in sorted(of_group) if decay]
         adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-        first = muon(config.momentum) if by_label[label].muon else adam
+        first = muon(config.momentum, layouts) if by_label[label].muon else adam
         return optax.chain(first, *parts, optax.scale(by_label[label].lr_scale))
 
     return optax.partition({label: group(label) for label in sorted(by_label)}, labels)
 
 
-def muon(momentum: float) -> optax.GradientTransformation:
+def muon(momentum: float, layouts: sharding.Rules = ()) -> optax.GradientTransformation:
     """Returns Muon (arXiv:2502.16982) without its learning rate and decay, for matrices (..., k, d).
 
     Its state is the momentum alone, zero at the start, so that a restart clears it as Adam's moments.
-    `optax.contrib.scale_by_muon` keeps coefficients beside it.
+    `optax.contrib.scale_by_muon` keeps coefficients beside it. The devices of a mesh share the matrices that
+    `layouts` divides.
     """
-    return optax.chain(
-        optax.trace(momentum, nesterov=True),
-        optax.stateless(lambda updates, _: jax.tree.map(_orthogonal, updates)),
-    )
+
+    def orthogonal(updates: Any, _: Any) -> Any:
+        return trees.replaced(updates, sharding.by_matrix(_orthogonal, trees.flatten(updates), layouts))
+
+    return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(orthogonal))
 
 
 def _orthogonal(g: Float[Array, "*L K D"]) -> Float[Array, "*L K D"]:

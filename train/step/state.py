@@ -55,7 +55,7 @@ def init_state(spec: StepSpec, methods: Methods, params: Any) -> TrainState:
     adapters = transform.attach(key_of(spec, "adapters"), params, methods)
     trainable, _ = transform.partition(params, adapters, methods)
     options = optim.array_options(spec.optimizer, methods)
-    opt_state = optim.optimizer(spec.optimizer, options).init(trainable)
+    opt_state = optim.optimizer(spec.optimizer, options, layouts(methods)).init(trainable)
     return TrainState(jnp.zeros((), jnp.int32), params, adapters, opt_state, spikes.init(spec.bad_steps))
 
 

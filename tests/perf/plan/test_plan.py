@@ -297,14 +297,11 @@ def sent_for_muon(config: Any, mesh: Any) -> Counter[tuple[str, str]]:
     return sent("muon") - sent("adamw")
 
 
-def test_muon_sends_matrices_and_their_squares_in_each_iteration(config):
-    """By hand: `fsdp` divides rows of q, k, v, gate and up, and columns of o and down."""
+def test_muon_exchanges_parts_of_matrices_for_whole_ones_and_back(config):
+    """By hand: of 6 q, k and v each of four devices takes 2, some of them zeros, and of all others 1."""
     more = sent_for_muon(trained_whole(config), sharding.make_mesh(data=1, fsdp=4))
-    square, wide = 32 * 32, 32 * 128
-    # Of down, 128 wide, the shorter side is that of the columns. Of o the columns count as the longer one.
-    gathered = 3 * (square + square) + 3 * (wide + square)
-    assert more["all-gather", "fsdp"] == 5 * 2 * gathered * 4 * 3 / 4
-    assert more["all-reduce", "fsdp"] == 5 * 2 * square * 4 * 2 * 3 / 4
+    taken = 2 * 32 * 32 + 32 * 32 + 2 * 32 * 128
+    assert more == {("all-to-all", "fsdp"): 2 * taken * 4 * 3 / 4}
 
 
 def test_muon_sends_no_more_where_matrices_are_not_divided(config):
@@ -315,15 +312,13 @@ def test_muon_sends_no_more_where_matrices_are_not_divided(config):
         assert {line.axes for line in lines} == ({"data"} if data > 1 else set())
 
 
-def test_muon_sends_shards_of_matrices_that_two_axes_divide(config):
-    """By hand: `fsdp` divides the hidden size of every kernel and `tensor` the other side."""
+def test_muon_exchanges_over_both_axes_that_divide_a_matrix(config):
+    """By hand: each of eight devices takes one matrix of each kind."""
     more = sent_for_muon(trained_whole(config), sharding.make_mesh(data=1, fsdp=2, tensor=4))
-    square, wide = 32 * 32, 32 * 128
-    # The hidden size is the shorter side, but of o, whose rows over `tensor` come first.
-    assert more["all-gather", "fsdp"] == 5 * 2 * (3 * (square / 4 + square) + 3 * (wide / 4 + square)) * 4 / 2
-    assert more["all-gather", "tensor"] == 5 * 2 * (square / 2 + square) * 4 * 3 / 4
-    assert more["all-reduce", "tensor"] == 5 * 2 * 6 * square / 2 * 4 * 2 * 3 / 4
-    assert more["all-reduce", "fsdp"] == 5 * 2 * square / 4 * 4 * 2 / 2
+    taken = 2 * 32 * 32 + 2 * 32 * 128
+    assert more["all-to-all", "fsdp"] == 2 * taken * 4 / 2
+    assert more["all-to-all", "tensor"] == 2 * taken * 4 * 3 / 4
+    assert len(more) == 2
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
@@ -548,17 +543,16 @@ def test_a_plan_by_the_tpu_compiler(tiny_yaml, tmp_path, rows):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "axis"), [("full", "fsdp"), ("full", "tensor"), ("mora", "fsdp")])
-def test_what_muon_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_path, method, axis):
-    """On a CPU another program is compiled, which all-gathers matrices twice."""
+def test_what_muon_exchanges_by_the_tpu_compiler(tiny_yaml, tmp_path, method, axis):
     words = ["--topology", "v5e:2x2", f"--mesh.{axis}", "4", "--method.name", method]
     words += ["--compute.dtype", "bfloat16", "--batch-size", "64", "--restart.every", "0"]
     words += ["--schedule.kind", "cosine", "--optimizer.matrices", "muon", "--model.intermediate-size", "128"]
     words += ["--model.num-attention-heads", "4", "--model.num-key-value-heads", "4"]
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
     (train,) = figures["programs"]
-    (sent,) = (c["sent"] for c in train["collectives"] if (c["kind"], c["axes"]) == ("all-gather", axis))
+    (sent,) = (c["sent"] for c in train["collectives"] if (c["kind"], c["axes"]) == ("all-to-all", axis))
     formula = {(e["kind"], e["axes"]): e["base"] + e["adapters"] for e in figures["expected"]}
-    assert sent == pytest.approx(formula["all-gather", axis], rel=0.001)
+    assert sent == pytest.approx(formula["all-to-all", axis], rel=0.001)
 
 
 @needs_libtpu

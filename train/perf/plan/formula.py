@@ -19,10 +19,9 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
 
 A tied embedding is all-gathered, and its gradient summed, twice: as embedding and as head.
 
-Muon makes matrices orthogonal once in a step, with a sum over the long side of each, x x^T, in each of its
-iterations. An axis that divides the short side all-gathers x and the sum, in the type in which the device
-multiplies. An axis that divides the long side all-reduces the sum in float32. Where both are divided, XLA
-also exchanges parts, by no rule.
+Muon makes matrices orthogonal once in a step. The devices that hold parts of a matrix exchange them, so that
+each has complete matrices, an equal number of each shape, and exchange the results: 2 (n - 1) / n of what a
+device holds, in float32.
 
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
 (one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
@@ -39,7 +38,7 @@ A compiler that sends more moves something twice, in a wider dtype, or needlessl
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +52,7 @@ from mora_jax.sharding.rules import names
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.plan.hlo import SENT
-from train.step.optim import MUON_STEPS, array_options
+from train.step.optim import array_options
 
 FLOAT32 = 4  # bytes
 ONCE = ("embed_tokens/embedding", "lm_head/kernel")  # used in one pass only
@@ -90,11 +89,13 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
         for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
             of_adapter = path.startswith("adapters/") or (path in adapted and kind != "all-gather")
             sent[kind, axes, of_adapter] += round(size * uses * config.microbatches)
-    multiplied = 2 if mesh.devices.flat[0].platform == "tpu" else FLOAT32
+    by_muon: dict[str, list[str]] = {}
     for path, options in array_options(config.optimizer, methods).items():
         if options.muon:
-            for kind, axes, size in _of_muon(arrays[path], multiplied, mesh.shape):
-                sent[kind, axes, options.adapter] += round(size)
+            by_muon.setdefault(options.label, []).append(path)
+    for paths in by_muon.values():
+        for kind, axes, size in _of_muon([arrays[path] for path in paths], mesh.shape):
+            sent[kind, axes, paths[0].startswith("adapters/")] += round(size)
     sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
     with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
         sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
@@ -164,20 +165,18 @@ def _of_array(
         yield "all-reduce", "+".join(axes), held * gradient * SENT["all-reduce"](count)
 
 
-def _of_muon(leaf: Any, multiplied: int, mesh: Mapping[str, int]) -> Iterator[tuple[str, str, float]]:
-    """Yields (kind, axes, bytes) that a step sends to make a stack of matrices orthogonal.
-
-    `multiplied` is the itemsize in which devices multiply float32.
-    """
-    *layers, k, d = leaf.shape
-    of_rows, of_columns = _entries(leaf)[-2:]
-    sides = [(k, of_rows), (d, of_columns)] if k <= d else [(d, of_columns), (k, of_rows)]
-    (short, over_short), (long, over_long) = sides
-    shorts, longs = (math.prod(mesh[axis] for axis in over) for over in (over_short, over_long))
-    iterations, sums = MUON_STEPS * math.prod(layers), short * short
-    gathered = iterations * (short * long / longs + sums) * multiplied
-    yield "all-gather", "+".join(over_short), gathered * SENT["all-gather"](shorts)
-    yield "all-reduce", "+".join(over_long), iterations * sums / shorts * FLOAT32 * SENT["all-reduce"](longs)
+def _of_muon(leaves: Sequence[Any], mesh: Mapping[str, int]) -> Iterator[tuple[str, str, float]]:
+    """Yields (kind, axes, bytes) that a step sends to make the matrices of an optimizer group orthogonal."""
+    counts: Counter[tuple[Any, Any]] = Counter()
+    for leaf in leaves:
+        *layers, k, d = leaf.shape
+        counts[(k, d), tuple(_entries(leaf)[-2:])] += math.prod(layers)
+    for (shape, entries), count in counts.items():
+        axes = [axis for over in entries for axis in over]
+        devices = math.prod(mesh[axis] for axis in axes)
+        held = math.ceil(count / devices) * math.prod(shape)
+        for axis in axes:
+            yield "all-to-all", axis, 2 * held * FLOAT32 * SENT["all-to-all"](mesh[axis])
 
 
 def _summed(config: RunConfig, mesh: Mapping[str, int]) -> int:
