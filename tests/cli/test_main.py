@@ -385,7 +385,6 @@ def loss_of_first_batch(tiny_run) -> float:
 
 def test_the_program_refuses_with_status_2_and_one_line(tiny_yaml, prepare, good, tmp_path):
     for words, expected in (
-        (["pretrain", str(tiny_yaml), "--stepz", "3"], "did you mean --steps?"),
         (prepare(gzip.compress(good)[:-30], "--workers", "2"), "is a truncated gzip file"),
         (["pretrain", str(tiny_yaml), "--run-dir", "run", "--mesh.data", "2"], "2 devices; 1 (cpu) are here"),
     ):

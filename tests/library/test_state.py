@@ -63,7 +63,7 @@ def test_only_what_is_trained_moves_and_has_optimizer_state():
 def test_updates_are_scaled_by_the_groups_multiples():
     state, _, _ = trained(LORA_PLUS, optax.sgd(1e-3), steps=1)
     start = State.init(jax.random.key(3), PARAMS, LORA_PLUS)
-    _, gradients = value_and_grad(loss)(start, X)
+    _, gradients = jax.jit(value_and_grad(loss))(start, X)
     for name, scale in (("up/kernel/m_RR", 1), ("down/0/b_RD", 4)):
         moved = trees.flatten(state.adapters)[name] - trees.flatten(start.adapters)[name]
         expected = -1e-3 * scale * trees.flatten(gradients)[f"adapters/{name}"]

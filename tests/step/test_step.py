@@ -204,8 +204,8 @@ def test_another_way_of_drawing_is_another_random_state():
 
 def test_a_restart_draws_new_random_factors():
     config = with_method("asylora")
-    methods, state, _ = trained(config, 3)
-    first = trees.flatten(started(config)[1].adapters)
+    methods, state = started(config)
+    first = jax.tree.map(np.asarray, trees.flatten(state.adapters))
     again = trees.flatten(restart_step(spec_of(config), methods, state)[0].adapters)
     path = "layers/mlp/up_proj/kernel/a_KR"
     assert not np.allclose(first[path], again[path])
@@ -394,20 +394,28 @@ def test_a_batch_of_which_nothing_counts_has_no_loss():
 # Orienting
 
 
+@functools.cache
+def gradients() -> dict[str, np.ndarray]:
+    """Those of the first batch, at the first parameters."""
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        model = Llama(CONFIG.model, CONFIG.compute)
+        total, count = model.apply({"params": params}, Batch(tokens(0)), method=Llama.loss)
+        return total / count
+
+    return {path: np.asarray(leaf) for path, leaf in trees.flatten(gradient(parameters())).items()}
+
+
 def fitted(method: Spectral):
     """Each kernel's bases that a step fits, in two microbatches, and the gradient of the whole batch."""
     config = dataclasses.replace(CONFIG, method=method, microbatches=2)
     methods, state = started(config)
-
-    def loss(params, batch):
-        total, count = Llama(config.model, config.compute).apply({"params": params}, batch, method=Llama.loss)
-        return total / count
-
-    gradients = trees.flatten(jax.grad(loss)(state.params, Batch(tokens(0))))
     found = trees.flatten(orient_step(spec_of(config), methods, state, Batch(tokens(0))).adapters)
     paths = [path for path, _ in methods.orientable()]
     assert len(paths) == 7
-    return [(found[f"{path}/u_KR"], found[f"{path}/v_RD"], np.asarray(gradients[path])) for path in paths]
+    return [(found[f"{path}/u_KR"], found[f"{path}/v_RD"], gradients()[path]) for path in paths]
 
 
 def test_bases_are_those_of_the_gradient_of_the_batch():
