@@ -99,8 +99,9 @@ def by_matrix(
     sizes, alike, results = _ambient(), collections.defaultdict(list), {}
     for path, array in matrices.items():
         shape = array.shape[-2:]
-        alike[shape, spec_at(path, shape, sizes, rules) if sizes else P()].append(path)
-    for (shape, stored), paths in alike.items():
+        stored = spec_at(path, shape, sizes, rules) if sizes else P()
+        alike[shape, stored, array.dtype].append(path)
+    for (shape, stored, _), paths in alike.items():
         if stored == P():
             results |= {path: function(matrices[path]) for path in paths}
             continue

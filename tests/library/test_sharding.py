@@ -258,11 +258,16 @@ def test_devices_share_out_the_entries_of_a_stack(count):
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_devices_share_matrices_that_they_hold_in_parts(shape):
-    """Each has whole matrices, a share of each kind; `d` is not divided, and `c` can only be by its rows."""
-    rules = [("[ac].*", sharding.COLUMNS), ("b", sharding.ROWS), ("d", sharding.REPLICATED)]
+    """Each has whole matrices, a share of each kind.
+
+    `c` can only be divided by its rows, `d` is not divided, and `e`, as large as `b`, is of another type.
+    """
+    rules = [("[ac].*", sharding.COLUMNS), ("[be]", sharding.ROWS), ("d", sharding.REPLICATED)]
     shapes = {"a0": (3, 16, 24), "a1": (16, 24), "b": (5, 24, 16), "c": (2, 16, 13), "d": (16, 24)}
+    shapes["e"] = (24, 16)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     matrices = {name: jax.random.normal(key, s) for (name, s), key in zip(shapes.items(), keys, strict=True)}
+    matrices["e"] = matrices["e"].astype("bfloat16")
     computed = []
 
     def running(stack):
@@ -278,11 +283,11 @@ def test_devices_share_matrices_that_they_hold_in_parts(shape):
         shared = jax.jit(lambda matrices: sharding.by_matrix(running, matrices, rules))
         found = shared(jax.device_put(matrices, places))
     for name, matrix in matrices.items():
-        np.testing.assert_allclose(found[name], running(matrix), rtol=1e-6, atol=1e-5)
-        assert found[name].sharding == places[name]
+        np.testing.assert_allclose(*(np.float32(m) for m in (found[name], running(matrix))), 1e-6, 1e-5)
+        assert (found[name].dtype, found[name].sharding) == (matrix.dtype, places[name])
     held = 8 // shape[0]
     whole = [(-(-count // held), k, d) for count, k, d in ((4, 16, 24), (5, 24, 16), (2, 16, 13))]
-    assert computed[:4] == [*whole, (16, 24)]
+    assert computed[:5] == [*whole, (16, 24), (1, 24, 16)]
 
 
 def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
@@ -291,4 +296,6 @@ def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
     for ambient in (contextlib.nullcontext(), jax.set_mesh(other)):
         with ambient:
             assert jax.jit(lambda x: sharding.constrain(x, BATCHED))(x_BTD).shape == (2, 3, 4)
+            twice = sharding.by_matrix(lambda x: 2 * x, {"x": x_BTD}, [("x", sharding.ROWS)])
+            np.testing.assert_array_equal(twice["x"], 2 * x_BTD)
             assert not sharding.in_use()

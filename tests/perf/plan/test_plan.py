@@ -20,12 +20,12 @@ from slow import slow
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
-from mora_jax.methods import Decouple, DoRA, mora
+from mora_jax.methods import Decouple, DoRA, LoRA, mora
 from mora_jax.models.batch import Batch
 from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
 from train.config import flags
-from train.config.sections import REST, Optimizer, Params, Restart, Schedule
+from train.config.sections import REST, GroupRule, Optimizer, Params, Restart, Schedule
 from train.perf.hlo import option
 from train.perf.plan import targets
 from train.perf.plan.formula import expected
@@ -286,12 +286,12 @@ def test_gradients_of_kernels_under_dora_are_reduce_scattered(config):
     assert [line.adapters for line in lines if line.kind == "all-reduce"] == [0]
 
 
-def sent_for_muon(config: Any, mesh: Any) -> Counter[tuple[str, str]]:
+def sent_for_muon(config: Any, mesh: Any, groups: Any = ()) -> Counter[tuple[str, str]]:
     """What the formula has with Muon beyond what it has with AdamW."""
     methods = assign_methods(config)
 
     def sent(matrices: Any) -> Counter[tuple[str, str]]:
-        other = dataclasses.replace(config, optimizer=Optimizer(matrices=matrices))
+        other = dataclasses.replace(config, optimizer=Optimizer(matrices=matrices, groups=groups))
         return totals(expected(other, methods, abstract_state(other, methods, mesh), mesh))
 
     return sent("muon") - sent("adamw")
@@ -313,12 +313,29 @@ def test_muon_sends_no_more_where_matrices_are_not_divided(config):
 
 
 def test_muon_exchanges_over_both_axes_that_divide_a_matrix(config):
-    """By hand: each of eight devices takes one matrix of each kind."""
-    more = sent_for_muon(trained_whole(config), sharding.make_mesh(data=1, fsdp=2, tensor=4))
+    """By hand: each of eight devices takes one matrix of each kind, and one of q if its rate differs."""
+    rules = ((".*q_proj/kernel", GroupRule(2.0)),)
     taken = 2 * 32 * 32 + 2 * 32 * 128
-    assert more["all-to-all", "fsdp"] == 2 * taken * 4 / 2
-    assert more["all-to-all", "tensor"] == 2 * taken * 4 * 3 / 4
-    assert len(more) == 2
+    for groups, more in ((), 0), (rules, 32 * 32):
+        sent = sent_for_muon(trained_whole(config), sharding.make_mesh(data=1, fsdp=2, tensor=4), groups)
+        assert sent["all-to-all", "fsdp"] == 2 * (taken + more) * 4 / 2
+        assert sent["all-to-all", "tensor"] == 2 * (taken + more) * 4 * 3 / 4
+        assert len(sent) == 2
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("full", (1, 2, 4)), slow(LoRA(8), (2, 4, 1))], ids=str)
+def test_muon_sends_what_the_formula_expects_and_no_more(config, method, sizes):
+    """It adds exchanges alone to what AdamW sends, for the model's own parameters or for adapters."""
+    config = trained_whole(config, num_attention_heads=4, num_key_value_heads=4)
+    config = dataclasses.replace(config, method=method)
+    muon = dataclasses.replace(config, optimizer=Optimizer(matrices="muon"))
+    plan, (train,) = planned(muon, *sizes), planned(config, *sizes).programs
+    exchanges = [line for line in plan.expected if line.kind == "all-to-all"]
+    assert {(line.base > 0, line.adapters > 0) for line in exchanges} == {
+        (method == "full", method != "full")
+    }
+    (more,) = (totals(program.collectives) - totals(train.collectives) for program in plan.programs)
+    assert more == totals(exchanges)
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])

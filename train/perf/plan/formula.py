@@ -20,8 +20,8 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
 A tied embedding is all-gathered, and its gradient summed, twice: as embedding and as head.
 
 Muon makes matrices orthogonal once in a step. The devices that hold parts of a matrix exchange them, so that
-each has complete matrices, an equal number of each shape, and exchange the results: 2 (n - 1) / n of what a
-device holds, in float32.
+each takes complete matrices, an equal number of each shape, and exchange the results: 2 (n - 1) / n of what a
+device takes, in float32. Zeros fill the stacks of matrices up to a multiple of the devices.
 
 Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
 (one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
@@ -174,9 +174,9 @@ def _of_muon(leaves: Sequence[Any], mesh: Mapping[str, int]) -> Iterator[tuple[s
     for (shape, entries), count in counts.items():
         axes = [axis for over in entries for axis in over]
         devices = math.prod(mesh[axis] for axis in axes)
-        held = math.ceil(count / devices) * math.prod(shape)
+        taken = math.ceil(count / devices) * math.prod(shape)
         for axis in axes:
-            yield "all-to-all", axis, 2 * held * FLOAT32 * SENT["all-to-all"](mesh[axis])
+            yield "all-to-all", axis, 2 * taken * FLOAT32 * SENT["all-to-all"](mesh[axis])
 
 
 def _summed(config: RunConfig, mesh: Mapping[str, int]) -> int:
