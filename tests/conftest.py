@@ -1,6 +1,5 @@
 """Set-up of every test (eight CPU devices, implicit rank promotion is an error) and the shared fixtures."""
 
-import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,15 +34,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell starts programs in the background with SIGINT ignored, and so would be what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tracing makes many objects. Looking for garbage less often among a million of them saves a few percent.
-gc.set_threshold(100_000, 20, 20)
-
 SHARED = Path(__file__).parents[2] / "shared"
-
-
-def pytest_collection_finish() -> None:
-    """Modules and tests stay: no search for garbage looks at them again."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
