@@ -263,11 +263,19 @@ def test_devices_share_matrices_that_they_hold_in_parts(shape):
     `c` can only be divided by its rows, `d` is not divided, and `e`, as large as `b`, is of another type.
     """
     rules = [("[ac].*", sharding.COLUMNS), ("[be]", sharding.ROWS), ("d", sharding.REPLICATED)]
-    shapes = {"a0": (3, 16, 24), "a1": (16, 24), "b": (5, 24, 16), "c": (2, 16, 13), "d": (16, 24)}
-    shapes["e"] = (24, 16)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    matrices = {name: jax.random.normal(key, s) for (name, s), key in zip(shapes.items(), keys, strict=True)}
-    matrices["e"] = matrices["e"].astype("bfloat16")
+    shapes = {
+        "a0": (3, 16, 24),
+        "a1": (16, 24),
+        "b": (5, 24, 16),
+        "c": (2, 16, 13),
+        "d": (16, 24),
+        "e": (24, 16),
+    }
+    rng = np.random.default_rng(0)
+    matrices = {
+        name: jnp.asarray(rng.normal(size=size), "bfloat16" if name == "e" else "float32")
+        for name, size in shapes.items()
+    }
     computed = []
 
     def running(stack):

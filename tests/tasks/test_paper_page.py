@@ -32,7 +32,6 @@ TINY = {
     "mesh.fsdp": 1,
     "schedule.warmup": 1,
     "compute.dtype": "float32",
-    "compute.layers": "scan",
     "compute.remat": "dots",
     "eval.batch-size": 4,
     "init-from": "model",

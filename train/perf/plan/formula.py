@@ -37,7 +37,7 @@ A compiler that sends more moves something twice, in a wider dtype, or needlessl
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,13 +89,13 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
         for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
             of_adapter = path.startswith("adapters/") or (path in adapted and kind != "all-gather")
             sent[kind, axes, of_adapter] += round(size * uses * config.microbatches)
-    by_muon: dict[str, list[str]] = {}
+    by_muon: dict[tuple[str, bool], list[Any]] = defaultdict(list)
     for path, options in array_options(config.optimizer, methods).items():
         if options.muon:
-            by_muon.setdefault(options.label, []).append(path)
-    for paths in by_muon.values():
-        for kind, axes, size in _of_muon([arrays[path] for path in paths], mesh.shape):
-            sent[kind, axes, paths[0].startswith("adapters/")] += round(size)
+            by_muon[options.label, options.adapter].append(arrays[path])
+    for (_, adapter), leaves in by_muon.items():
+        for kind, axes, size in _of_muon(leaves, mesh.shape):
+            sent[kind, axes, adapter] += round(size)
     sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
     with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
         sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
