@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -115,7 +116,7 @@ def test_it_is_trained_and_restarted(run, config_file):
     losses = [line["loss"] for line in lines(run) if "loss" in line]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
-    before = init_params(spec_of(config))["layers"]["mlp"]["up_proj"]["kernel"]
+    before = jax.jit(init_params, static_argnums=0)(spec_of(config))["layers"]["mlp"]["up_proj"]["kernel"]
     cli.main(["export", str(run), str(run / "export")])
     after = load_hf(str(run / "export"))[0]["layers"]["mlp"]["up_proj"]["kernel"]
     change_LKD = np.asarray(after) - np.asarray(before)
@@ -125,6 +126,7 @@ def test_it_is_trained_and_restarted(run, config_file):
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed(run, config_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -138,7 +140,7 @@ def test_a_stopped_run_is_resumed(run, config_file, tmp_path, monkeypatch):
     assert without_times(tmp_path / "run") == without_times(run)
 
 
-@pytest.mark.slow  # test_it_is_described_listed_and_planned compiles a step for two devices
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["fsdp", "data"])
 def test_two_devices_train_it_as_one_does(run, config_file, tmp_path, axis):
     mesh = ["--mesh.data", "1", f"--mesh.{axis}", "2"]
@@ -155,6 +157,7 @@ def test_two_devices_train_it_as_one_does(run, config_file, tmp_path, axis):
     assert u_LK.sharding.shard_shape(u_LK.shape) == ((2, 16) if axis == "fsdp" else (2, 32))
 
 
+@pytest.mark.slow
 def test_its_adapter_is_lora_for_others(run, tmp_path):
     base, adapter, out = (str(tmp_path / name) for name in ("base", "adapter", "out"))
     cli.main(["export", str(run), adapter, "--adapter", "--with-base", base])
@@ -164,6 +167,7 @@ def test_its_adapter_is_lora_for_others(run, tmp_path):
         np.testing.assert_allclose(leaf, trees.flatten(ours)[path], atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_it_is_described_listed_and_planned(config_file, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     cli.main(["pretrain", config_file, "--dry-run"])

@@ -128,6 +128,7 @@ def test_a_folder_whose_file_has_the_name_of_the_mark_is_not_removed(config, tmp
     assert (tmp_path / "demo.mp4").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_demo_names_the_command_that_resumes_its_training(
     config, tiny_text, tmp_path, short, monkeypatch
 ):

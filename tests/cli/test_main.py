@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from sentencepiece import sentencepiece_model_pb2
-from slow import slow
+from slow import quick, slow
 
 from train.cli import main as cli
 from train.cli.commands import training
@@ -34,6 +34,7 @@ from train.run.metrics import read_metrics
 from train.run.model import load_model
 from train.storage.format import FORMAT
 
+BENCHES = {"bench profile", "bench sweep", "bench scaling"}  # "bench step" has most of their flags
 SMALL = str(Path(__file__).parents[2] / "configs/demo.yaml")
 
 
@@ -98,7 +99,7 @@ def refused(mora):
         (["--mesh.data", "64"], "mesh.data 64 needs 64 devices; 8 (cpu) are here"),
         (["--mesh.data", "4", "--batch-size", "6"], "6 does not divide among 4 devices"),
         (["--model.vocab-size", "300"], "vocabulary of 384 tokens, more than model.vocab_size 300"),
-        (["--batch-size", "100000"], "fewer than one batch of 100000"),
+        slow(["--batch-size", "100000"], "fewer than one batch of 100000"),
         (["--data.directory", "nowhere"], "nowhere is not a data set made by prepare-data"),
         (["--params.adapt", "nope/.*"], "rule 'nope/.*' matches no parameter"),
         (["--init-from", "nowhere"], "nowhere is missing"),
@@ -289,7 +290,7 @@ def test_help_lists_the_commands(mora):
     assert mora() == (0, out, "")
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", quick(cli.COMMANDS.keys() - BENCHES, cli.COMMANDS))
 def test_help_explains_every_field(mora, name):
     status, out, err = mora(*name.split(), "--help")
     assert (status, err) == (0, "")
@@ -383,6 +384,7 @@ def loss_of_first_batch(tiny_run) -> float:
 # In processes of their own
 
 
+@pytest.mark.slow  # the tests of one line run in this process
 def test_the_program_refuses_with_status_2_and_one_line(tiny_yaml, prepare, good, tmp_path):
     for words, expected in (
         (prepare(gzip.compress(good)[:-30], "--workers", "2"), "is a truncated gzip file"),
@@ -488,7 +490,7 @@ def losses(folder: Path) -> list[float]:
         ("methods", ">/dev/full", 74),
         slow("methods", ">&-", 0),
         slow("evaluate nowhere", "2>/dev/full", 2),
-        ("evaluate nowhere", ">&- 2>&-", 2),
+        slow("evaluate nowhere", ">&- 2>&-", 2),
     ],
 )
 def test_the_status_is_right_where_output_cannot_be_written(tmp_path, words, redirection, status):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from slow import quick
 from studies import LORA, PLAIN, ROOT, study
 
 from mora_jax.errors import InputError
@@ -14,6 +15,7 @@ from train.config.run import RunConfig
 from train.config.study import Halving, expand, read_study, short
 
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+SMALL = [path for path in STUDIES if not path.stem.startswith("table3")]
 
 
 def names(made) -> list[str]:
@@ -167,7 +169,7 @@ def test_a_bad_setting_of_the_command_line_is_named(tmp_path: Path):
         read_study(str(tmp_path / "s.yaml"), settings=["steps"])
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", quick(SMALL, STUDIES), ids=lambda path: path.stem)
 def test_the_studies_of_the_project_expand(path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
     made = read_study(str(path.relative_to(ROOT)))

@@ -268,6 +268,7 @@ def test_less_text_than_a_row_is_refused(text: Path, tmp_path: Path):
         prepared(text, tmp_path / "d", validation=str(tmp_path / "small.json.gz"))
 
 
+@pytest.mark.slow
 def test_real_text_with_a_real_tokenizer(corpus: Path, tokenizers: Path, tmp_path: Path):
     lines = gzip.decompress((corpus / "c4-validation.00000-of-00001.json.gz").read_bytes()).splitlines()[:60]
     for name, part in (("train", lines[:40]), ("validation", lines[40:])):

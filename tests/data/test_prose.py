@@ -146,6 +146,7 @@ def test_too_little_prose(library: Path, tmp_path: Path):
         prose.write_shards(str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_every_file_of_this_python_is_found_once():
     names = [name for name, _ in prose._source_files()]
     assert len(names) == len(set(names))
@@ -153,6 +154,7 @@ def test_every_file_of_this_python_is_found_once():
     assert not any("site-packages" in name or "/tests/" in name for name in names)
 
 
+@pytest.mark.slow
 def test_processes_return_files_in_order(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prose, "FILES_AT_ONCE", 2)
     folder = Path(sys.modules["json"].__file__ or "").parent

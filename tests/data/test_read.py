@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
 from made_text import npy, random_texts, write_lines
+from slow import slow
 
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
@@ -79,6 +80,7 @@ def test_every_epoch_has_every_row_once_in_another_order(info: DataInfo):
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.slow  # test_rows_can_be_skipped goes into the next one
 def test_batches_span_the_end_of_an_epoch(info: DataInfo):
     single = take(train_batches(info, 1, seed=0, start_step=0), 4 * B * (info.rows["train"] // B))[:, 0]
     assert info.rows["train"] % B
@@ -92,7 +94,7 @@ def test_the_seed_decides_the_order(info: DataInfo):
     assert not np.array_equal(a, c)
 
 
-@pytest.mark.parametrize("start", [1, 7, 200])
+@pytest.mark.parametrize("start", [1, 7, slow(200)])
 def test_a_batch_depends_on_the_step_alone(info: DataInfo, start: int):
     whole = take(train_batches(info, B, seed=3, start_step=0), start + 4)
     resumed = take(train_batches(info, B, seed=3, start_step=start), 4)

@@ -148,6 +148,7 @@ print(staged(sys.argv[1]), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_several_processes_download_once(remote: str, tmp_path: Path):
     root = Path(__file__).parents[2]
     processes = [

@@ -58,6 +58,7 @@ def test_two_workers_write_and_report_the_same_as_one(tokenizer: Tokenizer, tmp_
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_the_first_error_stops_the_others(tokenizer: Tokenizer, tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text("not JSON\n")
     slow = a_job(tokenizer, LongShard(), tmp_path / "slow.rows")
@@ -85,6 +86,7 @@ class Noting:
         return exec, (f"import os, pathlib, signal; {note}; os._exit(9)",)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_the_parents_from_a_workers_first_moment(tokenizer: Tokenizer, tmp_path: Path):
     """A worker inherits that it is blocked. One that is interrupted while it loads prints a traceback."""
     shard: Any = Noting(tmp_path / "noted")

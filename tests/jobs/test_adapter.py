@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hf_folders import CONFIG
 from peft_folders import FROZEN, random_adapted
+from slow import slow
 
 from mora_jax import LoRA, hf, save_adapter, trees
 from mora_jax.errors import InputError
@@ -54,6 +55,7 @@ def test_an_adapter_and_its_base_are_the_trained_model(tiny_run, tmp_path, capfd
     assert {path.name for path in tmp_path.iterdir()} == {"base", "a", "merged"}
 
 
+@pytest.mark.slow  # test_which_bases_others_have decides it
 def test_a_base_that_nobody_has_is_refused(tiny_run, tmp_path, capfd):
     status, output, messages = run(capfd, "export", tiny_run.folder, tmp_path / "a", "--adapter")
     assert (status, output) == (2, "")
@@ -90,7 +92,7 @@ def test_which_bases_others_have(tiny_run, tmp_path):
         (["--with-base", "b"], "are of adapters: give --adapter too"),
         (["--adapter", "--format", "mora", "--pad-rank"], "--format mora has none; leave one of them out"),
         (["--adapter", "--format", "gguf"], "--format"),
-        (
+        slow(
             ["--adapter", "--format", "mora", "--with-base", "b"],
             r"mora (rank 4, align 8) has no place in the files",
         ),
@@ -132,6 +134,7 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_weights_of_adapters(folders, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(folders)
     status, output, _ = run(capfd, "merge", "base", "a:0.5", "b:-1", tmp_path / "out", "--dtype", "bfloat16")
@@ -164,6 +167,7 @@ def test_bad_merges_are_one_line(folders, monkeypatch, capfd, words, message):
     assert {path.name for path in folders.iterdir()} == {"base", "a", "b", "run"}
 
 
+@pytest.mark.slow
 def test_a_base_that_an_old_checkpoint_holds_is_compared(tmp_path, capfd):
     """Today's checkpoints refer to the files, whose hashes are compared."""
     made = random_adapted([(UP, LoRA(2)), ("norm/scale", "train"), FROZEN], CONFIG)

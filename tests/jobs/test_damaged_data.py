@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from slow import slow
 
 from mora_jax.errors import InputError
 from train.data.rows.build import prepare
@@ -41,15 +40,16 @@ def blank(shard: Path) -> None:
         file.write(bytes(size // 3))
 
 
+@pytest.mark.slow  # tests/data/test_read.py has what libraries raise for such rows
 @pytest.mark.parametrize(
     ("split", "harm", "message"),
     [
-        slow("train", cut, r"the train rows take \d+ bytes, not"),
+        ("train", cut, r"the train rows take \d+ bytes, not"),
         ("train", blank, "cannot be read: Corrupted"),
-        slow("train", Path.unlink, ""),
-        slow("validation", cut, r"the validation rows take \d+ bytes, not"),
-        slow("validation", blank, "cannot be read: "),
-        slow("validation", Path.unlink, r"the validation rows take \d+ bytes, not"),
+        ("train", Path.unlink, ""),
+        ("validation", cut, r"the validation rows take \d+ bytes, not"),
+        ("validation", blank, "cannot be read: "),
+        ("validation", Path.unlink, r"the validation rows take \d+ bytes, not"),
     ],
 )
 def test_a_shard_damaged_during_a_run(free, large_data, tmp_path, monkeypatch, split, harm, message):

@@ -54,6 +54,7 @@ def test_the_full_split_with_a_partial_last_batch(model, info):
     np.testing.assert_allclose(score.loss, expected(model, rows(info, count)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_batches_only(model, info):
     how = Evaluation(batch_size=4, max_batches=3)
     score = evaluate(*split(model), info, how, sharding.make_mesh(1))
@@ -103,6 +104,7 @@ def test_all_devices_are_used():
     assert sharding.make_mesh(-1).devices.size == jax.device_count()
 
 
+@pytest.mark.slow
 def test_a_batch_is_never_wider_than_the_split(model, info, monkeypatch):
     seen = []
 

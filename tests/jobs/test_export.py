@@ -14,6 +14,7 @@ import pytest
 import yaml
 from made_tokenizers import TEMPLATE, byte_level, write_folder
 from sentencepiece import SentencePieceTrainer
+from slow import quick, slow
 from tiny import tiny_documents
 
 from mora_jax import hf, trees
@@ -53,6 +54,7 @@ def test_the_tokenizer_is_exported(tiny_run, exported):
     assert config["bos_token_id"] == tokenizer.encoder.bos_id()
 
 
+@pytest.mark.slow  # tests/library/hf/test_weights.py rounds what it writes
 def test_bfloat16_rounds_after_merging(tiny_run, exported, tmp_path):
     export(str(tiny_run.folder), str(tmp_path / "out"), "bfloat16")
     read, _ = hf.load_hf(tmp_path / "out")
@@ -70,7 +72,7 @@ def test_an_existing_folder_is_not_changed(tiny_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", quick(["folder"], ["file", "folder"]))
 def test_what_is_called_partial_stays(tiny_run, tmp_path, kind):
     mine = tmp_path / "out.partial"
     mine.mkdir() if kind == "folder" else mine.write_text("years of work")
@@ -81,6 +83,7 @@ def test_what_is_called_partial_stays(tiny_run, tmp_path, kind):
     assert (mine / "thesis.tex" if kind == "folder" else mine).read_text() == "years of work"
 
 
+@pytest.mark.slow  # tests/library/hf/test_folder.py removes leftovers
 def test_what_a_killed_export_left_is_removed(tiny_run, tmp_path):
     (tmp_path / "out.0123abcd.mora-partial").mkdir()
     (tmp_path / "out.mora-partial").mkdir()
@@ -93,6 +96,7 @@ def test_what_a_killed_export_left_is_removed(tiny_run, tmp_path):
     }
 
 
+@pytest.mark.slow  # tests/storage/test_own_files.py locks an output
 def test_a_second_export_to_the_same_folder_is_refused(tiny_run, tmp_path, monkeypatch):
     run, out, real, seen = str(tiny_run.folder), str(tmp_path / "out"), hf.save_hf, []
 
@@ -124,12 +128,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow  # the weights below are, too
 def test_a_run_is_exported_without_its_data_set(run, exported, tmp_path, capfd):
     export(str(run), str(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(exported[0])
     assert "warning" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_data_sets_tokenizer_serves_a_run_that_has_none(tiny_run, exported, tmp_path):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     (run / "tokenizer" / "tokenizer.model").unlink()
@@ -137,7 +143,7 @@ def test_the_data_sets_tokenizer_serves_a_run_that_has_none(tiny_run, exported, 
     assert contents(tmp_path / "out") == contents(exported[0])
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"other")])
+@pytest.mark.parametrize("damage", [Path.unlink, slow(lambda path: path.write_bytes(b"other"))])
 def test_weights_are_exported_without_a_tokenizer(run, exported, tmp_path, capfd, damage):
     damage(run / "tokenizer" / "tokenizer.model")
     export(str(run), str(tmp_path / "out"))
@@ -202,6 +208,7 @@ def test_what_cannot_be_converted_is_told_before_and_exported_beside_it(
     assert made == {"tokenizer.model": (tmp_path / "t.model").read_bytes()}
 
 
+@pytest.mark.slow
 def test_weights_are_exported_beside_a_tokenizer_that_cannot_be_written(run, tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise InputError("cannot be expressed")
@@ -239,6 +246,7 @@ def test_a_full_disk_names_the_folder(tiny_run, disk, capfd):
     assert not (disk.path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_working_folder_is_filled(tiny_run, exported, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

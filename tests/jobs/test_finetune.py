@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from slow import quick
 from tiny import TINY
 
 from mora_jax import hf
@@ -32,7 +33,7 @@ def config(tmp_path: Path, tiny_data: Path) -> Path:
     return tmp_path / "c.yaml"
 
 
-@pytest.fixture(params=["run", "folder"])
+@pytest.fixture(params=quick(["folder"], ["run", "folder"]))
 def source(request, tiny_run, tmp_path: Path) -> Path:
     """A model to start from: a run, or a Hugging Face folder."""
     if request.param == "run":
@@ -55,6 +56,7 @@ def test_the_model_and_the_steps_are_those_of_what_is_there(config, source, tiny
     assert f"steps │ {steps}" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow  # the test above counts those that it trains
 def test_a_dry_run_counts_the_steps(config, tiny_run, capsys):
     cli.main(["finetune", str(config), "--init-from", str(tiny_run.folder), "--dry-run"])
     rows = load_info(str(tiny_run.config.data.directory)).rows["train"]

@@ -80,6 +80,7 @@ def refused(capfd, *words):
     return err
 
 
+@pytest.mark.slow
 def test_a_continuation_is_scored_behind_the_tokens_of_its_context(generator):
     model, codec = HarnessModel(generator, 4), generator.codec
     pairs = [("abc de", " fgh"), ("abc de ", "fgh"), ("", "ij"), ("abc", " ga"), ("abc", " dd")]
@@ -95,6 +96,7 @@ def test_a_continuation_is_scored_behind_the_tokens_of_its_context(generator):
     assert (model.asked, model.cut) == (5, 0)
 
 
+@pytest.mark.slow
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is(generator):
     answer = generate(generator.model, generator.params, [[5, 6, 7]], Sampling(max_new_tokens=2))[0]
     other = [answer[0], (answer[1] + 1) % 384]
@@ -102,6 +104,7 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is(generator):
     assert [greedy for _, greedy in HarnessModel(generator, 4)._scores(pairs)] == [True, False, False, True]
 
 
+@pytest.mark.slow
 def test_what_is_too_long_is_cut_from_the_left_and_counted(generator):
     model, codec = HarnessModel(generator, 4), generator.codec
     context, answer = "abc de fgh " * 12, " ij"
@@ -129,6 +132,7 @@ def test_the_files_of_the_tokenizer_are_read_once_for_many_texts(generator, monk
     assert len(reads) == 1
 
 
+@pytest.mark.slow
 def test_a_text_is_scored_in_windows_that_do_not_overlap(generator):
     model, codec = HarnessModel(generator, 4), generator.codec
     text = "abc de fgh " * 12
@@ -141,6 +145,7 @@ def test_a_text_is_scored_in_windows_that_do_not_overlap(generator):
     assert found[1] < 0 == found[2]
 
 
+@pytest.mark.slow
 def test_generation_takes_the_arguments_of_each_request(generator):
     model = HarnessModel(generator, 4)
     plain = {"until": ["\n\n"], "max_gen_toks": 8}

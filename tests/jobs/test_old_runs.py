@@ -59,6 +59,7 @@ def written_by_format_1(tiny_run, folder: Path, step: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_format_1_has_its_model(tiny_run, tmp_path):
     folder = written_by_format_1(tiny_run, tmp_path / "run", 22)
     (params, model), (expected, _) = load_model(str(folder)), load_model(str(tiny_run.folder))
@@ -93,6 +94,7 @@ def test_a_run_of_a_newer_format_is_refused(tiny_run, tmp_path):
             read_meta(saved, 3)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_format_goes_on_and_then_keeps_its_base(tiny_run, free):
     """Format 3 held everything in every checkpoint."""
     folder = Path(free.run_dir)

@@ -56,6 +56,7 @@ def test_bases_are_orthonormal_and_change_at_restarts(run, config_file):
     assert np.abs(seen[1] - seen[2]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_bits(run, config_file, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, EVERY + 1)
@@ -77,6 +78,7 @@ def test_two_devices_find_the_same_directions(run, config_file, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_memory_of_the_gradients(config_file, capsys):
     cli.main(["plan", str(config_file), "--devices", "1"])
     assert "orient_step" in capsys.readouterr().out

@@ -62,6 +62,7 @@ def test_restarts_are_marked_in_both_panels(tmp_path: Path):
     assert np.sum(np.diff(columns[1], prepend=-9) > 2) == 3
 
 
+@pytest.mark.slow  # the next test reads such values
 def test_values_that_are_not_finite_leave_a_gap(tmp_path: Path):
     plot_loss(write_run(tmp_path / "m.jsonl", broken=True), str(tmp_path / "gap.png"))
     plot_loss(write_run(tmp_path / "m.jsonl"), str(tmp_path / "whole.png"))
@@ -85,6 +86,7 @@ def test_smoothing_is_the_mean_of_the_neighbours():
     assert np.isnan(smooth[100])
 
 
+@pytest.mark.slow  # test_mora_plot_draws_runs_that_train draws two
 @pytest.mark.parametrize("validation", [True, False])
 def test_several_runs_in_one_plot(tmp_path: Path, validation: bool):
     runs = {f"run {i}": write_run(tmp_path / f"{i}.jsonl", i, validation) for i in range(3)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from slow import slow
+from slow import quick
 from tiny_runs import (
     Interrupted,
     arrays,
@@ -27,10 +27,9 @@ from train.run.checkpoint import Checkpoints, SaveError
 from train.step.step import train_step
 
 
+@pytest.mark.slow  # test_stop.py resumes at a restart, and test_old_runs.py where the log is longer
 @pytest.mark.parametrize(
-    ("updates", "saved"),
-    [slow(4, 3), (7, 6)],
-    ids=["before a restart", "exactly at a restart"],
+    ("updates", "saved"), [(4, 3), (7, 6)], ids=["before a restart", "exactly at a restart"]
 )
 def test_an_interrupted_run_resumes_bit_for_bit(free, tiny_run, monkeypatch, updates, saved):
     assert free.restarts_at(saved) == (saved == 6)
@@ -108,7 +107,7 @@ def test_a_run_without_a_good_checkpoint_does_not_start_from_scratch(free, tiny_
     assert contents(folder) == before
 
 
-@pytest.mark.slow  # the next test starts from scratch, too
+@pytest.mark.slow
 def test_a_run_killed_in_its_first_save_starts_from_scratch(free, tiny_run, monkeypatch):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
@@ -121,6 +120,7 @@ def test_a_run_killed_in_its_first_save_starts_from_scratch(free, tiny_run, monk
     assert without_times(folder) == without_times(tiny_run.folder)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_claimed_its_folder_starts_from_scratch(free, tiny_run, monkeypatch):
     def killed(config):
         raise Interrupted
@@ -145,6 +145,7 @@ def files_up_to(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow  # tests/run/test_checkpoint_failures.py has saves that fail
 def test_a_run_whose_save_fails_stops_and_resumes(free, tiny_run, monkeypatch):
     folder = Path(free.run_dir)
     with monkeypatch.context() as patch:
@@ -183,7 +184,7 @@ def test_a_warm_start_keeps_the_weights_it_started_from(tiny_run, tmp_path, monk
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("what", ["", "lock"], ids=["the folder", "the lock"])
+@pytest.mark.parametrize("what", quick([""], ["", "lock"]), ids=["the folder", "the lock"])
 def test_a_run_whose_folder_is_removed_stops_at_the_next_save(free, monkeypatch, what):
     folder, real = Path(free.run_dir), loop.train_batches
 
@@ -199,7 +200,9 @@ def test_a_run_whose_folder_is_removed_stops_at_the_next_save(free, monkeypatch,
     assert folder.exists() == bool(what)
 
 
-@pytest.mark.parametrize("summary", [None, "", "{", "[]"], ids=["absent", "empty", "cut off", "a list"])
+@pytest.mark.parametrize(
+    "summary", quick(["{"], [None, "", "{", "[]"]), ids=["absent", "empty", "cut off", "a list"]
+)
 def test_a_run_without_its_summary_only_concludes(free, tiny_run, summary):
     folder = Path(shutil.copytree(tiny_run.folder, free.run_dir))
     (folder / "summary.json").unlink()
@@ -215,6 +218,7 @@ def test_a_run_without_its_summary_only_concludes(free, tiny_run, summary):
     assert json.loads((folder / "summary.json").read_text()) == expected
 
 
+@pytest.mark.slow  # tests/data/test_read.py skips rows
 def test_a_warm_start_can_go_on_in_the_data_of_its_source(tiny_run, tmp_path, monkeypatch, capsys):
     """The rows are a function of the step alone, so that a killed run resumes in them."""
     config = dataclasses.replace(tiny_run.config, init_from=str(tiny_run.folder), run_dir=str(tmp_path / "a"))

@@ -23,6 +23,7 @@ def exported(tiny_run, tmp_path_factory) -> str:
     return out
 
 
+@pytest.mark.slow  # tests/cli/test_main.py compares them as the command prints them
 def test_a_run_its_export_and_its_summary_agree(tiny_run, exported):
     how = tiny_run.config.eval
     data = tiny_run.config.data.directory
@@ -33,6 +34,7 @@ def test_a_run_its_export_and_its_summary_agree(tiny_run, exported):
     np.testing.assert_allclose(run.loss, tiny_run.summary["validation_loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_nearly_the_same_score(tiny_run, exported):
     how = dataclasses.replace(tiny_run.config.eval, max_batches=1)
     data = tiny_run.config.data.directory
@@ -41,6 +43,7 @@ def test_bfloat16_gives_nearly_the_same_score(tiny_run, exported):
     np.testing.assert_allclose(rounded.loss, exact.loss, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16_are_held_so_for_its_products(tiny_run, tmp_path, monkeypatch):
     export(str(tiny_run.folder), str(tmp_path / "out"), "bfloat16")
     how, seen = dataclasses.replace(tiny_run.config.eval, max_batches=1), []
@@ -59,6 +62,7 @@ def test_weights_in_bfloat16_are_held_so_for_its_products(tiny_run, tmp_path, mo
     assert seen == [{"bfloat16"}, {"float32"}]
 
 
+@pytest.mark.slow
 def test_a_model_is_sharded_over_all_devices(tiny_run, monkeypatch):
     seen = []
 
@@ -72,6 +76,7 @@ def test_a_model_is_sharded_over_all_devices(tiny_run, monkeypatch):
     assert seen == [(2, 4, 48)]
 
 
+@pytest.mark.slow
 def test_a_batch_that_devices_do_not_divide_runs_on_one(tiny_run):
     how = dataclasses.replace(tiny_run.config.eval, batch_size=3, max_batches=1)
     assert score_path(str(tiny_run.folder), "", how, "float32").predictions == 3 * 31
@@ -99,6 +104,7 @@ def test_weights_that_are_no_model_have_no_score(tiny_run, exported, tmp_path):
         score_path(str(folder), tiny_run.config.data.directory, tiny_run.config.eval, "float32")
 
 
+@pytest.mark.slow
 def test_an_export_is_not_scored_on_text_of_another_tokenizer(tiny_run, exported, tmp_path, tiny_text):
     """Of as many pieces."""
     train_tokenizer(str(tiny_text / "c4-validation.*"), str(tmp_path / "other.model"), 384)
@@ -109,6 +115,7 @@ def test_an_export_is_not_scored_on_text_of_another_tokenizer(tiny_run, exported
             score_path(model, str(tmp_path / "data"), tiny_run.config.eval, "float32")
 
 
+@pytest.mark.slow  # tests/data/test_build.py prepares it
 def test_validation_text_alone_is_scored_and_not_trained_on(tiny_run, tmp_path, tiny_text):
     text, data, how = tiny_text / "c4-validation.*", str(tmp_path / "data"), tiny_run.config.eval
     prepare("", str(text), str(tiny_text / "t.model"), 32, data, workers=1)

@@ -22,6 +22,7 @@ def start(tiny_run):
     return jax.jit(init_params, static_argnums=0)(spec_of(tiny_run.config))
 
 
+@pytest.mark.slow
 def test_the_sum_of_all_updates_over_the_restarts(tiny_run, start):
     found = {(each.kernel, each.layer): each.values_R for each in spectra(str(tiny_run.folder))}
     before, after = trees.flatten(start), trees.flatten(load_model(str(tiny_run.folder))[0])
@@ -48,6 +49,7 @@ def test_a_folder_beside_another(tiny_run, start, tmp_path):
         spectra(str(tmp_path / "a"), str(tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_models_of_other_shapes_are_refused(tiny_run, start, tmp_path):
     model = dataclasses.replace(tiny_run.config.model, num_hidden_layers=1)
     halved = {p: a[:1] if p.startswith("layers/") else a for p, a in trees.flatten(start).items()}

@@ -86,6 +86,7 @@ def test_an_evaluation_stopped_by_a_signal_is_repeated(free, tiny_run, monkeypat
     equal_runs(free, folder, tiny_run.folder)
 
 
+@pytest.mark.slow
 def test_a_repeated_evaluation_is_logged_once(free, tiny_run, monkeypatch):
     """It is repeated, then the program dies before the next checkpoint, and the next one repeats it."""
     folder = Path(free.run_dir)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from slow import slow
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
@@ -15,6 +16,7 @@ from mora_jax.methods import METHODS, DoRA, MoRA
 from mora_jax.models.batch import Batch
 from mora_jax.models.llama import LAYOUTS, Llama
 from mora_jax.transform import Methods
+from train.config import flags
 from train.config.sections import Mesh
 from train.jobs import pretrain as loop
 from train.run.metrics import read_metrics
@@ -72,9 +74,9 @@ def test_a_batch_is_divided_and_the_state_is_whole_on_each():
     assert [copy.data.shape for copy in copies] == [(8, 4)] * 4
 
 
-def test_each_device_computes_its_own_part(tiny_run):
+def test_each_device_computes_its_own_part(tiny_yaml):
     """What is compiled for each of four devices holds the products of a quarter of the batch."""
-    config = tiny_run.config
+    config = flags.read_config(str(tiny_yaml))
     model = Llama(config.model, config.compute)
     flops = {}
     for devices in (1, 4):
@@ -197,12 +199,14 @@ def test_the_rules_cover_the_arrays_of_every_method(method):
         sharding.spec(method.leaves()[name].layout, array.shape, SIZES, name)
 
 
-def test_a_state_is_made_in_parts_and_held_in_parts(tiny_run):
+@pytest.mark.slow
+def test_a_state_is_made_in_parts_and_held_in_parts(tiny_yaml):
     """Of what is divided no device ever holds more than a few layers' worth at once."""
+    config = flags.read_config(str(tiny_yaml))
     model = dataclasses.replace(
-        tiny_run.config.model, hidden_size=128, intermediate_size=256, vocab_size=1024, num_hidden_layers=8
+        config.model, hidden_size=128, intermediate_size=256, vocab_size=1024, num_hidden_layers=8
     )
-    config = dataclasses.replace(tiny_run.config, model=model)
+    config = dataclasses.replace(config, model=model)
     mesh = sharding.make_mesh(1, 8, 1)
     methods = assign_methods(config)
     shapes = abstract_state(config, methods, mesh)
@@ -232,7 +236,7 @@ def test_a_global_batch_of_local_rows_is_the_batch():
     assert on_mesh.sharding == sharding.batch(mesh)
 
 
-@pytest.mark.parametrize("count", [3, 8, 11])
+@pytest.mark.parametrize("count", [slow(3), slow(8), 11])
 def test_devices_share_out_the_entries_of_a_stack(count):
     """Each device computes as many, of which the last may be zeros."""
     computed = []
@@ -256,7 +260,7 @@ def test_devices_share_out_the_entries_of_a_stack(count):
     assert len(computed) == 8 * -(-count // 8)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("shape", [slow((1, 8, 1)), (2, 2, 2), slow((1, 2, 4))], ids=str)
 def test_devices_share_matrices_that_they_hold_in_parts(shape):
     """Each has whole matrices, a share of each kind.
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from slow import slow
 
 from mora_jax import DoRA, InputError, LoRA, MoRA, State, trees, value_and_grad
 
@@ -84,7 +85,7 @@ def test_a_transformation_may_depend_on_the_group():
     assert np.asarray(state.adapters["up"]["kernel"]["b_RD"]).any()
 
 
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("chained", [slow(False), True])
 def test_a_restart_resets_the_adapters_state_alone_and_schedules_go_on(chained):
     schedule = optax.linear_schedule(1e-2, 0.0, 100)
     state, optimizer, opt_state = trained(LORA_PLUS, optax.adam(schedule))
@@ -131,6 +132,7 @@ def test_what_cannot_be_restarted_or_pruned_is_refused():
         state.restart(jax.random.key(0), optax.sgd(1.0).init(state.trainable), optax.sgd(1.0))
 
 
+@pytest.mark.slow
 def test_injected_rates_go_on_after_a_restart():
     schedule = optax.piecewise_constant_schedule(1.0, {2: 1e-6})
     for tx in (optax.sgd(schedule), optax.inject_hyperparams(optax.sgd)(schedule)):
@@ -141,6 +143,7 @@ def test_injected_rates_go_on_after_a_restart():
         assert 0 < max(float(jnp.abs(u).max()) for u in jax.tree.leaves(updates)) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_collected_before_a_restart_are_not_applied_after_it():
     state = State.init(jax.random.key(3), PARAMS, LORA_PLUS)
     optimizer = optax.MultiSteps(state.optimizer(optax.sgd(1.0)), 2)

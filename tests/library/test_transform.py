@@ -104,6 +104,7 @@ def test_bind_puts_methods_beside_their_arrays(adapters, methods):
     np.testing.assert_array_equal(array, adapters["layers"]["q"]["kernel"]["m_RR"])
 
 
+@pytest.mark.slow  # test_methods.py merges stacks of every method
 def test_merge_of_a_stack_is_a_loop_over_its_layers(adapters, methods):
     merged = transform.merge(PARAMS, adapters, methods)
     for path, method in methods.adapted():

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from slow import quick
 from states import abstract, bits, files_of
 from tiny_runs import Interrupted, arrays, stop_after, without_times
 
-from mora_jax import hf, sharding, trees
+from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA
 from train.config.sections import Checkpoint, Evaluation, Params, Restart, Schedule
@@ -149,7 +150,9 @@ def test_a_checkpoint_that_a_run_removes_while_it_is_verified(tmp_path: Path, mo
         assert line == f"{tmp_path / gone} does not exist"
 
 
-@pytest.mark.parametrize("at", ["before the base is sealed", "after", "the checkpoint is sealed"])
+@pytest.mark.parametrize(
+    "at", quick(["after"], ["before the base is sealed", "after", "the checkpoint is sealed"])
+)
 def test_a_kill_at_any_seal_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str):
     with Checkpoints(str(tmp_path), keep=2) as saved:
         save(saved, 1, 0)
@@ -223,9 +226,9 @@ def test_checkpoints_of_a_run_hold_what_is_trained(tiny_run):
 
 
 @pytest.fixture
-def tuned(tiny_run, tmp_path: Path):
+def tuned(tiny_run, hf_model, tmp_path: Path):
     """The config of a warm start from a Hugging Face folder, with a bfloat16 base and no restarts."""
-    hf.save_hf(tmp_path / "model", *load_model(str(tiny_run.folder)))
+    shutil.copytree(hf_model, tmp_path / "model")
     return dataclasses.replace(
         tiny_run.config,
         steps=6,
@@ -241,6 +244,7 @@ def tuned(tiny_run, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_a_base_that_init_from_names_is_read_from_there(tuned, tmp_path):
     mesh, methods = sharding.make_mesh(1), assign_methods(tuned)
     info = load_info(tuned.data.directory)
@@ -272,7 +276,7 @@ def test_a_base_that_init_from_names_is_read_from_there(tuned, tmp_path):
             restore_model(tuned, saved, 0, mesh, with_base=False)
 
 
-@pytest.mark.parametrize("kind", ["full", "run"])
+@pytest.mark.parametrize("kind", quick(["run"], ["full", "run"]))
 def test_what_is_whole_or_may_change_is_not_named(tuned, tiny_run, kind):
     change = (
         {"init_from": str(tiny_run.folder)} if kind == "run" else {"method": "full", "base_dtype": "float32"}

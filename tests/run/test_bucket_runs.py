@@ -63,6 +63,7 @@ def test_checkpoints_are_kept_and_removed_as_on_a_disk(bucket: str):
     assert not buckets.files(buckets.cache_folder())  # nothing is left behind
 
 
+@pytest.mark.slow  # test_checkpoint_damage.py finds it on a disk
 def test_damage_is_found_and_the_previous_checkpoint_is_used(bucket: str):
     with Checkpoints(f"{bucket}/c") as saved:
         saved.save(1, a_state(1), {})
@@ -244,6 +245,7 @@ def stop_by_signal(config, monkeypatch: pytest.MonkeyPatch) -> None:
             loop.pretrain(config)
 
 
+@pytest.mark.slow  # tests/jobs/test_stop.py resumes one on a disk
 def test_a_stopped_run_resumes_on_another_machine(config, tiny_run, tmp_path: Path, monkeypatch):
     stop_by_signal(config, monkeypatch)
     another_machine(monkeypatch, tmp_path)

@@ -88,6 +88,7 @@ def test_keeps_the_newest(tmp_path: Path):
         Checkpoints(str(tmp_path), keep=0)
 
 
+@pytest.mark.slow  # test_base.py keeps them with their bases
 def test_keeps_multiples_of_keep_every_for_good(tmp_path: Path):
     with Checkpoints(str(tmp_path), keep=2, keep_every=10) as saved:
         for step in (5, 10, 15, 20, 25, 30, 35):

@@ -74,6 +74,7 @@ def test_swapped_files_are_found(directory: Path):
     assert swapped > 3
 
 
+@pytest.mark.slow  # the other tests have most of its kinds
 def test_every_random_damage_is_found(tmp_path: Path):
     checkpoint_damages.make_pristine(tmp_path / "pristine")
     kinds = set()
@@ -99,6 +100,7 @@ def test_a_file_that_does_not_belong_is_found(directory: Path):
     assert_refused(directory, "state/extra does not belong")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's other reads
 def test_files_made_to_harm_are_an_input_error(directory: Path):
     """Sealed as they should be, but orbax's files are changed: no crash may follow, and no other shapes."""

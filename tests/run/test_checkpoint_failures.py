@@ -78,6 +78,7 @@ def slow(real: Any, log: list[str], seconds: float = 0.3) -> Any:
     return seal
 
 
+@pytest.mark.slow
 def test_a_save_waits_for_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
     monkeypatch.setattr(manifest, "seal", slow(manifest.seal, log))
@@ -193,6 +194,7 @@ saved.save(2, {{"w": jax.random.normal(jax.random.key(0), (4096, 2048))}}, {{}})
 """
 
 
+@pytest.mark.slow  # test_base.py stops saves in this process
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from slow import slow
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
@@ -65,10 +64,11 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, disk, update: int) -> None:
     monkeypatch.setattr(loop, "next_batch", next_batch)
 
 
+@pytest.mark.slow  # the other tests fill the disk for less than a run
 @pytest.mark.parametrize(
     ("every", "message"),
     [
-        slow(0, r"run/metrics\.jsonl|run/tensorboard"),
+        (0, r"run/metrics\.jsonl|run/tensorboard"),
         (3, "could not be saved: No space left"),
     ],
     ids=["in the metrics", "in a save"],
@@ -160,6 +160,7 @@ with lock.lock_run(sys.argv[1]):
 """
 
 
+@pytest.mark.slow  # tests/storage/test_lock.py locks the folder
 def test_a_second_run_in_the_same_folder_is_refused(tiny_run, tmp_path):
     folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     config = dataclasses.replace(tiny_run.config, run_dir=str(folder))

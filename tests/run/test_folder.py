@@ -115,6 +115,7 @@ def test_the_methods_of_a_step(tiny_run, step, switches):
     assert methods_at(tiny_run.config, step)[path].method.operator.group == switches % 2
 
 
+@pytest.mark.slow
 def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
     config = here(tiny_run, tmp_path)
     mesh = sharding.make_mesh(1)
@@ -132,6 +133,7 @@ def test_other_methods_than_the_steps_are_refused(tiny_run, tmp_path):
             restore_state(config, saved, 6, mesh)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_with_the_same_shapes_is_refused(tiny_run, copy):
     config, mesh = here(tiny_run, copy), sharding.make_mesh(1)
     rate = dataclasses.replace(config.optimizer, learning_rate=3e-3)
@@ -156,6 +158,7 @@ def test_a_difference_names_what_to_do(tiny_run):
             check_free(dataclasses.replace(config, **change), resume=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
     """In JSON a pair of groups is a list, and fields that a version did not have yet are missing."""
     rules = ((".*_proj/kernel", MoRA(4, Share(group=(0, 1)))), (".*", "frozen"))
@@ -176,11 +179,11 @@ def test_a_checkpoint_of_rules_is_of_the_same_config(tiny_run, tmp_path):
     ("key", "value"),
     [
         ("restarts", 3),
-        ("data.step", 7),
-        ("data.seed", 1),
-        ("data.next_rows", [0, 1, 2, 3]),
-        ("random.dropout", [0, 0, 0, 0]),
-        ("step", 5),
+        slow("data.step", 7),
+        slow("data.seed", 1),
+        slow("data.next_rows", [0, 1, 2, 3]),
+        slow("random.dropout", [0, 0, 0, 0]),
+        slow("step", 5),
     ],
 )
 def test_a_checkpoint_that_differs_from_what_its_step_implies_is_refused(tiny_run, tmp_path, key, value):
@@ -201,6 +204,7 @@ def test_a_checkpoint_that_differs_from_what_its_step_implies_is_refused(tiny_ru
             restore_state(config, saved, 6, mesh)
 
 
+@pytest.mark.slow  # an evaluation of it gives the loss that its training had
 def test_the_model_of_a_run_is_merged(tiny_run):
     with Checkpoints(str(tiny_run.folder / "checkpoints")) as saved:
         state, methods = restore_state(tiny_run.config, saved, 22, sharding.make_mesh(1))
@@ -214,6 +218,7 @@ def test_the_model_of_a_run_is_merged(tiny_run):
     assert model == tiny_run.config.model
 
 
+@pytest.mark.slow  # the finished run of all tests was
 def test_a_run_may_be_moved(tiny_run, copy, capsys):
     """Its config names the folder that it was written to; what counts is the folder that it is in."""
     for step in (12, 15, 18, 21, 22):
@@ -224,6 +229,7 @@ def test_a_run_may_be_moved(tiny_run, copy, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow  # tests/jobs/test_resume.py goes on with an older one
 def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(copy, capsys):
     next((copy / "checkpoints" / "22").rglob("_METADATA")).unlink()
     model, _ = load_model(str(copy))
@@ -235,8 +241,9 @@ def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(copy, capsys)
     np.testing.assert_array_equal(model["norm"]["scale"], older["norm"]["scale"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["damage", "restore"])
-@pytest.mark.parametrize("older", quick([False], [True, False]))
+@pytest.mark.parametrize("older", [True, False])
 def test_a_checkpoint_removed_while_it_is_read_is_replaced_by_a_newer_one(
     tiny_run, copy, monkeypatch, capsys, at, older
 ):
@@ -281,7 +288,8 @@ def test_a_run_without_a_checkpoint_has_no_model(copy):
         load_model(str(copy))
 
 
-@pytest.mark.parametrize("sizes", [slow((1, 8, 1)), (2, 2, 2)], ids=str)
+@pytest.mark.slow  # test_checkpoint.py and tests/library/hf/test_weights.py do that alone
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["run", "Hugging Face"])
 def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
     mesh = sharding.make_mesh(*sizes)
@@ -295,7 +303,7 @@ def test_a_model_is_read_onto_a_mesh(tiny_run, hf_folder, kind, sizes):
 
 @pytest.mark.parametrize(
     ("batch_size", "mlp", "devices"),
-    [(0, 48, 8), (64, 48, 8), (12, 48, 4), (3, 48, 1), (64, 50, 8)],
+    quick([(12, 48, 4)], [(0, 48, 8), (64, 48, 8), (12, 48, 4), (3, 48, 1), (64, 50, 8)]),
     ids=str,
 )
 def test_the_widest_mesh_for_a_model(tiny_run, hf_folder, batch_size, mlp, devices):
@@ -321,13 +329,12 @@ def test_a_run_that_few_devices_divide_has_a_mesh(tiny_run, tmp_path):
 
 
 @pytest.fixture
-def hf_folder(tiny_run, tmp_path) -> Path:
+def hf_folder(hf_model, tmp_path) -> Path:
     """The finished tiny run as a Hugging Face folder."""
-    hf.save_hf(tmp_path / "hf", *load_model(str(tiny_run.folder)))
-    return tmp_path / "hf"
+    return Path(shutil.copytree(hf_model, tmp_path / "hf"))
 
 
-@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+@pytest.mark.parametrize("kind", quick(["run"], ["run", "Hugging Face"]))
 def test_a_warm_start_takes_the_merged_weights(tiny_run, tmp_path, kind):
     params, model = load_model(str(tiny_run.folder))
     path = tiny_run.folder
@@ -345,7 +352,7 @@ def test_a_warm_start_takes_the_merged_weights(tiny_run, tmp_path, kind):
     assert int(state.step) == 0
 
 
-@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+@pytest.mark.parametrize("kind", quick(["Hugging Face"], ["run", "Hugging Face"]))
 def test_a_warm_start_rounds_a_bfloat16_base_and_nothing_else(tiny_run, hf_folder, kind):
     path = tiny_run.folder if kind == "run" else hf_folder
     changes = {"base_dtype": "bfloat16", "restart": Restart(), "schedule": Schedule(warmup=2)}
@@ -391,7 +398,7 @@ def test_another_data_set_is_refused(tiny_run, copy):
         load_model(str(copy), other_tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["run", "Hugging Face"])
+@pytest.mark.parametrize("kind", quick(["run"], ["run", "Hugging Face"]))
 def test_a_warm_start_from_another_tokenizer_is_refused(tiny_run, tmp_path, kind):
     """Of as many pieces: only the content tells them apart."""
     path, info = tiny_run.folder, load_info(tiny_run.config.data.directory)

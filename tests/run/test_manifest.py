@@ -117,6 +117,7 @@ manifests = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow  # tests/tools/test_fuzz.py reads changed manifests
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=50) | manifests.map(lambda m: manifest.render(m).encode()))
 def test_no_manifest_crashes_its_reader(content: bytes):

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from slow import quick
 
 from mora_jax import hf, sharding
 from mora_jax.errors import InputError
@@ -132,6 +131,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 SHORT = ("--steps", "2", "--restart.every", "0", "--schedule.kind", "cosine", "--schedule.warmup", "1")
 
 
+@pytest.mark.slow
 def test_a_short_run_of_two_processes_is_that_of_one(config: Path):
     """What they compute, what they print, and what their last checkpoint holds."""
     folders = [config.parent / name for name in ("short", "short_alone")]
@@ -159,7 +159,8 @@ def other_data(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str
     return out
 
 
-@pytest.mark.parametrize("what", quick(["steps"], ["steps", "train rows"]))
+@pytest.mark.slow  # test_agree.py compares what processes have
+@pytest.mark.parametrize("what", ["steps", "train rows"])
 def test_processes_that_were_started_differently_are_refused(config: Path, tmp_path: Path, what, other_data):
     """Another number of steps would make them wait for each other for ever."""
     last = {

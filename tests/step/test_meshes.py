@@ -166,10 +166,10 @@ CASES = [
     *((name, STEPS, "merged", (2, 2, 2)) for name in ALONE),
     *(("share, rotate and LoRA", 2, "activation", shape) for shape in ((1, 8, 1), (1, 1, 8))),
     ("share, rotate and LoRA", 2, "compressed", (2, 2, 2)),
+    ("share", 2, "merged", (2, 2, 2)),
 ]
-QUICK = ("share", STEPS, "merged", (2, 2, 2))  # a mixture compiles for three times as long
+QUICK = ("share", 2, "merged", (2, 2, 2))  # mixtures and restarts compile for longer
 CASES = quick([QUICK], CASES)
-SLOW_8 = slow((1, 8, 1))
 
 
 @pytest.mark.parametrize(("name", "steps", "path", "shape"), CASES, ids=str)
@@ -195,9 +195,10 @@ def test_every_mesh_computes_what_one_device_computes(name, steps, path, shape):
         assert_same(many.restarted, one.restarted, rtol=0, atol=0 if name in ("share", "rotate") else 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "shape"),
-    [("share", RESTART, (2, 2, 2)), slow("share", STEPS, (2, 2, 2)), slow("full", RESTART, (2, 2, 2))],
+    [("share", RESTART, (2, 2, 2)), ("share", STEPS, (2, 2, 2)), ("full", RESTART, (2, 2, 2))],
     ids=str,
 )
 def test_muon_computes_on_a_mesh_what_it_computes_on_one_device(name, steps, shape):
@@ -226,14 +227,15 @@ def oriented(config: RunConfig, shape: tuple[int, int, int], start: Any = None) 
     return before, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bases", "shape"),
     [
         ("sampled", (2, 2, 2)),
-        slow("sampled", (8, 1, 1)),
-        slow("sampled", (1, 1, 8)),
-        slow("leading", (1, 8, 1)),
-        slow("leading", (2, 2, 2)),
+        ("sampled", (8, 1, 1)),
+        ("sampled", (1, 1, 8)),
+        ("leading", (1, 8, 1)),
+        ("leading", (2, 2, 2)),
     ],
     ids=str,
 )
@@ -276,9 +278,10 @@ def test_kernels_that_share_a_product_have_gradients_of_their_own_on_a_mesh(shap
         assert error < 5e-2, leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("share", (2, 2, 2)), slow("share", (8, 1, 1)), slow("full", (1, 8, 1)), slow("full", (2, 2, 2))],
+    [("share", (2, 2, 2)), ("share", (8, 1, 1)), ("full", (1, 8, 1)), ("full", (2, 2, 2))],
     ids=str,
 )
 def test_gradients_summed_in_bfloat16_are_rounded_and_those_of_one_device_are_not(name, shape):
@@ -325,7 +328,8 @@ def sent(config: RunConfig, shape: tuple[int, int, int]) -> tuple[Any, list[tupl
     return state, collectives(compiled.as_text())
 
 
-@pytest.mark.parametrize("shape", [SLOW_8, slow((1, 2, 4)), (2, 2, 2)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 def test_kernels_are_gathered_and_never_moved_about(shape):
     """Nothing as large as a part of a kernel is exchanged, and nothing of all layers at once is gathered."""
     config = configured("share, rotate and LoRA", STEPS, "merged")
@@ -340,6 +344,7 @@ def test_kernels_are_gathered_and_never_moved_about(shape):
         assert not [f for f in found if whole in f[1]]
 
 
+@pytest.mark.slow
 def test_gradients_of_kernels_are_summed_in_shards_over_tensor():
     """Also those of o and down, whose inputs are divided."""
     _, found = sent(configured("full", STEPS, "merged"), (2, 2, 2))
@@ -349,6 +354,7 @@ def test_gradients_of_kernels_are_summed_in_shards_over_tensor():
     assert "[100,64]" not in summed
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_not_moved_about():
     config = configured("share", STEPS, "merged")
     model = dataclasses.replace(config.model, tie_word_embeddings=True)
@@ -393,7 +399,7 @@ def test_recomputed_layers_all_gather_each_kernel_twice(layers):
     assert gathered(found, "24,24") == 4 * twice
 
 
-@pytest.mark.parametrize("shape", [SLOW_8, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [slow((1, 8, 1)), (2, 2, 2)], ids=str)
 def test_a_restart_gathers_one_layer_at_a_time(shape):
     config = configured("share", STEPS, "merged")
     mesh = sharding.make_mesh(*shape)

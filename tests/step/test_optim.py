@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from slow import slow
 
 from mora_jax import DoRA, LoRA, assign
 from mora_jax.errors import InputError
@@ -242,7 +243,7 @@ def test_muon_updates_kernels_and_matrices_of_adapters_alone():
         assert not any(o.muon for o in optim.array_options(Optimizer(), methods).values())
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (24, 24)])
+@pytest.mark.parametrize("shape", [slow((3, 16, 40)), (3, 40, 16), slow((24, 24))])
 def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adam(shape):
     u, s, vt = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
     gradient = (u * np.geomspace(1, 0.1, s.shape[-1])) @ vt

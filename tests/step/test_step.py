@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from slow import quick, slow
+from slow import quick
 
 from mora_jax import transform, trees
 from mora_jax.methods import DoRA, LoRA, MoRA, Rotate, Spectral
@@ -48,8 +48,8 @@ METHODS = {
     "rotate": MoRA(4, Rotate(), align=8),
 }
 RESTARTED = ("lora", "lora+", "asylora", "mora", "rotate")
-# All weights, the paper's method, and an adapter with a frozen part. Many tests share their compiled steps.
-QUICK = ("full", "mora")
+# Many tests share the compiled step of the paper's method.
+QUICK = ("mora",)
 
 
 def with_method(name: str) -> RunConfig:
@@ -92,7 +92,7 @@ def test_a_step_depends_on_nothing_that_it_does_not_compute():
     assert spec_of(dataclasses.replace(CONFIG, seed=1)) != spec_of(CONFIG)
 
 
-@pytest.mark.parametrize("name", quick(QUICK, METHODS))
+@pytest.mark.parametrize("name", quick(("lora", "mora"), METHODS))
 def test_exactly_the_trainable_leaves_move(name):
     config = with_method(name)
     methods, before = started(config)
@@ -105,7 +105,7 @@ def test_exactly_the_trainable_leaves_move(name):
     assert moved == groups.keys()
 
 
-@pytest.mark.parametrize("name", quick(("lora", "mora"), METHODS))
+@pytest.mark.parametrize("name", quick(QUICK, METHODS))
 def test_frozen_parameters_have_no_byte_of_optimizer_state(name):
     methods, state = started(with_method(name))
     trainable, _ = transform.partition(state.params, state.adapters, methods)
@@ -116,9 +116,8 @@ def test_frozen_parameters_have_no_byte_of_optimizer_state(name):
     assert held == moments + counts
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "mora" else pytest.mark.slow) for n in METHODS if n != "full"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
 def test_a_bfloat16_base_trains_as_the_same_values_in_float32(name):
     """Adapters, trained parameters and moments are float32 in both; the base keeps its bits."""
     config = dataclasses.replace(with_method(name), restart=Restart(), schedule=Schedule("cosine", 0))
@@ -162,7 +161,8 @@ def flops(config: RunConfig) -> float:
     )
 
 
-@pytest.mark.parametrize("microbatches", [2, slow(4)])
+@pytest.mark.slow  # a later test has microbatches of unequal weight
+@pytest.mark.parametrize("microbatches", [2, 4])
 def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
     _, whole, metrics = trained(CONFIG, 3)
     _, parts, metrics_ = trained(dataclasses.replace(CONFIG, microbatches=microbatches), 3)
@@ -202,6 +202,7 @@ def test_another_way_of_drawing_is_another_random_state():
     assert all(other[stream] != drawn[stream] for stream in drawn)
 
 
+@pytest.mark.slow
 def test_a_restart_draws_new_random_factors():
     config = with_method("asylora")
     methods, state = started(config)
@@ -215,6 +216,7 @@ def is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
+@pytest.mark.slow
 def test_muon_moves_the_adapters_by_its_rate_and_keeps_padding_zero():
     optimizer = Optimizer(learning_rate=1e-2, matrices="muon")
     config = dataclasses.replace(with_method("mora"), optimizer=optimizer)
@@ -234,6 +236,7 @@ def test_muon_moves_the_adapters_by_its_rate_and_keeps_padding_zero():
     assert float(cleared) == 1.0
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_and_its_norm_is_logged_unclipped():
     loose = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-2, clip_norm=0))
     tight = dataclasses.replace(CONFIG, optimizer=Optimizer(learning_rate=1e-2, clip_norm=1e-3))
@@ -281,6 +284,7 @@ def test_dropout_differs_from_microbatch_to_microbatch():
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_step_to_step_and_spares_evaluation():
     config = DROPPING
     methods, state, _ = trained(config, 3)
@@ -323,6 +327,7 @@ def test_a_bad_step_changes_nothing_but_the_counts(name):
     assert {int(count) for count in counts} == {2}
 
 
+@pytest.mark.slow  # the test before skips a step, test_spikes.py finds spikes
 def test_a_spike_is_skipped_and_training_goes_on():
     config = dataclasses.replace(with_method("rotate"), bad_steps=BadSteps(window=2, factor=1.5))
     methods, state, _ = trained(config, 2)
@@ -418,6 +423,7 @@ def fitted(method: Spectral):
     return [(found[f"{path}/u_KR"], found[f"{path}/v_RD"], gradients()[path]) for path in paths]
 
 
+@pytest.mark.slow  # tests/jobs/test_orient.py has a run with bases
 def test_bases_are_those_of_the_gradient_of_the_batch():
     for u_LKR, v_LRD, g_LKD in fitted(Spectral(4, multiple=8)):
         g_LRR = jnp.einsum("lkr,lkd,lsd->lrs", u_LKR, g_LKD, v_LRD)
@@ -426,6 +432,7 @@ def test_bases_are_those_of_the_gradient_of_the_batch():
         np.testing.assert_allclose(held, np.linalg.norm(singular, axis=1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sampled_bases_are_singular_vectors_of_the_gradient_of_the_batch():
     for u_LKR, v_LRD, g_LKD in fitted(Spectral(4, multiple=8, bases="sampled")):
         left_LKC, s_LC, _ = np.linalg.svd(g_LKD, full_matrices=False)
@@ -437,6 +444,7 @@ def test_sampled_bases_are_singular_vectors_of_the_gradient_of_the_batch():
         np.testing.assert_allclose(g_LRR, expected_LRR, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_sampled_bases_are_others_at_each_restart_and_seed():
     method = Spectral(4, multiple=8, bases="sampled")
     config = dataclasses.replace(CONFIG, method=method, microbatches=2)  # compiled above

@@ -81,7 +81,7 @@ def serving(folder: Path, repo: str, refuse: str = "", kind: str = "model") -> I
                 self.wfile.write(content)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield Hub(f"http://127.0.0.1:{server.server_port}", downloads)
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from slow import quick
 
-from mora_jax.methods import METHODS, LoRA, Method, MoRA, Rotate, Share
+from mora_jax.methods import METHODS, DoRA, LoRA, Method, MoRA, Rotate, Share, Spectral
 
 # The variants of every method with a small rank, and others that take other branches.
 CASES: list[Method] = [
@@ -22,11 +22,20 @@ CASES: list[Method] = [
     MoRA(4, Rotate("wrap", "drop"), align=16),
     MoRA(4, align=16),
 ]
+# One or two of each method, with options that take other branches.
+QUICK = [
+    LoRA(3, alpha=7.0, rslora=True, b_lr_scale=4.0),
+    MoRA(4, Share((0, 1), "wrap", cycle=4)),
+    MoRA(4, Rotate("wrap", "drop"), align=16),
+    DoRA(4),
+    Spectral(4),
+]
 ADDITIVE = [m for m in CASES if m.additive]
 PATHS: list[Any] = ["merged", "compressed", "folded", "activation"]
 SHAPES = [(24, 24), (20, 33), (33, 20)]
 every_case = pytest.mark.parametrize("method", CASES, ids=str)
-every_additive = pytest.mark.parametrize("method", ADDITIVE, ids=str)
+costly_case = pytest.mark.parametrize("method", quick(QUICK, CASES), ids=str)
+every_additive = pytest.mark.parametrize("method", quick(QUICK, ADDITIVE), ids=str)
 every_shape = pytest.mark.parametrize(("k", "d"), quick([(33, 20)], SHAPES))
 
 

@@ -71,6 +71,7 @@ def test_guessing_gets_as_much_as_is_said():
     assert np.mean(shares) == pytest.approx(0.098, abs=0.002)
 
 
+@pytest.mark.slow
 def test_a_step_names_its_checkpoint(tiny_run):
     path = str(tiny_run.folder)
     assert [int(load_state(path, step=step)[1].step) for step in (6, 22, None)] == [6, 22, 22]

@@ -27,6 +27,7 @@ def test_too_few_gpus_are_refused(environment):
         devices(2, 1, environment)
 
 
+@pytest.mark.slow
 def test_a_device_is_probed_by_starting_jax():
     assert works(Device("cpu", {"JAX_PLATFORMS": "cpu"}))
     assert not works(Device("gone", {"JAX_PLATFORMS": "none_such"}))

@@ -30,6 +30,7 @@ def fakes(tmp_path):
 LORA = {"LoRA": {"method.name": "lora", "restart.every": 0, "schedule.kind": "cosine"}}
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once_and_then_skipped(fakes):
     for _ in range(2):
         queue, _ = fakes.work()
@@ -48,6 +49,7 @@ def test_failed_and_diverged_runs_are_rows_and_the_rest_is_trained(fakes):
     assert not failure_file(fakes.study, fakes.study.runs[0]).exists()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_not_started_again(fakes):
     fakes.behaviours = {fakes.study.runs[0].name: "diverge"}
     for _ in range(2):
@@ -56,6 +58,7 @@ def test_a_diverged_run_is_not_started_again(fakes):
     assert starts(fakes.study.runs[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_started_again_while_it_advances(fakes):
     first, second = fakes.study.runs
     fakes.behaviours = {first.name: "killed once", second.name: "killed"}
@@ -110,6 +113,7 @@ def test_a_signal_stops_the_runs_and_the_next_start_resumes_them(fakes):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_run_that_another_program_trains_is_waited_for(fakes, monkeypatch):
     first, _ = fakes.study.runs
     until = time.monotonic() + 1
@@ -122,6 +126,7 @@ def test_a_run_that_another_program_trains_is_waited_for(fakes, monkeypatch):
     assert set(states(queue).values()) == {"finished"}
 
 
+@pytest.mark.slow  # test_verdicts.py decides both
 def test_halving_stops_the_worse_runs_and_further_seeds_follow(tmp_path):
     plain = {"set": {"steps": 60, "eval.every": 2, "schedule.warmup": 2}, "halving": {"at": [0.5]}}
     made = study(tmp_path / "s", variants=LORA, seeds_at_best=[1], **plain)
@@ -139,6 +144,7 @@ def test_halving_stops_the_worse_runs_and_further_seeds_follow(tmp_path):
     assert 30 < queue.found["LoRA_lr1e-3_seed0"].step < 60
 
 
+@pytest.mark.slow
 def test_the_holder_of_a_lock_is_found(tmp_path):
     import subprocess
     import sys

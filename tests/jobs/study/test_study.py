@@ -147,6 +147,7 @@ def test_slurm_says_no_or_is_not_there(file: Path, tmp_path: Path, monkeypatch):
         job.submit_study(study(tmp_path / "s", halving={"at": [0.5]}), "")
 
 
+@pytest.mark.slow  # test_table.py writes one of runs without data
 def test_the_report_needs_no_data(tmp_path: Path, capsys):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**PLAIN, "run_dir": str(tmp_path / "s")}))
     main(["study", str(tmp_path / "s.yaml"), "--report"])

@@ -1,5 +1,8 @@
 """The result of a study as Markdown, JSON and pictures."""
 
+import functools
+
+import pytest
 from matplotlib.image import imread
 from studies import LORA, finished, study
 
@@ -10,6 +13,7 @@ from train.jobs.study.table import Results, markdown, to_json
 from train.jobs.study.verdicts import verdicts
 
 
+@functools.cache
 def results(folder=None):
     made = study(folder, axes={"optimizer.learning_rate": ["1e-3", "2e-3"], "seed": [0, 1]})
     losses = {"LoRA": (3.0, 3.1, 2.0, 2.1), "ReMoRA": (2.5, None, 2.7, 2.7)}
@@ -48,6 +52,7 @@ def test_what_has_not_finished_is_listed_with_its_reason():
     assert "| ReMoRA_lr1e-3_seed1 | failed | 7/100 | status 2: a / b |" in markdown(results())
 
 
+@pytest.mark.slow
 def test_the_json_has_every_run_and_its_command():
     plain = to_json(results())
     assert json_text(plain)
@@ -65,6 +70,7 @@ def test_files_are_written_without_any_finished_run(tmp_path):
     assert imread(tmp_path / "s/rates.png").shape[0] > 100
 
 
+@pytest.mark.slow
 def test_the_pictures_are_drawn(tmp_path):
     job.write(results(tmp_path / "s"))
     assert imread(tmp_path / "s/rates.png").shape[0] > 100

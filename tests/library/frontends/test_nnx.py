@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from slow import quick
 
 from mora_jax import DoRA, InputError, LoRA, Methods, MoRA, On, Share, Spectral
 from mora_jax import nnx as mora_nnx
@@ -203,7 +204,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", quick(["einsum", "attention", "own module", "remat"], LAYERS))
 def test_products_are_those_of_dense_and_no_kernel_is_merged(name):
     make, rules = LAYERS[name]
     model = adapted(make(nnx.Rngs(0)), [*rules, (".*", "frozen")])
@@ -249,6 +250,7 @@ STACKED = [
 ]
 
 
+@pytest.mark.slow
 def test_scanned_layers_have_adapters_of_their_own():
     model = adapted(Stack(nnx.Rngs(0)), STACKED)
     assert vars(model.layers)["w_m_RR"].shape[0] == 3
@@ -262,6 +264,7 @@ def test_scanned_layers_have_adapters_of_their_own():
     assert sum(eqn.primitive.name == "custom_vjp_call" for eqn in equations(program.jaxpr)) == 3
 
 
+@pytest.mark.slow
 def test_a_scan_that_slices_only_the_kernels_is_refused():
     model = adapted(Stack(nnx.Rngs(0)), STACKED)
     axes = nnx.StateAxes({AdapterParam: None, ...: 0})
@@ -269,6 +272,7 @@ def test_a_scan_that_slices_only_the_kernels_is_refused():
         nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, None))(model.layers, jnp.ones((2, 4, D)))
 
 
+@pytest.mark.slow
 def test_ensembles_are_made_and_merged_in_vmap():
     rules = [("kernel", LoRA(2)), (".*", "frozen")]
     make = nnx.vmap(lambda key: mora_nnx.adapt(nnx.Linear(D, D, rngs=nnx.Rngs(key)), rules, nnx.Rngs(key)))
@@ -323,6 +327,7 @@ def test_the_optimizer_changes_adapters_and_nothing_else():
     assert isinstance(vars(model.layers[0])["kernel_a_KR"], FixedAdapterParam)
 
 
+@pytest.mark.slow
 def test_trained_parameters_and_lora_plus():
     model = mlp([("layers/0/kernel", LoRA(2, b_lr_scale=16.0)), (".*/1/bias", "train"), (".*", "frozen")])
     optimizer = mora_nnx.optimizer(model, optax.sgd(1e-2))
@@ -345,6 +350,7 @@ def test_trained_parameters_and_lora_plus():
 # Restarts.
 
 
+@pytest.mark.slow  # test_spectral_bases_are_fixed_until_a_restart_draws_others restarts, too
 def test_a_compiled_step_meets_each_method_once_over_restarts():
     model = mlp([(".*/kernel", MoRA(2, Share(0))), (".*", "frozen")])
     optimizer = nnx.Optimizer(model, optax.adam(optax.linear_schedule(1e-2, 0.0, 9)), wrt=AdapterParam)
@@ -366,6 +372,7 @@ def test_a_compiled_step_meets_each_method_once_over_restarts():
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_the_moments_of_trained_parameters():
     model = mlp([(".*/kernel", LoRA(2)), (".*/bias", "train")])
     optimizer = mora_nnx.optimizer(model, optax.adam(1e-2))
@@ -380,6 +387,7 @@ def test_a_restart_keeps_the_moments_of_trained_parameters():
         mora_nnx.restarted(model, nnx.Optimizer(model, optax.adam(1e-2), wrt=mora_nnx.trainable), nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_restart_may_prune_moments():
     model = mlp([(".*/kernel", LoRA(2)), (".*", "frozen")])
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=AdapterParam)
@@ -493,6 +501,7 @@ def test_any_read_of_a_kernel_sees_its_adapter(odd):
     assert np.abs(odd.w[...] - vars(odd)["w"][...]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_methods_do_to_the_module_what_they_do_without_adapters(odd):
     results, modules = [], (nnx.clone(odd), mora_nnx.merged(odd))
     for module in modules:
@@ -539,6 +548,7 @@ class Pair(nnx.Module):
         return (x @ self.up) @ self.down[...]
 
 
+@pytest.mark.slow
 def test_a_module_may_own_several_kernels():
     model = adapted(Pair(nnx.Rngs(0)), [(".*", LoRA(2))])
     close(call(model, X), call(mora_nnx.merged(model), X))
@@ -569,6 +579,7 @@ def test_shared_kernels_share_one_adapter():
     close(call(model, X), call(merged, X))
 
 
+@pytest.mark.slow
 def test_kernels_in_bfloat16_are_multiplied_and_nothing_else():
     embed = nnx.Embed(VOCABULARY, D, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model = adapted(embed, [("embedding", On(LoRA(2), inputs=(1,)))])
@@ -629,6 +640,7 @@ def test_a_model_is_adapted_once(odd):
         mora_nnx.adapt(odd, [(".*", "frozen")], nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_the_library_imports_nnx_only_when_asked():
     code = "import sys, mora_jax; assert 'flax.nnx' not in sys.modules; mora_jax.nnx.adapt"
     subprocess.run([sys.executable, "-c", code], check=True)

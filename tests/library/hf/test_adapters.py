@@ -96,7 +96,7 @@ def check_merged(adapted, out, config, patterns=True):
         np.testing.assert_allclose(read[name], ours[name], atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", quick(("rslora", "dora", "patterns", "saved"), CASES))
+@pytest.mark.parametrize("name", quick(("dora", "patterns", "saved"), CASES))
 def test_a_folder_means_the_trained_model_and_comes_back(tmp_path, name):
     rules, expected = CASES[name]
     adapted, out = saved(tmp_path, rules)
@@ -132,7 +132,7 @@ def test_a_tied_head_is_in_the_file_too(tmp_path):
         (Share((0, 1), "wrap"), False),
         slow(Share(0, "zero"), True),
         slow(Share(1), False),
-        (Truncate(), True),
+        slow(Truncate(), True),
     ],
     ids=str,
 )
@@ -157,6 +157,7 @@ def test_padding_of_m_is_left_out(tmp_path):
     check_merged(adapted, out, SMALL)
 
 
+@pytest.mark.slow
 def test_padded_ranks_have_one_scale(tmp_path):
     rules = [(UP, LoRA(6, alpha=3, rslora=True)), (SOME, LoRA(4, alpha=8))]
     adapted, out = saved(tmp_path, rules, pad_rank=True)

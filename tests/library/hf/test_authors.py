@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hf_folders import CONFIG
 from peft_folders import FROZEN, random_adapted, read_folder, write_folder
-from slow import slow
+from slow import quick, slow
 
 from mora_jax import MoRA, Rotate, Share, hf, load_adapter, save_adapter
 from mora_jax.errors import InputError
@@ -40,7 +40,7 @@ def update(folder, mora_type, m, k, d, rank):
     return np.asarray(method.weight(kernel.arrays(method), np.zeros((k, d), np.float32))).T
 
 
-@pytest.mark.parametrize("mora_type", [1, 2, 4, 6])
+@pytest.mark.parametrize("mora_type", quick([6], [1, 2, 4, 6]))
 @pytest.mark.parametrize("shape", every_shape)
 def test_their_layers_compute_as_recorded(golden, tmp_path, mora_type, shape):
     data = np.load(golden / f"mora_type{mora_type}_{shape}.npz")
@@ -83,7 +83,9 @@ def test_their_model_computes_as_recorded(golden, tmp_path, mora_type):
     np.testing.assert_allclose(logits, data["logits"], atol=1e-5)
 
 
-@pytest.mark.parametrize(("mora_type", "operator"), OPERATORS.items())
+@pytest.mark.parametrize(
+    ("mora_type", "operator"), quick([(3, OPERATORS[3]), (6, OPERATORS[6])], OPERATORS.items())
+)
 @pytest.mark.parametrize("rank", [2, slow(3)])
 def test_ours_is_written_as_theirs(tmp_path, mora_type, operator, rank):
     """r_hat is 12.6 and 15.49 before rounding: ours is 12 and 15, and theirs would be 13 and 15."""

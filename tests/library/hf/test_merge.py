@@ -28,6 +28,7 @@ def folders(tmp_path, rules, config=SMALL, name="a", seed=0):
     return adapted
 
 
+@pytest.mark.slow  # the next test merges two adapters
 @pytest.mark.parametrize(
     "rules",
     [

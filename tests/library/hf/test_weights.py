@@ -13,6 +13,7 @@ from etils import epath
 from hf_folders import CONFIG, TIED, assert_same, random_params, rewrite_weights
 from jax.sharding import NamedSharding
 from peft_folders import FROZEN, random_adapted
+from slow import slow
 
 from mora_jax import DoRA, LoRA, On, merge, sharding
 from mora_jax.errors import InputError
@@ -23,6 +24,7 @@ from mora_jax.hf.weights import read_weights, stored_types, write_weights
 from mora_jax.models.llama import LAYOUTS, Compute, Llama, LlamaConfig
 from mora_jax.trees import flatten, unflatten
 
+SIZES = [*map(slow, [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 2, 4)]), (2, 2, 2)]
 both = pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
 
 
@@ -82,8 +84,8 @@ def test_jax_arrays_are_saved_too(tmp_path):
 # Sharded over devices
 
 
-@both
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("config", [CONFIG, slow(TIED)], ids=["untied", "tied"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_loading_onto_a_mesh_gives_the_same_model(tmp_path, config, sizes):
     params, mesh = random_params(config), sharding.make_mesh(*sizes)
     save_hf(tmp_path / "hf", params, config, max_shard_bytes=20_000)
@@ -126,6 +128,7 @@ def test_a_process_reads_every_row_that_its_devices_hold_once(folder, monkeypatc
         assert read[tensor.start] == tensor.nbytes // 2
 
 
+@pytest.mark.slow
 def test_the_host_never_holds_the_whole_model(tmp_path, monkeypatch):
     """numpy's peak: to read, the parts of one parameter and a few tensors of one layer."""
     wide = LlamaConfig(97, 512, 1024, 8, 4, 4)
@@ -274,7 +277,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("axes", ["layers first", "one kernel"])
+@pytest.mark.parametrize("axes", ["layers first", slow("one kernel")])
 def test_adapters_are_merged_as_they_are_written(tmp_path, axes):
     """Into a bfloat16 base, in float32."""
     kernel = "layers/mlp/up_proj/kernel"

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slow import slow
+from method_cases import PATHS
+from slow import quick, slow
 
 from mora_jax import sharding
 from mora_jax.methods import Adapter, DoRA, LoRA, Method, MoRA, Rotate, Share, Spectral, dense, mora
@@ -49,7 +50,7 @@ def gathered(program: Any, mesh: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("layout", [COLUMNS, ROWS], ids=["columns", "rows"])
+@pytest.mark.parametrize("layout", [COLUMNS, slow(ROWS)], ids=["columns", "rows"])
 @pytest.mark.parametrize("sizes", [slow((1, 4, 1)), slow((1, 1, 4)), slow((2, 1, 2)), (2, 2, 2)], ids=str)
 def test_the_gradients_are_those_of_one_device(name: str, layout: Layout, sizes: tuple[int, int, int]):
     method = METHODS[name]
@@ -60,7 +61,7 @@ def test_the_gradients_are_those_of_one_device(name: str, layout: Layout, sizes:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
 
 
-@pytest.mark.parametrize("path", ["merged", "compressed", "folded", "activation"])
+@pytest.mark.parametrize("path", quick(["merged"], PATHS))
 def test_an_input_without_a_batch(path: Any):
     method = METHODS["strided"]
     x, w, arrays = inputs(method)
@@ -173,9 +174,9 @@ def assert_same(got: Any, expected: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("path", ["merged", "compressed", "folded", "activation"])
+@pytest.mark.parametrize("path", quick(["merged"], PATHS))
 @pytest.mark.parametrize("method", [Picked(), PickedByParts(), PickedWhole()], ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("sizes", [(8, 1, 1), slow((1, 8, 1)), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [slow((8, 1, 1)), slow((1, 8, 1)), (2, 2, 2)], ids=str)
 def test_an_adapter_with_integers_has_the_gradients_of_the_plain_formula(method: Any, sizes: Any, path: Any):
     expected = on_one_device(method, B)
     with jax.set_mesh(sharding.make_mesh(*sizes)):
@@ -183,7 +184,8 @@ def test_an_adapter_with_integers_has_the_gradients_of_the_plain_formula(method:
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("path", ["merged", "compressed", "folded", "activation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS)
 def test_integers_have_no_gradient_outside_jit_either(path: Any):
     expected = on_one_device(Picked(), B)
     with jax.disable_jit():
@@ -193,8 +195,8 @@ def test_integers_have_no_gradient_outside_jit_either(path: Any):
 RAGGED = [*METHODS.values(), MoRA(8, Rotate(), align=8), LoRA(8), DoRA(8), Spectral(30, multiple=8)]
 
 
-@pytest.mark.parametrize("rows", [6, 3])  # two parts for four shards or eight, and one
-@pytest.mark.parametrize("method", RAGGED, ids=str)
+@pytest.mark.parametrize("rows", [6, slow(3)])  # two parts for four shards or eight, and one
+@pytest.mark.parametrize("method", quick([METHODS["strided"], DoRA(8)], RAGGED), ids=str)
 @pytest.mark.parametrize("sizes", [slow((8, 1, 1)), slow((1, 8, 1)), (2, 2, 2)], ids=str)
 def test_rows_that_do_not_divide_among_devices(method: Any, sizes: Any, rows: int):
     expected = on_one_device(method, rows)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from method_cases import (
-    CASES,
+    costly_case,
     every_additive,
     every_case,
     every_shape,
@@ -16,7 +16,7 @@ from method_cases import (
     random_arrays,
     relative_error,
 )
-from slow import quick
+from slow import quick, slow
 
 from mora_jax import methods as method_table
 from mora_jax import transform
@@ -35,7 +35,7 @@ from mora_jax.on import On
 from mora_jax.spectrum import numerical_rank, singular_values
 
 
-@every_case
+@costly_case
 @every_shape
 def test_at_the_start_the_weight_is_the_base(method, k, d):
     w = kernel(0, k, d)
@@ -122,7 +122,7 @@ def test_bad_json_is_refused_with_the_nearest_name(data, message):
         method_table.from_json(data)
 
 
-@every_case
+@costly_case
 @every_shape
 def test_the_count_is_that_of_the_arrays_without_padding(method, k, d):
     arrays = random_arrays(method, kernel(0, k, d))
@@ -132,7 +132,7 @@ def test_the_count_is_that_of_the_arrays_without_padding(method, k, d):
         assert method.count(k, d) <= LoRA(method.rank).count(k, d)
 
 
-@every_case
+@costly_case
 @every_shape
 def test_the_update_reaches_the_rank_that_is_promised(method, k, d):
     w = kernel(0, k, d)
@@ -152,7 +152,7 @@ def test_mora_reaches_r_hat_where_lora_stays_at_its_rank():
 
 @pytest.mark.parametrize(
     ("operator", "grows"),
-    [(Share(), True), (Share(cycle=4), True), (Truncate(), False), (None, False)],
+    [(Share(), True), slow(Share(cycle=4), True), (Truncate(), False), (None, False)],
     ids=str,
 )
 def test_the_sum_of_updates_gains_rank_after_a_restart_only_where_the_group_type_changed(operator, grows):
@@ -182,7 +182,7 @@ def test_orthogonal_factors_are_orthogonal():
     np.testing.assert_allclose(a_KR.T @ a_KR, np.eye(5), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", CASES, ids=str)
+@costly_case
 @pytest.mark.parametrize("dtype", quick(["float32"], ["float32", "bfloat16"]))
 def test_stacked_kernels_merge_as_they_apply(method, dtype):
     """Merge then forward is forward, layer by layer, with random arrays."""
@@ -191,9 +191,13 @@ def test_stacked_kernels_merge_as_they_apply(method, dtype):
     arrays = jax.vmap(lambda w, i: random_arrays(method, w, i))(w_LKD, jnp.arange(3))
     merged_LKD = transform.merge({"w": w_LKD}, {"w": arrays}, methods)["w"]
     x = jax.random.normal(jax.random.key(9), (5, 20)).astype(dtype)
+
+    @jax.jit
+    def forward(i, arrays):
+        return dense(x, [w_LKD[i]], [Adapter(jax.tree.map(lambda a: a[i], arrays), method)], "merged")
+
     for i in range(3):
-        adapter = Adapter(jax.tree.map(lambda a, i=i: a[i], arrays), method)
-        (y,) = dense(x, [w_LKD[i]], [adapter], "merged")
+        (y,) = forward(i, arrays)
         assert relative_error(y, x.astype("float32") @ merged_LKD[i]) < (1e-5 if dtype == "float32" else 1e-2)
 
 

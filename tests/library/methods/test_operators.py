@@ -90,6 +90,7 @@ def there_and_back(order, x, axis):
     return there, order.back(there, axis)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, LARGEST_STRIDE), st.floats(0, 1, exclude_max=True), st.booleans())
 def test_an_order_is_its_definition_and_back_is_its_inverse(width, stride, shift, last):
@@ -139,6 +140,7 @@ def directions(operator) -> float:
     return np.linalg.matrix_rank(np.concatenate(found, 1), tol=1e-4) / k**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "least"),
     quick([(Share(reorder=True), 1.0)], [(Share(reorder=True), 1.0), (Rotate(reorder=True), 0.99)]),
@@ -259,7 +261,7 @@ def test_the_other_operators_are_their_definition(operator, k, d, r_hat):
 
 
 @pytest.mark.parametrize("operator", [*SHARES, *OTHERS, *REORDERED], ids=str)
-@pytest.mark.parametrize(("k", "d", "r_hat"), quick(QUICK_SHAPES, SHAPES))
+@pytest.mark.parametrize(("k", "d", "r_hat"), quick(QUICK_SHAPES[:1], SHAPES))
 def test_random_m_reaches_the_rank_that_is_promised(operator, k, d, r_hat):
     m = jax.random.normal(jax.random.key(k * d), (r_hat, r_hat))
     _, matrix = both_ways(operator, jnp.zeros((2, 3, k)), m, d)
@@ -285,6 +287,7 @@ def test_no_operator_compiles_to_a_gather(operator):
     assert "gather" not in text
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.sampled_from([*SHARES, *OTHERS, *REORDERED]), st.integers(0, 2**31))
 def test_matrix_is_what_the_two_directions_do_for_any_shape(shape, operator, seed):
@@ -305,7 +308,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("kind", GOLDEN)
+@pytest.mark.parametrize("kind", quick(["mora_type1", "mora_type6"], GOLDEN))
 def test_operators_match_the_authors_code(kind, golden):
     files = sorted(golden.glob(f"{kind}_*.npz"))
     assert len(files) >= 5

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from slow import slow
 
 from mora_jax import InputError, On, Spectral, State, assign, attach, orient
 
 KEY = jax.random.key(6)  # of what is drawn, if something is
 each_bases = pytest.mark.parametrize("bases", ["leading", "sampled"])
+one_of_bases = pytest.mark.parametrize("bases", ["leading", slow("sampled")])
 
 
-@pytest.mark.parametrize(("k", "d"), [(24, 40), (40, 24), (24, 24)])
+@pytest.mark.parametrize(("k", "d"), [(24, 40), slow(40, 24), slow(24, 24)])
 def test_bases_are_the_leading_singular_vectors(k, d):
     method = Spectral(rank=3)
     gradient = np.random.default_rng(0).normal(size=(k, d)) * np.geomspace(1, 1e-3, d)
@@ -51,6 +53,7 @@ def test_sampled_bases_are_different_singular_vectors(k, d):
     assert len({tuple(chosen_vectors(bases, gradient)) for bases in found}) == 3
 
 
+@pytest.mark.slow
 def test_singular_vectors_are_drawn_in_proportion_to_their_values():
     sizes = np.array([8.0, 4.0, 2.0, 1.0, 1.0], np.float32)
     method = Spectral(rank=1, multiple=3, bases="sampled")  # r_hat 3
@@ -67,6 +70,7 @@ def test_singular_vectors_are_drawn_in_proportion_to_their_values():
     np.testing.assert_allclose(got, shares, atol=0.03)
 
 
+@pytest.mark.slow
 def test_kernels_draw_apart_and_the_same_for_a_key():
     """Kernels of one shape, layers of a stack, kernels of another shape, and one kernel at each key."""
     params = {"kernel": jnp.zeros((3, 24, 40)), "other": jnp.zeros((24, 40)), "turned": jnp.zeros((40, 24))}
@@ -114,6 +118,7 @@ def test_bases_hold_all_of_a_gradient_of_low_rank(bases):
         np.testing.assert_allclose(basis.T @ basis, np.eye(method.r_hat(24, 40)), atol=1e-5)
 
 
+@pytest.mark.slow
 @each_bases
 def test_entries_of_the_update_are_as_large_as_those_of_m(bases):
     method, w = Spectral(rank=8, bases=bases), jnp.zeros((96, 160))
@@ -124,6 +129,7 @@ def test_entries_of_the_update_are_as_large_as_those_of_m(bases):
     assert float(jnp.std(update)) == pytest.approx(float(jnp.std(m_RR)), rel=0.02)
 
 
+@pytest.mark.slow  # a later test has stacks, too
 def test_stacks_are_fitted_layer_by_layer():
     params = {"kernel": jnp.zeros((3, 8, 12)), "other": jnp.zeros((8, 8))}
     methods = assign([("kernel", Spectral(2)), ("other", "train")], params, stacked="kernel")
@@ -136,7 +142,7 @@ def test_stacks_are_fitted_layer_by_layer():
             np.testing.assert_allclose(found[name][layer], array, atol=1e-5)
 
 
-@each_bases
+@one_of_bases
 def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one(bases):
     target = jax.random.normal(jax.random.key(3), (32, 3)) @ jax.random.normal(jax.random.key(4), (3, 32))
     state = State.init(jax.random.key(0), {"w": jnp.zeros((32, 32))}, [("w", Spectral(2, bases=bases))])
@@ -144,20 +150,21 @@ def test_one_fitted_step_takes_more_of_the_loss_than_a_random_one(bases):
     def loss(params):
         return jnp.sum((params["w"] - target) ** 2)
 
+    @jax.jit
     def after_a_step(state):
         def of_m(trainable):
             return loss(state.with_trainable(trainable).merged())
 
         tx = optax.sgd(1e-3)
         updates, _ = tx.update(jax.grad(of_m)(state.trainable), tx.init(state.trainable))
-        return float(loss(state.updated(updates).merged()))
+        return loss(state.updated(updates).merged())
 
     fitted = state.oriented(jax.grad(loss)(state.merged()), KEY)
     np.testing.assert_array_equal(fitted.merged()["w"], state.merged()["w"])
     assert after_a_step(fitted) < after_a_step(state) < float(loss(state.merged()))
 
 
-@each_bases
+@one_of_bases
 def test_a_gradient_that_is_not_finite_changes_nothing_of_its_kernel(bases):
     params = {"kernel": jnp.zeros((3, 8, 12))}
     methods = assign([("kernel", Spectral(2, bases=bases))], params, stacked="kernel")
@@ -207,6 +214,7 @@ def test_kernels_side_by_side_are_fitted_as_each_is_alone():
             np.testing.assert_allclose(after[name], array, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kernels_side_by_side_have_sampled_singular_vectors_of_their_own():
     for before, after, gradient in side_by_side(Spectral(2, bases="sampled"), KEY):
         assert len(chosen_vectors(after, gradient)) == 6
@@ -259,6 +267,7 @@ def test_other_methods_are_left_alone():
     assert orient({}, methods, {}) == {}
 
 
+@pytest.mark.slow
 def test_stacks_of_decompositions_end_on_two_cores():
     """XLA's CPU client hangs there if several batches of them run side by side."""
     code = """

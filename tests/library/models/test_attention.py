@@ -49,6 +49,7 @@ def test_equals_xla(kv_heads, width):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_several_blocks():
     q, k, v, w = (heads(2, 16, rows=1, length=384, seed=i) for i in range(4))
     for ours, theirs in zip(results("splash", q, k, v, w), results("xla", q, k, v, w), strict=True):
@@ -63,7 +64,7 @@ def test_no_place_sees_those_after_it():
     assert jnp.abs(after[:, 100:] - before[:, 100:]).min() > 0
 
 
-@pytest.mark.parametrize("window", [1, 100, slow(256)])
+@pytest.mark.parametrize("window", [slow(1), 100, slow(256)])
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_a_window_is_a_mask(kernel, window):
     """A position attends to itself and to the window - 1 before it; 256 keys in two blocks."""
@@ -75,6 +76,7 @@ def test_a_window_is_a_mask(kernel, window):
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_window():
     q, k, v, w = (heads(n, 16, rows=1, length=256, seed=i) for i, n in enumerate((4, 2, 2, 4)))
     both = (results(kernel, q, k, v, w, Visible(100)) for kernel in ("splash", "xla"))
@@ -91,6 +93,7 @@ def test_a_window_that_reaches_over_the_sequence_adds_nothing_to_the_program():
     assert program(128) == program(0) != program(127)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near():
     q, k, v, w = (heads(2, 64, seed=i, dtype=jnp.bfloat16) for i in range(4))
     y, exact = (
@@ -101,6 +104,7 @@ def test_bfloat16_is_near():
     np.testing.assert_allclose(y.astype(np.float32), exact, atol=0.03)
 
 
+@pytest.mark.slow
 def test_each_device_computes_its_own_rows_and_heads():
     q, k, v, w = (heads(4, 16, rows=4, seed=i) for i in range(4))
     alone = results("splash", q, k, v, w)

@@ -148,6 +148,7 @@ def test_a_row_ends_where_the_context_does():
     assert [len(new) for new in found] == [NEW + 3, 32 - 21, NEW + 3, NEW + 3]
 
 
+@pytest.mark.slow  # test_llama.py compares whole forward passes
 def test_unmerged_adapters_are_the_merged_ones():
     model, params = llama()
     rules = [("layers/mlp/.*kernel", MoRA(4, Rotate())), ("layers/.*kernel", MoRA(4)), (".*", "frozen")]
@@ -161,6 +162,7 @@ def test_unmerged_adapters_are_the_merged_ones():
     assert generate(model, params, PROMPTS, GREEDY) != merged
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_and_neither_it_nor_options_compile_anew():
     model, params = llama()
     expected = generate(model, params, PROMPTS, GREEDY)

@@ -93,6 +93,7 @@ def test_what_counts():
     assert Batch(batch.tokens_BT).target_weights().tolist() == [[1.0] * 5 + [0.0]]
 
 
+@pytest.mark.slow
 def test_given_positions_are_taken():
     config, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     model = Llama(config, Compute(dtype="float32", layers="scan"))
@@ -105,6 +106,7 @@ def test_given_positions_are_taken():
     assert abs(other - by_default) > 1e-3 * by_default
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [4, 7])
 def test_ranges_of_segments(most):
     segments_BT = packed(9).segments_BT

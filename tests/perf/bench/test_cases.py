@@ -5,6 +5,7 @@ import math
 from typing import ClassVar
 
 import pytest
+from slow import slow
 
 from mora_jax import trees
 from mora_jax.errors import InputError
@@ -18,10 +19,10 @@ from train.perf.bench.record import label, method_row
     ("size", "millions"),
     [
         ("250m", 247.5),
-        ("1.3b", 1339.5),
-        ("7b", 6738.4),
-        ("llama-3.2-1b", 1235.8),
-        ("qwen-2.5-0.5b", 494.0),
+        slow("1.3b", 1339.5),
+        slow("7b", 6738.4),
+        slow("llama-3.2-1b", 1235.8),
+        slow("qwen-2.5-0.5b", 494.0),
         ("tiny", 0.119),
     ],
 )

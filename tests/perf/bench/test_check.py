@@ -28,10 +28,12 @@ def found(fewer_layers: None) -> list[checks.Finding]:
     return check(MODEL, METHODS, tokens=64)
 
 
+@pytest.mark.slow
 def test_all_paths_agree_with_the_formula(found: list[checks.Finding]):
     assert [finding.sentence() for finding in found if not finding.passes] == []
 
 
+@pytest.mark.slow
 def test_every_layer_path_type_and_gradient_is_compared(found: list[checks.Finding]):
     assert {f.path for f in found} == set(paths())
     assert {f.dtype for f in found} == {"bfloat16", "float32"}
@@ -71,6 +73,7 @@ def test_a_bfloat16_base_is_checked():
     assert all(f.passes for f in check(MODEL, [MoRA(4)], tokens=64, base_dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_the_largest_error_of_each_path_and_type_is_kept():
     found = measure.checked(CheckJob(MODEL, METHODS[:1], 64, "float32", deterministic=False))
     assert set(found["worst"]) == {f"{path} {dtype}" for path in paths() for dtype in checks.LIMITS}

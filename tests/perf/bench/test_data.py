@@ -9,6 +9,7 @@ from mora_jax.errors import InputError
 from train.perf.bench import data
 
 
+@pytest.mark.slow
 def test_figures_are_printed_and_written(
     tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

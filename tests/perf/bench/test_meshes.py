@@ -37,6 +37,7 @@ def test_a_batch_that_does_not_divide_is_refused(job: StepJob):
         measure.run(dataclasses.replace(job, mesh=(8, 1, 1)))
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_leaves_the_others(job: StepJob):
     placements = (
         Placement((2, 1, 1), 8, ("xla_no_such=1",)),

@@ -8,6 +8,8 @@ from train.perf.bench import profile
 from train.perf.bench.cases import SIZES
 from train.perf.bench.profile import Profile
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, dict]:

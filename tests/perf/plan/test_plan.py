@@ -103,7 +103,7 @@ def test_a_plan_makes_no_float32_copy_of_a_bfloat16_base(config):
     assert made.programs[0].temporary < copy
 
 
-@pytest.mark.parametrize("name", ["250m_remora", "1_3b_remora", "7b_remora"])
+@pytest.mark.parametrize("name", [slow("250m_remora"), slow("1_3b_remora"), "7b_remora"])
 def test_the_state_on_a_device_falls_with_the_number_of_devices(name):
     """To 1 / N within a tenth: only vectors are replicated."""
     config = flags.read_config(str(CONFIGS / f"{name}.yaml"))
@@ -262,7 +262,8 @@ def test_a_tied_embedding_is_sent_as_embedding_and_as_head(config, sizes, kind, 
     assert sent[kind, axes] == pytest.approx(formula[kind, axes], rel=0.001)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), slow((4, 1, 2))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 1, 2)], ids=str)
 def test_dora_sends_the_gradient_of_the_kernel_in_place_of_its_own(config, sizes):
     made = planned(dataclasses.replace(trained_whole(config), method=DoRA(4)), *sizes)
     formula, sent = totals(made.expected), totals(made.programs[0].collectives)
@@ -323,7 +324,8 @@ def test_muon_exchanges_over_both_axes_that_divide_a_matrix(config):
         assert len(sent) == 2
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("full", (1, 2, 4)), slow(LoRA(8), (2, 4, 1))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "sizes"), [("full", (1, 2, 4)), (LoRA(8), (2, 4, 1))], ids=str)
 def test_muon_sends_what_the_formula_expects_and_no_more(config, method, sizes):
     """It adds exchanges alone to what AdamW sends, for the model's own parameters or for adapters."""
     config = trained_whole(config, num_attention_heads=4, num_key_value_heads=4)

@@ -29,6 +29,7 @@ def runs(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_xla_knows_the_flags():
     assert len(flags("XLA_FLAGS")) >= 4
     code = "import jax; jax.numpy.ones(1).block_until_ready()"
@@ -37,6 +38,7 @@ def test_xla_knows_the_flags():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
 def test_libtpu_knows_the_flags():
     assert len(flags("LIBTPU_INIT_ARGS")) >= 3
