@@ -8,6 +8,7 @@ H head width, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -55,9 +56,7 @@ _TOKENS = Layout((P(BATCH, None),))
 # The residual stream, which norms read and products add to: over `tensor`, too, each device has some tokens
 # (sequence parallelism, arXiv:2205.05198), by sequences, or else by positions. Otherwise all devices would
 # compute every norm. For one token a sequence the number of messages counts, not their size.
-RESIDUAL_PARTS = Layout(
-    (P((*BATCH, "tensor"), None, None), P(BATCH, "tensor", None), P(BATCH, None, None))
-)
+RESIDUAL_PARTS = Layout((P((*BATCH, "tensor"), None, None), P(BATCH, "tensor", None), P(BATCH, None, None)))
 _HIDDEN = Layout((P(BATCH, None, None),))
 _WIDE = Layout((P(BATCH, None, "tensor"), P(BATCH, None, None)))
 
@@ -328,6 +327,11 @@ class Llama(nn.Module):
 
 def abstract_params(config: LlamaConfig) -> Any:
     """Returns the shapes and types of a model's parameters, layers stacked, without computing them."""
+    return jax.tree.map(lambda leaf: leaf, _traced_params(config))  # callers may change their tree
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_params(config: LlamaConfig) -> Any:
     tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     init = Llama(config, Compute(layers="scan")).init
     return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]

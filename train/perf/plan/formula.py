@@ -10,8 +10,8 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   or of the shard that a device holds: 2 (n - 1) / n of the bytes.
 - tensor: each microbatch all-gathers the inputs of attention and MLP of every layer and reduce-scatters their
   outputs, and so it does with the gradients of outputs and inputs: four times 2 (n - 1) / n of a device's
-  activations. Layers that keep the residual stream alone all-gather their inputs again. If neither sequences nor positions
-  divide among devices, it all-reduces outputs and gradients of inputs, as many bytes.
+  activations. Layers that keep the residual stream alone all-gather their inputs again. If neither sequences
+  nor positions divide among devices, it all-reduces outputs and gradients of inputs: as many bytes.
   Arrays of adapters are all-gathered for both passes (M once where kernels are kept), and their complete
   gradients are summed over `data`.
   The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path it sums them

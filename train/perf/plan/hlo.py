@@ -89,7 +89,8 @@ def _walk(
                 # TPUs write a reduce-scatter as a fusion of an all-reduce and a slice.
                 scatters = kind == "all-reduce" and "reduce-scatter" in fusion
                 channel = re.search(r"channel_id=(\d+)", inner.text)
-                if channel and channel[1] in in_fusions and not scatters:  # several layers' may have one channel
+                # Of scatters, those of several layers may have one channel.
+                if channel and channel[1] in in_fusions and not scatters:
                     continue  # one collective, spread over several fusions
                 in_fusions |= {channel[1]} if channel else set()
                 yield ("reduce-scatter" if scatters else kind), inner, runs
