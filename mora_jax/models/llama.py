@@ -8,6 +8,7 @@ H head width, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -51,8 +52,12 @@ LAYOUTS: Rules = (
     ("layers/(self_attn/[qkv]|mlp/(gate|up))_proj/bias", Layout((P("tensor"), P()))),
     ("layers/(self_attn/o|mlp/down)_proj/bias", REPLICATED),
 )
-_HIDDEN = Layout((P(BATCH, None, None),))
 _TOKENS = Layout((P(BATCH, None),))
+# The residual stream, which norms read and products add to: over `tensor`, too, each device has some tokens
+# (sequence parallelism, arXiv:2205.05198), by sequences, or else by positions. Otherwise all devices would
+# compute every norm. For one token a sequence the number of messages counts, not their size.
+RESIDUAL_PARTS = Layout((P((*BATCH, "tensor"), None, None), P(BATCH, "tensor", None), P(BATCH, None, None)))
+_HIDDEN = Layout((P(BATCH, None, None),))
 _WIDE = Layout((P(BATCH, None, "tensor"), P(BATCH, None, None)))
 
 
@@ -148,7 +153,7 @@ class Attention(nn.Module):
             Kernel((c.hidden_size, width), c.initializer_range, biased, name=name)()
             for name, width in widths.items()
         ]
-        q, k, v = _dense(self, x_BTD, kernels)
+        q, k, v = _dense(self, sharding.joined(x_BTD, _parts(x_BTD)), kernels)
         if kind.qk_norm == "width":
             q, k = self._norms(q, k)
         q, k, v = (sharding.constrain(y.reshape(*y.shape[:-1], -1, c.head_width), HEADS) for y in (q, k, v))
@@ -159,7 +164,7 @@ class Attention(nn.Module):
         y_BTNH = attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible, self.compute.attention)
         out = Kernel((c.q_width, c.hidden_size), c.initializer_range, c.attention_bias, name="o_proj")()
         y_BTD = _dense(self, y_BTNH.reshape(*x_BTD.shape[:2], c.q_width), [out])[0]
-        return y_BTD, new if past else None
+        return sharding.parted(y_BTD, _parts(y_BTD)), new if past else None
 
     def _norms(self, q: Array, k: Array) -> tuple[Array, Array]:
         eps = self.config.rms_norm_eps
@@ -180,10 +185,12 @@ class MLP(nn.Module):
             Kernel(wide, c.initializer_range, c.mlp_bias, name=name)() for name in ("gate_proj", "up_proj")
         ]
         # Products have full tiles for any width: the padding beyond F is zero, and so is silu(0) * 0.
+        x_BTD = sharding.joined(x_BTD, _parts(x_BTD))
         ys_BTF = _dense(self, x_BTD, kernels, sharding.tile(c.intermediate_size, TILE))
         gate_BTF, up_BTF = (sharding.constrain(y_BTF, _WIDE) for y_BTF in ys_BTF)
         down = Kernel((wide[1], wide[0]), c.initializer_range, c.mlp_bias, name="down_proj")()
-        return _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
+        y_BTD = _dense(self, jax.nn.silu(gate_BTF) * up_BTF, [down])[0]
+        return sharding.parted(y_BTD, _parts(y_BTD))
 
 
 class Block(nn.Module):
@@ -212,13 +219,21 @@ def _added(x_BTD: Array, y_BTD: Array) -> Array:
     """Returns x + y, added as matrices.
 
     XLA adds x within the product that makes y. If x had to be reshaped for that, it would be copied first, so
-    that the product can overwrite it (docs/performance.md).
+    that the product can overwrite it (docs/performance.md). Over `tensor` devices sum the product first.
     """
+    if sharding.divides_products():
+        return sharding.constrain(x_BTD + y_BTD, _parts(x_BTD))
     x_TD, y_TD = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, y_BTD))
-    sum_TD = x_TD + y_TD
-    if x_BTD.shape[0] % sharding.batch_shards() == 0:  # else sequences would be cut
-        sum_TD = sharding.constrain(sum_TD, _TOKENS)
+    sum_TD = _by_sequences(x_TD + y_TD, x_BTD.shape[0])
     return sum_TD.reshape(x_BTD.shape)
+
+
+def _by_sequences(x_TD: Array, sequences: int) -> Array:
+    return sharding.constrain(x_TD, _TOKENS) if sequences % sharding.batch_shards() == 0 else x_TD
+
+
+def _parts(x_BTD: Array) -> Layout:
+    return RESIDUAL_PARTS if x_BTD.shape[1] > 1 else _HIDDEN
 
 
 class Llama(nn.Module):
@@ -252,7 +267,7 @@ class Llama(nn.Module):
         x_BTD, tokens_BT = self.hidden(batch), batch.tokens_BT
         # Every position is computed, so that shapes stay powers of two; the last one predicts nothing.
         weights_BT = batch.target_weights()
-        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        x_TD = _by_sequences(x_BTD.reshape(-1, x_BTD.shape[-1]), x_BTD.shape[0])
         targets_T = jnp.roll(tokens_BT, -1, axis=1).reshape(-1)
         shards = math.gcd(sharding.batch_shards(), x_TD.shape[0])
         chunk = shards * largest_divisor(x_TD.shape[0] // shards, self.compute.loss_chunk)
@@ -268,7 +283,7 @@ class Llama(nn.Module):
         rope = self._rope(x_BTD.shape[1], None if of_all_rows else batch.positions())
         visible = Visible(c.sliding_window, segments_BT=segments_BT, most_segments=batch.most_segments)
         x_BTD, _ = self.layers(x_BTD, rope, visible, None)
-        return self.norm(x_BTD)
+        return sharding.joined(self.norm(x_BTD), _parts(x_BTD))
 
     def extend(self, tokens_BT: Int[Array, "B T"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Returns the logits (float32) for the token after the last one, and the cache with all of them.
@@ -296,7 +311,7 @@ class Llama(nn.Module):
     def _embedded(self, tokens_BT: Array) -> Array:
         table_VD, compute = self.embed_tokens.embedding, self.compute
         x_BTD: Any = lookup(table_VD, tokens_BT, TABLE, compute.dtype, compute.gradient_sums)
-        return sharding.constrain(x_BTD, _HIDDEN)
+        return sharding.parted(x_BTD, _parts(x_BTD))
 
     def head(self) -> Float[Array, "D V"]:
         """Returns the effective kernel from hidden states to logits."""
@@ -312,6 +327,11 @@ class Llama(nn.Module):
 
 def abstract_params(config: LlamaConfig) -> Any:
     """Returns the shapes and types of a model's parameters, layers stacked, without computing them."""
+    return jax.tree.map(lambda leaf: leaf, _traced_params(config))  # callers may change their tree
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_params(config: LlamaConfig) -> Any:
     tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     init = Llama(config, Compute(layers="scan")).init
     return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]

@@ -138,6 +138,19 @@ def whole(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, canonical(P(BATCH), 1, sizes))
 
 
+def joined(x: Array, parts: Layout) -> Array:
+    """Returns an activation that is in parts between products, complete, for a product that `tensor` divides.
+
+    Its gradient is summed over devices into the parts, of which each device keeps its own.
+    """
+    return _joined(x, parts) if divides_products() else x
+
+
+def parted(y: Array, parts: Layout) -> Array:
+    """Returns what devices sum of a product that `tensor` divides, in parts; its gradient is `joined`."""
+    return _parted(y, parts) if divides_products() else y
+
+
 def by_batch(x: Array, widths: int = 1) -> Array:
     """Returns an activation (batch, ..., width) divided along its batch, and its widths as XLA likes."""
     sizes = _ambient()
@@ -267,6 +280,21 @@ def _gathered_backward(layout: Layout, sent: DTypeLike | None, _: None, g: Array
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _joined(x: Array, parts: Layout) -> Array:
+    # Without the barrier XLA would send what is to be rounded to x's type before it is.
+    return whole(jax.lax.optimization_barrier(constrain(x, parts)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _parted(y: Array, parts: Layout) -> Array:
+    return constrain(y, parts)
+
+
+_joined.defvjp(lambda x, parts: (_joined(x, parts), None), lambda parts, _, g: (_parted(g, parts),))
+_parted.defvjp(lambda y, parts: (_parted(y, parts), None), lambda parts, _, g: (_joined(g, parts),))
 
 
 def _ambient() -> Sizes:

@@ -14,7 +14,7 @@ from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import METHODS, DoRA, MoRA
 from mora_jax.models.batch import Batch
-from mora_jax.models.llama import LAYOUTS, Llama
+from mora_jax.models.llama import LAYOUTS, RESIDUAL_PARTS, Llama
 from mora_jax.transform import Methods
 from train.config import flags
 from train.config.sections import Mesh
@@ -302,12 +302,48 @@ def test_devices_share_matrices_that_they_hold_in_parts(shape):
     assert computed[:5] == [*whole, (16, 24), (1, 24, 16)]
 
 
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((8, 6, 16), P(("data", "tensor"), None, None)),
+        ((2, 6, 16), P("data", "tensor", None)),
+        ((2, 5, 16), P("data", None, None)),
+    ],
+    ids=["sequences", "positions", "neither"],
+)
+def test_activations_are_in_parts_between_products(shape, parts):
+    """So are their gradients; products have them complete."""
+    rng = np.random.default_rng(0)
+    x_BTD, w_DF, w_FD = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, (16, 24), (24, 16))
+    )
+
+    @jax.jit
+    def through(x_BTD, w_DF, w_FD):
+        def products(x_BTD):
+            y_BTF = jnp.tanh(sharding.joined(x_BTD, RESIDUAL_PARTS) @ w_DF)
+            return sharding.parted(y_BTF @ w_FD, RESIDUAL_PARTS)
+
+        y_BTD, pulled = jax.vjp(products, x_BTD)
+        return y_BTD, pulled(jnp.cos(y_BTD))[0]
+
+    expected = through(x_BTD, w_DF, w_FD)
+    mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2)
+    with jax.set_mesh(mesh):
+        columns, rows = (jax.NamedSharding(mesh, P(*spec)) for spec in ((None, "tensor"), ("tensor", None)))
+        found = through(x_BTD, jax.device_put(w_DF, columns), jax.device_put(w_FD, rows))
+    for ours, plain in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+        assert ours.sharding.is_equivalent_to(jax.NamedSharding(mesh, parts), 3)
+
+
 def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
     x_BTD = jnp.ones((2, 3, 4))
     other = jax.make_mesh((8,), ("x",))
     for ambient in (contextlib.nullcontext(), jax.set_mesh(other)):
         with ambient:
             assert jax.jit(lambda x: sharding.constrain(x, BATCHED))(x_BTD).shape == (2, 3, 4)
+            assert sharding.joined(x_BTD, BATCHED) is sharding.parted(x_BTD, BATCHED) is x_BTD
             twice = sharding.by_matrix(lambda x: 2 * x, {"x": x_BTD}, [("x", sharding.ROWS)])
             np.testing.assert_array_equal(twice["x"], 2 * x_BTD)
             assert not sharding.in_use()

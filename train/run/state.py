@@ -1,6 +1,7 @@
 """The state of a run: a fresh one, its shapes and shardings, and the one that a checkpoint holds."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from train.run.base import Named
 from train.run.checkpoint import Checkpoints
 from train.run.folder import CONFIG, check_same_config
 from train.run.meta import check_derived, read_meta
-from train.step.spec import spec_of
+from train.step.spec import StepSpec, spec_of
 from train.step.state import TrainState, held, init_params, init_state, layouts, state_over
 from train.storage.format import KEY
 
@@ -38,7 +39,11 @@ def methods_at(config: RunConfig, step: int) -> Methods:
 
 def state_shapes(config: RunConfig, methods: Methods) -> Any:
     """Returns shapes and types of the state, without computing it."""
-    spec = spec_of(config)
+    return jax.tree.map(lambda leaf: leaf, _traced_state(spec_of(config), methods))  # callers may change it
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_state(spec: StepSpec, methods: Methods) -> Any:
     return jax.eval_shape(lambda: init_state(spec, methods, init_params(spec)))
 
 

@@ -1,6 +1,7 @@
 """The model: recorded numbers of the authors' code, compute options against each other, causality."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from slow import quick, slow
 
-from mora_jax import trees
+from mora_jax import sharding, trees
 from mora_jax.errors import InputError
 from mora_jax.methods import LoRA, MoRA, Rotate, Share
 from mora_jax.models.batch import Batch
@@ -316,3 +317,23 @@ def test_logits_loss_and_gradients_match_the_authors_code(tinyllama, path):
     for name, gradient in trees.flatten(gradients).items():
         expected = recorded(data, "gradM/", "", name.removesuffix("/m_RR"))
         np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
+
+
+def test_over_tensor_each_device_computes_the_norms_of_its_tokens(params):
+    """Sequences or positions divide among four devices; for one token a sequence nothing is divided."""
+    train = jax.jit(jax.grad(mean_logits))
+
+    def tokens_of_norms(batch: int, length: int) -> set[int]:
+        text = train.lower(params, jnp.zeros((batch, length), jnp.int32)).compile().as_text()
+        shapes = re.findall(r"f32\[([\d,]+)\]\S* rsqrt\(", text)
+        assert len(shapes) >= 7
+        return {int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes}
+
+    with jax.set_mesh(sharding.make_mesh(data=1, fsdp=1, tensor=4)):
+        assert tokens_of_norms(4, 16) == {16}
+        assert tokens_of_norms(2, 16) == {8}
+        assert tokens_of_norms(4, 1) == {4}
+
+
+def mean_logits(params, tokens_BT) -> jax.Array:
+    return Llama(GROUPED, F32).apply({"params": params}, tokens_BT).mean()

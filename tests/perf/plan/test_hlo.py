@@ -175,6 +175,13 @@ def test_a_fusion_of_all_reduce_and_slice_is_a_reduce_scatter():
         "%r = f32[64,320] reduce-scatter(%x), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add"
     )
     assert collectives(plain, {"fsdp": 8}) == collectives(text, {"fsdp": 8})
+    # Those of several layers may have one channel.
+    layers = entry(
+        "%f = f32[64,320] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2\n"
+        "  %g = f32[64,320] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3"
+    ).replace(HEAD, HEAD + inner + inner.replace("scatter.2", "scatter.3"))
+    found = collectives(layers, {"fsdp": 8})
+    assert found == [Collective("reduce-scatter", "fsdp", 2, 2 * whole, 2 * whole * 7 // 8)]
 
 
 LOOP = """%cond (p: (s32[], f32[4])) -> pred[] {

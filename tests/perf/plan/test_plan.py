@@ -184,11 +184,31 @@ def test_sharded_arrays_are_all_gathered_and_their_gradients_reduce_scattered(ab
     assert len(lines) == 3
 
 
-def test_activations_are_all_reduced_over_tensor(abstract, config):
+def sent_over_tensor(config, methods, state, mesh) -> dict[str, int]:
+    lines = expected(config, methods, state, mesh)
+    return {line.kind: line.base for line in lines if line.axes == "tensor" and line.base}
+
+
+def test_activations_are_joined_and_summed_in_parts_over_tensor(abstract, config):
     state, methods, mesh = abstract(data=2, tensor=2)
-    lines = {(line.kind, line.axes): line for line in expected(config, methods, state, mesh)}
     tokens, d, layers = 4 * 32 // 2, 32, 2
-    assert lines["all-reduce", "tensor"].base == 4 * layers * tokens * d * 4
+    once = layers * tokens * d * 4 // 2
+    found = sent_over_tensor(config, methods, state, mesh)
+    assert found == {"all-gather": 4 * once, "reduce-scatter": 4 * once}
+    recomputed = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="full"))
+    found = sent_over_tensor(recomputed, methods, state, mesh)
+    assert found == {"all-gather": 6 * once, "reduce-scatter": 4 * once}
+
+
+def test_activations_that_do_not_divide_are_all_reduced_over_tensor(abstract, config):
+    state, methods, mesh = abstract(data=2, tensor=2)
+    odd = dataclasses.replace(config.data, sequence_length=31)
+    by_rows = sent_over_tensor(dataclasses.replace(config, data=odd), methods, state, mesh)
+    assert set(by_rows) == {"all-gather", "reduce-scatter"}
+    few = dataclasses.replace(config, batch_size=2)
+    assert set(sent_over_tensor(few, methods, state, mesh)) == {"all-gather", "reduce-scatter"}
+    neither = dataclasses.replace(few, data=odd)
+    assert sent_over_tensor(neither, methods, state, mesh) == {"all-reduce": 4 * 2 * 31 * 32 * 4}
 
 
 def test_mora_all_gathers_activations_over_tensor(abstract, config):
@@ -353,7 +373,8 @@ def test_kernels_that_are_kept_are_all_gathered_once(abstract, config, axis):
     base, adapters = sent(layers="unrolled", remat="full")
     once = 2 * 384 * 32 * 4 // 2  # embedding and head
     m = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters)) // 2
-    kept = ((base - once) / 2 + once, adapters / 2) if axis == "fsdp" else (base, adapters - m)
+    activations = 2 * 2 * 64 * 32 * 32 * 4 // 2  # inputs of attention and MLP, joined again
+    kept = ((base - once) / 2 + once, adapters / 2) if axis == "fsdp" else (base - activations, adapters - m)
     assert sent(layers="unrolled", remat="none") == kept
 
 
@@ -595,14 +616,17 @@ def test_gradients_by_the_tpu_compiler(tiny_yaml, tmp_path, case):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_activations_that_mora_all_gathers_by_the_tpu_compiler(tiny_yaml, tmp_path):
+def test_activations_by_the_tpu_compiler(tiny_yaml, tmp_path):
     words = ["--topology", "v5e:2x2", "--mesh.data", "2", "--mesh.tensor", "2"]
     words += ["--compute.dtype", "bfloat16", "--batch-size", "64"]
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
     (train,) = figures["programs"]
-    (sent,) = (c["sent"] for c in train["collectives"] if (c["kind"], c["axes"]) == ("all-gather", "tensor"))
-    formula = {(e["kind"], e["axes"]): e["base"] + e["adapters"] for e in figures["expected"]}
-    assert sent == pytest.approx(formula["all-gather", "tensor"], rel=0.001)
+    sent = {c["kind"]: c["sent"] for c in train["collectives"] if c["axes"] == "tensor"}
+    formula = {e["kind"]: e["base"] + e["adapters"] for e in figures["expected"] if e["axes"] == "tensor"}
+    assert sent["reduce-scatter"] == pytest.approx(formula["reduce-scatter"], rel=0.001)
+    # The formula leaves out the last norm's output, the gradient of the embedding's, and its rows.
+    left_out = (2 * 64 * 32 // 2 + 384) * 32 * 2 // 2
+    assert sent["all-gather"] == pytest.approx(formula["all-gather"] + left_out, rel=0.001)
 
 
 @needs_libtpu

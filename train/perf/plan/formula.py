@@ -8,8 +8,10 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   It reduce-scatters the gradient of every trained one: (n - 1) / n of the bytes.
 - data, and fsdp too for replicated arrays: each microbatch all-reduces the gradient of every trained array,
   or of the shard that a device holds: 2 (n - 1) / n of the bytes.
-- tensor: each microbatch all-reduces the outputs of attention and MLP of every layer in the forward pass,
-  and the gradients of their inputs in the backward pass: four times 2 (n - 1) / n of a device's activations.
+- tensor: each microbatch all-gathers the inputs of attention and MLP of every layer and reduce-scatters their
+  outputs, and so it does with the gradients of outputs and inputs: four times 2 (n - 1) / n of a device's
+  activations. Layers that keep the residual stream alone all-gather their inputs again. If neither sequences
+  nor positions divide among devices, it all-reduces outputs and gradients of inputs: as many bytes.
   Arrays of adapters are all-gathered for both passes (M once where kernels are kept), and their complete
   gradients are summed over `data`.
   The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path it sums them
@@ -47,8 +49,8 @@ from jax.sharding import Mesh
 
 from mora_jax import trees
 from mora_jax.methods.linear import merges_float32
-from mora_jax.models.llama import Compute
-from mora_jax.sharding.rules import names
+from mora_jax.models.llama import RESIDUAL_PARTS, Compute
+from mora_jax.sharding.rules import divides, names
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.plan.hlo import SENT
@@ -96,7 +98,8 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
     for (_, adapter), leaves in by_muon.items():
         for kind, axes, size in _of_muon(leaves, mesh.shape):
             sent[kind, axes, adapter] += round(size)
-    sent["all-reduce", "tensor", False] += _summed(config, mesh.shape)
+    for kind, size in _of_activations(config, mesh.shape):
+        sent[kind, "tensor", False] += round(size)
     with jax.set_mesh(mesh):  # the order of sums and product depends on the kind of the devices
         sent["all-gather", "tensor", True] += _gathered(config, methods, arrays, mesh.shape)
     pairs = {(kind, axes) for (kind, axes, _), size in sent.items() if size}
@@ -179,10 +182,16 @@ def _of_muon(leaves: Sequence[Any], mesh: Mapping[str, int]) -> Iterator[tuple[s
             yield "all-to-all", axis, 2 * taken * FLOAT32 * SENT["all-to-all"](mesh[axis])
 
 
-def _summed(config: RunConfig, mesh: Mapping[str, int]) -> int:
-    """Returns the bytes a step of the activations all-reduced over `tensor`."""
-    entries = 4 * config.model.hidden_size * config.model.num_hidden_layers
-    return round(entries * _column(config, mesh) * SENT["all-reduce"](mesh["tensor"]))
+def _of_activations(config: RunConfig, mesh: Mapping[str, int]) -> Iterator[tuple[str, float]]:
+    """Yields (kind, bytes) that a step sends over `tensor` between the residual stream and products."""
+    width, rows = config.model.hidden_size, config.batch_size // config.microbatches
+    shape = (rows, config.data.sequence_length, width)
+    passed = {"all-gather": 6 if config.compute.remat == "full" else 4, "reduce-scatter": 4}
+    if not any(divides(choice, shape, mesh) for choice in RESIDUAL_PARTS.choices[:-1]):
+        passed = {"all-reduce": 4}
+    for kind, times in passed.items():
+        entries = times * width * config.model.num_hidden_layers
+        yield kind, entries * _column(config, mesh) * SENT[kind](mesh["tensor"])
 
 
 def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], mesh: Mapping[str, int]) -> int:

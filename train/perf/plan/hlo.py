@@ -86,12 +86,13 @@ def _walk(
         elif instruction.opcode in ("fusion", "fusion-start"):
             fusion = instruction.called("calls")
             for kind, inner, runs in _walk(computations, fusion, times):
-                channel = re.search(r"channel_id=(\d+)", inner.text)
-                if channel and channel[1] in in_fusions:
-                    continue  # one collective, spread over several fusions
-                in_fusions |= {channel[1]} if channel else set()
                 # TPUs write a reduce-scatter as a fusion of an all-reduce and a slice.
                 scatters = kind == "all-reduce" and "reduce-scatter" in fusion
+                channel = re.search(r"channel_id=(\d+)", inner.text)
+                # Of scatters, those of several layers may have one channel.
+                if channel and channel[1] in in_fusions and not scatters:
+                    continue  # one collective, spread over several fusions
+                in_fusions |= {channel[1]} if channel else set()
                 yield ("reduce-scatter" if scatters else kind), inner, runs
         elif instruction.opcode in ("call", "conditional", "async-start"):
             for callee in _callees(instruction):
