@@ -244,11 +244,16 @@ def test_muon_updates_kernels_and_matrices_of_adapters_alone():
 
 
 @pytest.mark.parametrize("shape", [slow((3, 16, 40)), (3, 40, 16), slow((24, 24))])
-def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adam(shape):
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_updates_of_muon_are_orthogonal_and_as_large_as_those_of_adam(shape, products):
     u, s, vt = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
     gradient = (u * np.geomspace(1, 0.1, s.shape[-1])) @ vt
-    tx, grads = optim.muon(0.95), {"w": jnp.asarray(gradient)}
+    exact, tx = optim.muon(0.95), optim.muon(0.95, products=products)
+    grads = {"w": jnp.asarray(gradient)}
     updates, _ = tx.update(grads, tx.init(grads))
+    rounding = jnp.linalg.norm(updates["w"] - exact.update(grads, tx.init(grads))[0]["w"])
+    rounding /= jnp.linalg.norm(updates["w"])
+    assert (rounding == 0) if products == "float32" else (0 < rounding < 0.03)
     sizes = np.linalg.svd(np.asarray(updates["w"]), compute_uv=False) / (0.2 * np.sqrt(max(shape[-2:])))
     assert sizes.min() > 0.6
     assert sizes.max() < 1.3

@@ -1,12 +1,14 @@
 """Learning-rate schedules, AdamW and Muon by parameter group, and what a restart does to their state."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mora_jax import moments, sharding, trees
@@ -127,7 +129,10 @@ def adapter_labels(options: Mapping[str, ArrayOptions]) -> frozenset[str]:
 
 
 def optimizer(
-    config: Optimizer, options: Mapping[str, ArrayOptions], layouts: sharding.Rules = ()
+    config: Optimizer,
+    options: Mapping[str, ArrayOptions],
+    layouts: sharding.Rules = (),
+    products: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """Returns AdamW and Muon without their learning rate, with one state for each label of `array_options`.
 
@@ -137,6 +142,7 @@ def optimizer(
       config: rates, decay and momentum.
       options: of `array_options`.
       layouts: how a mesh may divide the arrays. Arrays on one device need none.
+      products: type of the factors of Muon's products.
     """
     labels = trees.unflatten({path: o.label for path, o in options.items()})
     by_label = {o.label: o for o in options.values()}
@@ -146,32 +152,40 @@ def optimizer(
         of_group = {decays[path] for path, o in options.items() if o.label == label}
         parts = [_decayed(decay, decays) for decay in sorted(of_group) if decay]
         adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-        first = muon(config.momentum, layouts) if by_label[label].muon else adam
+        first = muon(config.momentum, layouts, products) if by_label[label].muon else adam
         return optax.chain(first, *parts, optax.scale(by_label[label].lr_scale))
 
     return optax.partition({label: group(label) for label in sorted(by_label)}, labels)
 
 
-def muon(momentum: float, layouts: sharding.Rules = ()) -> optax.GradientTransformation:
+def muon(
+    momentum: float, layouts: sharding.Rules = (), products: DTypeLike = jnp.float32
+) -> optax.GradientTransformation:
     """Returns Muon (arXiv:2502.16982) without its learning rate and decay, for matrices (..., k, d).
 
     Its state is the momentum alone, zero at the start, so that a restart clears it as Adam's moments.
     `optax.contrib.scale_by_muon` keeps coefficients beside it. The devices of a mesh share the matrices that
-    `layouts` divides.
+    `layouts` divides. `products` is the type of the factors of products.
     """
 
     def orthogonal(updates: Any, _: Any) -> Any:
-        return trees.replaced(updates, sharding.by_matrix(_orthogonal, trees.flatten(updates), layouts))
+        function = functools.partial(_orthogonal, products=products)
+        return trees.replaced(updates, sharding.by_matrix(function, trees.flatten(updates), layouts))
 
     return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(orthogonal))
 
 
-def _orthogonal(g: Float[Array, "*L K D"]) -> Float[Array, "*L K D"]:
+def _orthogonal(g: Float[Array, "*L K D"], products: DTypeLike) -> Float[Array, "*L K D"]:
     """Returns about the nearest orthogonal matrices, with entries of about 0.2 (root mean square), as Adam's.
 
     Five steps of a Newton-Schulz iteration bring singular values near 1 (kellerjordan.github.io/posts/muon).
     Padding of stored arrays stays zero, and does not count as a side.
     """
+
+    def times(a: Array, b: Array) -> Array:
+        y = jnp.matmul(a.astype(products), b.astype(products), preferred_element_type=jnp.float32)
+        return y.astype(g.dtype)
+
     k, d = g.shape[-2:]
     x = g.mT if k > d else g
     tiny = jnp.finfo(x.dtype).tiny
@@ -179,8 +193,8 @@ def _orthogonal(g: Float[Array, "*L K D"]) -> Float[Array, "*L K D"]:
     rows, columns = ((x != 0).any(axis, keepdims=True).sum((-2, -1), keepdims=True) for axis in (-1, -2))
     x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), tiny)
     for _ in range(MUON_STEPS):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        gram = times(x, x.mT)
+        x = 3.4445 * x + times(2.0315 * times(gram, gram) - 4.775 * gram, x)
     x *= 0.2 * jnp.sqrt(jnp.maximum(rows, columns))
     return x.mT if k > d else x
 

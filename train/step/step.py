@@ -37,7 +37,8 @@ def train_step(
     if spec.optimizer.clip_norm:
         shrink = jnp.minimum(1.0, spec.optimizer.clip_norm / (grad_norm + 1e-6))
         gradients = jax.tree.map(lambda g: g * shrink, gradients)
-    tx = optim.optimizer(spec.optimizer, optim.array_options(spec.optimizer, methods), layouts(methods))
+    options = optim.array_options(spec.optimizer, methods)
+    tx = optim.optimizer(spec.optimizer, options, layouts(methods), spec.compute.dtype)
     updates, opt_state = tx.update(gradients, state.opt_state, trainable)
     rate = optim.learning_rate(spec, state.step)
     bad, history = spikes.judge(spec.bad_steps, state.spikes, loss, grad_norm)
