@@ -192,7 +192,12 @@ def _product(how: _How, x: Array, factors: _Factors) -> Any:
 
 
 def _times(x: Array, w: Array) -> Array:
-    """Returns x @ w as a product of matrices, within which cuBLAS can add another matrix."""
+    """Returns x @ w as a product of matrices, within which cuBLAS can add another matrix.
+
+    What devices sum over `tensor` they may keep by positions, which a matrix of all tokens does not show.
+    """
+    if sharding.divides_products():
+        return x @ w
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 

@@ -327,7 +327,7 @@ class Llama(nn.Module):
 
 def abstract_params(config: LlamaConfig) -> Any:
     """Returns the shapes and types of a model's parameters, layers stacked, without computing them."""
-    return jax.tree.map(lambda leaf: leaf, _traced_params(config))  # callers may change their tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _traced_params(config))
 
 
 @functools.lru_cache(maxsize=64)

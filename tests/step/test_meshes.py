@@ -126,7 +126,8 @@ def trained(config: RunConfig, shape: tuple[int, int, int], one: Trained | None 
                 methods = methods.after_restart()
                 assert float(cleared) == 1.0
                 assert jax.tree.map(lambda x: x.sharding, state) == places
-            tokens_BT = np.random.default_rng(step % 2).integers(0, 60, (8, 16), np.int32)
+            size = config.batch_size, config.data.sequence_length
+            tokens_BT = np.random.default_rng(step % 2).integers(0, 60, size, np.int32)
             on_mesh = Batch(jax.device_put(tokens_BT, sharding.batch(mesh)))
             if step in LOOKED_AT:
                 before[step] = jax.tree.map(np.array, state) if one is None else one.before[step]
@@ -179,20 +180,34 @@ def test_every_mesh_computes_what_one_device_computes(name, steps, path, shape):
     many = trained(config, shape, one)
     np.testing.assert_allclose(many.scalars, one.scalars, rtol=1e-5)
     assert steps < STEPS or one.scalars[-1, 0] < one.scalars[0, 0]
-    # At the same states the gradient of every leaf is the same, beside its largest entry.
     assert list(one.gradients) == [step for step in LOOKED_AT if step < steps]
-    for step, gradients in one.gradients.items():
-        assert len(gradients) >= 11 + (name not in ("full", "DoRA, full and share"))
-        for leaf, expected in gradients.items():
-            largest = np.max(np.abs(expected))
-            assert largest > 0, (step, leaf)
-            found = many.gradients[step][leaf]
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * largest, err_msg=f"{step} {leaf}")
+    assert len(one.gradients[0]) >= 11 + (name not in ("full", "DoRA, full and share"))
+    assert_same_gradients(many, one)
     # Each on its own way: weights, and Adam's moments, what all gradients came to.
     assert_same(many.state, one.state, rtol=1e-4, atol=1e-5)
     if config.restart.every and steps == STEPS:
         # MoRA's update is merged to the same bits; products, which LoRA has, round with their tiles.
         assert_same(many.restarted, one.restarted, rtol=0, atol=0 if name in ("share", "rotate") else 1e-6)
+
+
+def assert_same_gradients(many: Trained, one: Trained) -> None:
+    """At the same states the gradient of every leaf is the same, beside its largest entry."""
+    for step, gradients in one.gradients.items():
+        for leaf, expected in gradients.items():
+            largest = np.max(np.abs(expected))
+            assert largest > 0, (step, leaf)
+            found = many.gradients[step][leaf]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * largest, err_msg=f"{step} {leaf}")
+
+
+@pytest.mark.parametrize(("rows", "length"), quick([(2, 16)], [(2, 16), (2, 15), (3, 16)]))
+def test_few_sequences_are_divided_by_positions_or_not_at_all(rows, length):
+    config = configured("share", 2, "merged")
+    config = dataclasses.replace(config, batch_size=rows, data=Data("nowhere", length))
+    one = on_one(config)
+    many = trained(config, (1, 1, 4), one)
+    np.testing.assert_allclose(many.scalars, one.scalars, rtol=1e-5)
+    assert_same_gradients(many, one)
 
 
 @pytest.mark.slow

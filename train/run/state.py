@@ -39,7 +39,8 @@ def methods_at(config: RunConfig, step: int) -> Methods:
 
 def state_shapes(config: RunConfig, methods: Methods) -> Any:
     """Returns shapes and types of the state, without computing it."""
-    return jax.tree.map(lambda leaf: leaf, _traced_state(spec_of(config), methods))  # callers may change it
+    traced = _traced_state(spec_of(config), methods)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,8 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   head once). Unrolled layers that keep activations keep kernels, too. That is (n - 1) / n of the bytes.
   It reduce-scatters the gradient of every trained one: (n - 1) / n of the bytes.
 - data, and fsdp too for replicated arrays: each microbatch all-reduces the gradient of every trained array,
-  or of the shard that a device holds: 2 (n - 1) / n of the bytes.
+  or of the shard that a device holds: 2 (n - 1) / n of the bytes. Those of the residual stream's norms are
+  summed over tensor, too, if each device has some of its tokens.
 - tensor: each microbatch all-gathers the inputs of attention and MLP of every layer and reduce-scatters their
   outputs, and so it does with the gradients of outputs and inputs: four times 2 (n - 1) / n of a device's
   activations. Layers that keep the residual stream alone all-gather their inputs again. If neither sequences
@@ -25,8 +26,8 @@ Muon makes matrices orthogonal once in a step. The devices that hold parts of a 
 each takes complete matrices, an equal number of each shape, and exchange the results: 2 (n - 1) / n of what a
 device takes, in float32. Zeros fill the stacks of matrices up to a multiple of the devices.
 
-Left out are what embedding, head and loss send over tensor, the sums of squares of norms over all heads
-(one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
+Left out are what embedding, last norm, head and loss send over tensor, the sums of squares of norms over all
+heads (one number a token), and kernels whose width the axis does not divide (devices exchange their parts).
 
 Gradients of kernels and embeddings are sent in `compute.gradient_sums`, those of norms and biases in float32,
 and those of adapters in the dtype of the products. On the merged path, which large batches take, some methods
@@ -162,7 +163,8 @@ def _of_array(
     if "fsdp" in sharded:
         yield "reduce-scatter", "fsdp", held * gradient * SENT["reduce-scatter"](mesh["fsdp"])
         held /= mesh["fsdp"]
-    axes = [a for a in ("data", "fsdp") if mesh[a] > 1 and a not in sharded]
+    sums = ("data", "fsdp", "tensor") if _norms_tokens(path) and _in_parts(config, mesh) else ("data", "fsdp")
+    axes = [a for a in sums if mesh[a] > 1 and a not in sharded]
     if axes:
         count = math.prod(mesh[axis] for axis in axes)
         yield "all-reduce", "+".join(axes), held * gradient * SENT["all-reduce"](count)
@@ -184,14 +186,24 @@ def _of_muon(leaves: Sequence[Any], mesh: Mapping[str, int]) -> Iterator[tuple[s
 
 def _of_activations(config: RunConfig, mesh: Mapping[str, int]) -> Iterator[tuple[str, float]]:
     """Yields (kind, bytes) that a step sends over `tensor` between the residual stream and products."""
-    width, rows = config.model.hidden_size, config.batch_size // config.microbatches
-    shape = (rows, config.data.sequence_length, width)
-    passed = {"all-gather": 6 if config.compute.remat == "full" else 4, "reduce-scatter": 4}
-    if not any(divides(choice, shape, mesh) for choice in RESIDUAL_PARTS.choices[:-1]):
-        passed = {"all-reduce": 4}
+    passed = {"all-reduce": 4}
+    if _in_parts(config, mesh):
+        passed = {"all-gather": 6 if config.compute.remat == "full" else 4, "reduce-scatter": 4}
     for kind, times in passed.items():
-        entries = times * width * config.model.num_hidden_layers
+        entries = times * config.model.hidden_size * config.model.num_hidden_layers
         yield kind, entries * _column(config, mesh) * SENT[kind](mesh["tensor"])
+
+
+def _in_parts(config: RunConfig, mesh: Mapping[str, int]) -> bool:
+    """Returns whether `tensor` divides the tokens of the residual stream."""
+    rows = config.batch_size // config.microbatches
+    shape = (rows, config.data.sequence_length, config.model.hidden_size)
+    return any(divides(choice, shape, mesh) for choice in RESIDUAL_PARTS.choices[:-1])
+
+
+def _norms_tokens(path: str) -> bool:
+    """Returns whether an array is the scale of a norm of the residual stream, not of queries or keys."""
+    return path.endswith("norm/scale") and not path.endswith(("q_norm/scale", "k_norm/scale"))
 
 
 def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], mesh: Mapping[str, int]) -> int:
