@@ -229,7 +229,7 @@ def test_a_run_may_be_moved(tiny_run, copy, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-@pytest.mark.slow  # tests/jobs/test_resume.py goes on with an older one
+@pytest.mark.slow  # tests/jobs/test_resume.py resumes from an older one
 def test_a_damaged_checkpoint_is_reported_and_an_older_one_is_used(copy, capsys):
     next((copy / "checkpoints" / "22").rglob("_METADATA")).unlink()
     model, _ = load_model(str(copy))
