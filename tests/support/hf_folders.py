@@ -1,7 +1,6 @@
 """Small Hugging Face folders, for tests: their models, and changes to their files."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -24,13 +23,13 @@ CONFIG = LlamaConfig(
 )
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 
-shapes_of = functools.cache(abstract_params)
-
 
 def random_params(config):
     """Returns parameters that are all random, the norms' scales too, so that swapping any two is noticed."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(0.3, 0.2, leaf.shape).astype(np.float32), shapes_of(config))
+    return jax.tree.map(
+        lambda leaf: rng.normal(0.3, 0.2, leaf.shape).astype(np.float32), abstract_params(config)
+    )
 
 
 def assert_same(params, others):

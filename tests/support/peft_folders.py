@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors.numpy
-from hf_folders import shapes_of
 
 from mora_jax import trees
-from mora_jax.models.llama import STACKED, LlamaConfig
+from mora_jax.models.llama import STACKED, LlamaConfig, abstract_params
 from mora_jax.transform import Methods, Rules, assign, attach, merge
 
 FROZEN = (".*", "frozen")
@@ -37,7 +36,7 @@ def random_adapted(rules: Rules, config: LlamaConfig, seed: int = 0) -> Adapted:
     def noise(leaf):
         return rng.normal(0, 0.2, leaf.shape).astype(np.float32)
 
-    base = jax.tree.map(noise, shapes_of(config))
+    base = jax.tree.map(noise, abstract_params(config))
     methods = assign(rules, base, STACKED)
     shapes = jax.eval_shape(lambda: attach(jax.random.key(0), base, methods))
     flat = trees.flatten(base)
