@@ -3,8 +3,8 @@
     python tests/tools/meshes.py --jobs 8 --out meshes.json
 
 Each method takes 20 updates in full float32, with a restart in the middle, on one device and on every mesh
-over four: from the same random state, on the same tokens. One mesh computes a batch in two microbatches, and
-one run is saved on a mesh and continued on another.
+over all devices: from the same random state, on the same tokens. One mesh computes a batch in two
+microbatches, and one run is saved on a mesh and continued on another.
 
 A line has the largest difference of losses and gradient norms, relative to those of one device, and that of
 the parameters at the end, adapters merged, relative to the largest entry of each. Adapters are compared as
@@ -15,14 +15,17 @@ gradient. The exit status is 1 if a difference of losses and norms is above 1e-4
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -32,22 +35,23 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("step", "su
 LARGEST, LARGEST_OF_PARAMETERS = 1e-4, 1e-3
 Shape = tuple[int, int, int]  # data, fsdp, tensor
 ONE = (1, 1, 1)
-MESHES = [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 SAVED = 13  # updates before a run is saved: after the restart
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Compares training on meshes of four devices with training on one.
+    """Compares training on meshes of several devices with training on one.
 
     Attributes:
       methods: the methods to train; all by default.
+      devices: devices of a mesh, 2, 4 or 8.
       jobs: methods that are trained side by side, each in a process of its own.
       out: JSON file for the figures; empty for none.
       here: train in this process, and print a line of JSON for each comparison.
     """
 
     methods: tuple[str, ...] = ()
+    devices: Literal[2, 4, 8] = 4
     jobs: int = 1
     out: str = ""
     here: bool = False
@@ -81,11 +85,13 @@ def main(trial: Trial) -> int:
     names = trial.methods or tuple(configs())
     if trial.here:
         for name in names:
-            for found in compared(name):
+            for found in compared(name, trial.devices):
                 print(json.dumps(dataclasses.asdict(found)), flush=True)
         return 0
     with concurrent.futures.ThreadPoolExecutor(trial.jobs) as pool:
-        lines = [line for found in pool.map(in_process, names) for line in found]
+        lines = [
+            line for found in pool.map(partial(in_process, devices=trial.devices), names) for line in found
+        ]
     if trial.out:
         Path(trial.out).write_text(json.dumps([dataclasses.asdict(line) for line in lines], indent=1) + "\n")
     bad = [
@@ -95,9 +101,9 @@ def main(trial: Trial) -> int:
     return int(bool(bad))
 
 
-def in_process(name: str) -> list[Comparison]:
+def in_process(name: str, devices: int) -> list[Comparison]:
     """Compares the meshes of one method in a process of its own, which takes memory as it needs it."""
-    words = [sys.executable, __file__, "--here", "--methods", name]
+    words = [sys.executable, __file__, "--here", "--devices", str(devices), "--methods", name]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -132,14 +138,17 @@ def configs() -> dict[str, Any]:
     return found | {f"{mixture}, by activation": configured(mixture, STEPS, "activation")}
 
 
-def compared(name: str) -> Iterator[Comparison]:
-    """Yields the comparisons of one method."""
+def compared(name: str, devices: int) -> Iterator[Comparison]:
+    """Yields the comparisons of one method on meshes of so many devices."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
     config = configs()[name]
     one, start = trained(config, [ONE])
-    for meshes, parts in [*(([mesh], 1) for mesh in MESHES), ([(2, 1, 2)], 2), ([(1, 4, 1), (2, 1, 2)], 1)]:
+    sizes = [2**i for i in range(devices.bit_length())]
+    shapes = [shape for shape in itertools.product(sizes, repeat=3) if math.prod(shape) == devices]
+    mixed = (devices // 2, 1, 2)
+    for meshes, parts in [*(([shape], 1) for shape in shapes), ([mixed], 2), ([(1, devices, 1), mixed], 1)]:
         many, _ = trained(dataclasses.replace(config, microbatches=parts), meshes, start)
         words = " then ".join(" x ".join(map(str, mesh)) for mesh in meshes)
         yield Comparison(name, words, parts, *differences(one, many), float(many[0][-1, 0]))
