@@ -51,8 +51,10 @@ class Method:
       additive: whether the update is linear in the input, so that `delta` exists.
       merged_min_tokens: from this many tokens on, adding the update to the kernel is faster than computing
         `delta`. The former costs O(k d) a step, the latter O(tokens (k + d)) (docs/performance.md).
-      gradients_by_parts: whether `gradients` has a part for each shard of the batch, for any kernel.
-      gathers_activations: whether gradients need activations that `tensor` divides to be all-gathered.
+      gradients_by_parts: whether `gradients` has a part for each shard of the batch, and over `tensor` for
+        each part of a width, for any kernel.
+      gathers_activations: whether other gradients than these need activations that `tensor` divides to be
+        all-gathered.
       orients: whether `oriented` does something with the kernel's gradient.
       dropout: share of the adapter's inputs that training sets to zero. A field where a method has it.
     """
@@ -106,20 +108,22 @@ class Method:
         arrays: Sequence[Arrays],
         x: Float[Array, "*B K"],
         dy: Float[Array, "*B N D"],
-        divided: tuple[bool, bool] = (False, False),
+        divided: tuple[int, int] = (0, 0),
     ) -> list[Arrays]:
         """Returns the gradients of the arrays of N kernels with one shape and one input, in parts.
 
-        Each is (G, ...), a part for each shard of the batch, so that the caller sums them over devices. Only
-        for additive methods. A method that knows a cheaper way than the vjp of `delta` overrides this.
+        Each is (G, ...), parts that devices computed, so that the caller sums them over devices. Only for
+        additive methods. A method that knows a cheaper way than the vjp of `delta` overrides this.
 
         Args:
           arrays: the arrays of each kernel's adapter.
           x: the input.
           dy: the gradients of the kernels' outputs.
-          divided: whether `tensor` divides the inputs and the outputs.
+          divided: the number of the kernel's inputs, and of its outputs, if `tensor` divides them, else 0.
+            What is divided may be wider, padded with zeros.
         """
-        return self.compressed_gradients(arrays, x, dy)
+        k, d = divided
+        return self.compressed_gradients(arrays, x[..., :k] if k else x, dy[..., :d] if d else dy)
 
     def compressed_gradients(
         self, arrays: Sequence[Arrays], x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
@@ -131,13 +135,6 @@ class Method:
             return {name: g[None] for name, g in vjp(dy[..., i, :])[0].items()}
 
         return [one(i) for i in range(len(arrays))]
-
-    def gathered_product(self, k: int, d: int, divided: tuple[bool, bool]) -> int | None:
-        """Returns the size of the float32 product that `gradients` all-gathers over `tensor` for a kernel.
-
-        Returns None if it all-gathers activations instead, or nothing (`gathers_activations`).
-        """
-        return None
 
     # What a restart does.
 

@@ -259,7 +259,7 @@ _product.defvjp(_product_forward, _product_backward)
 def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Factors:
     """Returns the gradients of the kernels and of their adapters' arrays, from those of all outputs."""
     arrays = [_replicated(a, method, layout) if method else {} for _, a, method, layout in factors]
-    x, widths = x[..., : factors.ws[0].shape[0]], _widths(factors, how.tile)
+    x_wide, x, widths = x, x[..., : factors.ws[0].shape[0]], _widths(factors, how.tile)
     summed = functools.partial(sharding.summed, sent=how.sums)
     # XLA removes what is not used of this product; it is one for all kernels, as in the forward pass.
     dws = jnp.split(outer_by_parts(x, dy), _ends(widths), axis=-1)
@@ -272,12 +272,15 @@ def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Fac
             found[i], dws[i] = vjp(dws[i].astype(_widened(w).dtype))
         elif method:
             together.setdefault((method, w.shape), []).append(i)
-    for (method, shape), at in together.items():
-        gradients = method.compressed_gradients
-        if how.path != "compressed":
-            gradients = functools.partial(method.gradients, divided=sharding.divided(factors.layouts[at[0]]))
-        dy_BND = _stacked(dy, widths, at)[..., : shape[1]]
-        for i, gradient in zip(at, gradients([arrays[i] for i in at], x, dy_BND), strict=True):
+    for (method, (k, d)), at in together.items():
+        of, dy_BND = [arrays[i] for i in at], _stacked(dy, widths, at)
+        if how.path == "compressed":
+            gradients = method.compressed_gradients(of, x, dy_BND[..., :d])
+        else:  # cutting the padding of what is divided would move all parts
+            cut_k, cut_d = sharding.divided(factors.layouts[at[0]])
+            inputs, outputs = x_wide if cut_k else x, dy_BND if cut_d else dy_BND[..., :d]
+            gradients = method.gradients(of, inputs, outputs, (k * cut_k, d * cut_d))
+        for i, gradient in zip(at, gradients, strict=True):
             found[i] = {name: summed(g) for name, g in gradient.items()}
     return _scattered(factors, dws, found)
 

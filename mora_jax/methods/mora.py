@@ -6,7 +6,7 @@ use it, N kernels of one input, G shards of a batch.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -65,7 +65,7 @@ class MoRA(Method):
     name: ClassVar[str] = "mora"
     merged_min_tokens: ClassVar[int] = 1024  # no product is needed to make its update of a kernel
     gradients_by_parts: ClassVar[bool] = True
-    gathers_activations: ClassVar[bool] = True  # groups do not end where a kernel is divided
+    gathers_activations: ClassVar[bool] = True  # `delta`: groups do not end where a kernel is divided
 
     def __post_init__(self) -> None:
         check_rank("MoRA's rank", self.rank)
@@ -114,7 +114,7 @@ class MoRA(Method):
         arrays: Sequence[Arrays],
         x: Float[Array, "*B K"],
         dy: Float[Array, "*B N D"],
-        divided: tuple[bool, bool] = (False, False),
+        divided: tuple[int, int] = (0, 0),
     ) -> list[Arrays]:
         """Returns f_comp(x)^T f_decomp^T(dy) in parts, with sums over groups before or after the product.
 
@@ -122,34 +122,27 @@ class MoRA(Method):
         after it they cost O(k d). The cheapest of the four orders is taken. An operator that applies M to
         several blocks cuts either the activations into blocks, or the full product.
 
-        Groups do not end where `tensor` divides a width. Such a width is summed after the product, which is
-        then all-gathered instead of the activations.
+        Where `tensor` divides a width, each device sums its own part of it over groups, or cuts it from the
+        product. So devices send each other parts of M's gradient, instead of activations.
         """
-        k, (n, d) = x.shape[-1], dy.shape[-2:]
+        if x.ndim == 1:
+            x, dy = x[None], dy[None]
+        k, d = divided[0] or x.shape[-1], divided[1] or dy.shape[-1]
         r_hat, side = self.r_hat(k, d), _rows(arrays[0])
+        x, dy = (a if cut else sharding.whole(a) for a, cut in zip((x, dy), divided, strict=True))
         if sums := self.operator.sums(r_hat, side):
             gs = _gradients_of_sums(sums, x, dy, divided)
-        elif _cut_first(k, d, n, side, self.operator.blocks(r_hat, k, d)):
+        elif not any(divided) and _cut_first(k, d, dy.shape[-2], side, self.operator.blocks(r_hat, k, d)):
             gs = self._gradients_of_blocks(r_hat, side, x, dy)
         else:
-            gs = self._gradients_of_product(r_hat, x, dy)
+            gs = self._gradients_of_product(r_hat, x, dy, divided)
         return [{"m_RR": _square(g, a["m_RR"].shape[0])} for g, a in zip(gs, arrays, strict=True)]
-
-    def gathered_product(self, k: int, d: int, divided: tuple[bool, bool]) -> int | None:
-        """Returns the size of x^T dy with the sums over groups that come first; None for blocks."""
-        side = self._side(k, d)
-        side += -side % ROW
-        if not self.operator.sums(self.r_hat(k, d), side):
-            return None
-        first_x, first_dy = _summed_first(k, d, 1, side, divided)
-        return (side if first_x else k) * (side if first_dy else d)
 
     def _gradients_of_blocks(
         self, r_hat: int, side: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
     ) -> list[Array]:
         """Returns N gradients in parts, from the blocks of inputs and outputs that M connects."""
         d = dy.shape[-1]
-        x, dy = sharding.whole(x), sharding.whole(dy)
         z = sharding.whole(self.operator.compress(x, r_hat, d))
         outputs = jax.linear_transpose(lambda y: self.operator.decompress(y, d), z)
         z = padded(z, -1, side)
@@ -157,15 +150,19 @@ class MoRA(Method):
         return [outer_by_parts(z, dy) for dy in dys]
 
     def _gradients_of_product(
-        self, r_hat: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"]
+        self, r_hat: int, x: Float[Array, "*B K"], dy: Float[Array, "*B N D"], divided: tuple[int, int]
     ) -> list[Array]:
         """Returns N gradients in parts, from x^T dy, by the transpose of the operator's `matrix`."""
-        k, (n, d) = x.shape[-1], dy.shape[-2:]
-        x, dy = sharding.whole(x), sharding.whole(dy)
+        k, d = divided[0] or x.shape[-1], divided[1] or dy.shape[-1]
         m_RR = jax.ShapeDtypeStruct((r_hat, r_hat), jnp.float32)
-        folded = jax.vmap(jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR))
-        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
-        return [folded(g_GKND[:, :, i])[0] for i in range(n)]
+
+        def folded(g_GKD: Array) -> Array:
+            one = jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR)
+            return jax.vmap(one)(g_GKD)[0]
+
+        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, x.shape[-1], *dy.shape[-2:])
+        axis = 1 if divided[0] else 2
+        return [_in_parts(folded, g_GKND[:, :, i], axis, max(divided)) for i in range(dy.shape[-2])]
 
     def after_restart(self, restarts: int = 1) -> "MoRA":
         """Returns MoRA with the operator's next pattern, so that the next update spans other directions."""
@@ -294,28 +291,54 @@ def _gradients_of_sums(
     sums: tuple[GroupSums, GroupSums],
     x: Float[Array, "*B K"],
     dy: Float[Array, "*B N D"],
-    divided: tuple[bool, bool],
+    divided: tuple[int, int],
 ) -> list[Array]:
     """Returns N gradients in parts; x and dy are summed over their groups before or after the product."""
-    k, (n, d) = x.shape[-1], dy.shape[-2:]
-    sum_x, sum_dy = sums
-    first_x, first_dy = _summed_first(k, d, n, sum_x.width, divided)
-    x, dy = (a if cut else sharding.whole(a) for a, cut in zip((x, dy), divided, strict=True))
-    x = sum_x(x) if first_x else x
-    dy = sum_dy(dy) if first_dy else dy
-    g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))
-    g_GKND = g_GKD.reshape(*g_GKD.shape[:2], n, -1)
-    g_GKND = g_GKND if first_dy else sum_dy(g_GKND)
+    (sum_x, sum_dy), (k, d), n = sums, divided, dy.shape[-2]
+    shards = [sharding.tensor_shards() if width else 1 for width in divided]
+    widths = x.shape[-1] // shards[0], dy.shape[-1] // shards[1]
+    first_x, first_dy = _summed_first(*widths, n, sum_x.width)
+    outer = outer_by_parts
+    if first_x:
+        x = sharding.by_width(sum_x, x, x.ndim - 1, k) if k else sharding.whole(sum_x(x))
+        outer = jax.vmap(outer, (0, None)) if k else outer
+    if first_dy:
+        dy = sharding.by_width(sum_dy, dy, dy.ndim - 1, d) if d else sharding.whole(sum_dy(dy))
+        outer = jax.vmap(outer, (None, 0)) if d else outer
+    g = outer(x, dy.reshape(*dy.shape[:-2], -1))
+    g_GKND = g.reshape(-1, x.shape[-1], n, dy.shape[-1])
+
+    def sum_rows(g_GKD: Array) -> Array:
+        return sum_x(g_GKD.swapaxes(1, 2)).swapaxes(1, 2)
+
+    g_GKND = g_GKND if first_dy else _in_parts(sum_dy, g_GKND, 3, d)
     gs = [g_GKND[:, :, i] for i in range(n)]
-    return gs if first_x else [sum_x(g.swapaxes(1, 2)).swapaxes(1, 2) for g in gs]
+    return gs if first_x else [_in_parts(sum_rows, g_GKD, 1, k) for g_GKD in gs]
 
 
-def _summed_first(
-    k: int, d: int, kernels: int, side: int, divided: tuple[bool, bool] = (False, False)
-) -> tuple[bool, bool]:
+def _in_parts(function: Callable[[Array], Array], g: Array, axis: int, width: int) -> Array:
+    """Returns a linear function of products (G, ...), of a divided width in more parts (tensor G, ...).
+
+    Args:
+      function: keeps the first axis.
+      g: the products.
+      axis: which axis `tensor` divides.
+      width: its width, 0 if it is not divided.
+    """
+    if not width:
+        return function(g)
+    parts = sharding.by_width(function, g, axis, width)
+    return parts.reshape(-1, *parts.shape[2:])
+
+
+def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:
     """Returns whether summing x, and the dy of every kernel, before the product x^T dy is cheapest.
 
-    What `tensor` divides is never summed before it.
+    Args:
+      k: inputs that a device has.
+      d: outputs that it has.
+      kernels: the number of kernels.
+      side: inputs, and outputs, that the sums leave.
     """
 
     def cost(order: tuple[bool, bool]) -> float:
@@ -324,8 +347,7 @@ def _summed_first(
         numbers = first_x * (k + side) + first_dy * kernels * (d + side)  # moved for each token, 2 bytes each
         return 2 * inputs * kernels * outputs + flops_per_byte() * 2 * numbers
 
-    orders = [(False, False), (True, False), (False, True), (True, True)]
-    return min((o for o in orders if not ((o[0] and divided[0]) or (o[1] and divided[1]))), key=cost)
+    return min([(False, False), (True, False), (False, True), (True, True)], key=cost)
 
 
 def _cut_first(k: int, d: int, kernels: int, side: int, blocks: int) -> bool:

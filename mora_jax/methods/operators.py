@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from mora_jax import sharding
 from mora_jax.errors import InputError
 from mora_jax.methods.order import Order, drawn
 
@@ -135,13 +134,12 @@ class GroupSums:
     order: Order = Order()  # noqa: RUF009 (frozen)
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B S"]:
-        x = sharding.whole(x)  # a mesh may divide a width in the middle of a group
         x = self.order(x, x.ndim - 1)
         if self.group == 1:
             sums = _contiguous_sums(x, self.r_hat)
         else:
             sums = _blocks(x, self.r_hat, self.pad).sum(axis=-2)
-        return sharding.whole(resized(sums, self.width, axis=x.ndim - 1))
+        return resized(sums, self.width, axis=x.ndim - 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,6 +161,36 @@ def by_batch(x: Array, widths: int = 1) -> Array:
     return jax.lax.with_sharding_constraint(x, P(first, *between, *(P.UNCONSTRAINED,) * widths))
 
 
+def by_width(function: Callable[[Array], Array], x: Array, axis: int, width: int) -> Array:
+    """Applies a linear function to each device's part of a width, as if the others were zero.
+
+    So nothing is sent, where a function of the complete width would need all parts.
+
+    Args:
+      function: linear, of an array with the complete width. It keeps the first axis.
+      x: an activation (batch, ...), divided along its batch and, over `tensor`, along the width.
+      axis: where the width is.
+      width: the complete width. x may be wider, padded with zeros.
+
+    Returns:
+      Parts (tensor, batch, ...), whose sum is `function(x)`. Each device has its own.
+    """
+    sizes = _ambient()
+    count = sizes["tensor"]
+    x = jnp.pad(x, [(0, -n % count if at == axis else 0) for at, n in enumerate(x.shape)])
+    rows, *_ = (*canonical(P(BATCH), 1, sizes), None)
+    rows = rows if x.shape[0] % math.prod(sizes[name] for name in BATCH) == 0 else None
+
+    def local(part: Array) -> Array:
+        complete = jnp.zeros([n * count if at == axis else n for at, n in enumerate(part.shape)], part.dtype)
+        start = jax.lax.axis_index("tensor") * part.shape[axis]
+        complete = jax.lax.dynamic_update_slice_in_dim(complete, part, start, axis)
+        return function(jax.lax.slice_in_dim(complete, 0, width, axis=axis))[None]
+
+    divided = P(rows, *[None] * (axis - 1), "tensor")
+    return jax.shard_map(local, in_specs=divided, out_specs=P("tensor", rows), check_vma=False)(x)
+
+
 def undivided(x: Array) -> Array:
     """Returns an array replicated on every device."""
     return jax.lax.with_sharding_constraint(x, P()) if _ambient() else x
@@ -215,6 +245,12 @@ def batch_shards(mesh: Any = None) -> int:
     return math.prod(sizes[axis] for axis in BATCH) if sizes else 1
 
 
+def tensor_shards() -> int:
+    """Returns the number of parts of a width that `tensor` divides, on the ambient mesh."""
+    sizes = _ambient()
+    return sizes["tensor"] if sizes else 1
+
+
 def in_use() -> bool:
     """Returns whether there is an ambient mesh with our axes and more than one device."""
     return bool(_ambient())
@@ -222,8 +258,7 @@ def in_use() -> bool:
 
 def divides_products() -> bool:
     """Returns whether kernels are divided along their widths, so that joining them would reshard them."""
-    sizes = _ambient()
-    return bool(sizes) and sizes["tensor"] > 1
+    return tensor_shards() > 1
 
 
 def divided(layout: Layout | None) -> tuple[bool, bool]:

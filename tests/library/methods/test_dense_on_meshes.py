@@ -13,8 +13,21 @@ from method_cases import PATHS
 from slow import quick, slow
 
 from mora_jax import sharding
-from mora_jax.methods import Adapter, DoRA, LoRA, Method, MoRA, Rotate, Share, Spectral, dense, mora
-from mora_jax.methods.base import Leaf, outer_by_parts
+from mora_jax.methods import (
+    Adapter,
+    DoRA,
+    LoRA,
+    Method,
+    MoRA,
+    Operator,
+    Rotate,
+    Share,
+    Spectral,
+    Truncate,
+    dense,
+    mora,
+)
+from mora_jax.methods.base import Leaf, outer_by_parts, padded
 from mora_jax.sharding import COLUMNS, ROWS, Layout
 from train.perf.plan.hlo import collectives
 
@@ -86,23 +99,44 @@ def test_a_kernel_that_is_kept_is_all_gathered_once():
     assert once["fsdp"] == again["fsdp"] / 2  # the kernel and M
 
 
-def test_over_tensor_no_activations_are_all_gathered_for_the_gradient(monkeypatch: pytest.MonkeyPatch):
-    """By hand: the sums of x times dy of both halves, in float32."""
-    monkeypatch.setattr(mora, "flops_per_byte", lambda: 0.0)  # sums come first where they may
-    method, mesh = METHODS["contiguous"], sharding.make_mesh(1, 1, 2)
-    side = method.shapes(K, D)["m_RR"][0]
-    assert method.gathered_product(K, D, (False, True)) == side * D
-    assert method.gathered_product(K, D, (True, False)) == K * side
-    assert method.gathered_product(K, D, (False, False)) == side * side
-    x = jax.ShapeDtypeStruct((B, T, K), jnp.float32)
-    dy = jax.ShapeDtypeStruct((B, T, 1, D), jnp.float32)
+OPERATORS: dict[str, Operator] = {
+    "strided": Share(0),
+    "strided, wrapped": Share(0, "wrap"),
+    "contiguous": Share(1),
+    "in another order": Share(1, reorder=True, draw=2),
+    "truncate": Truncate(),
+    "rotate": Rotate(),
+}
+
+
+@pytest.mark.parametrize("cost", [0.0, 1e9], ids=["sums first", "product first"])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_over_tensor_nothing_is_all_gathered_for_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, operator: str, side: str, cost: float
+):
+    """Each device computes a part from its part of the width, padded to what devices share out."""
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: cost)
+    method, mesh = MoRA(2, OPERATORS[operator]), sharding.make_mesh(2, 1, 4)
+    x, w, arrays = inputs(method)
+    x, dy = x[..., :-1], jnp.sin(x @ w)[..., None, :-1]  # widths of 63 and 95
+    (expected,) = jax.jit(method.gradients)([arrays], x, dy)
     spec = jax.sharding.PartitionSpec
-    places = (jax.NamedSharding(mesh, spec()), jax.NamedSharding(mesh, spec(None, None, None, "tensor")))
-    arrays = [{"m_RR": jnp.zeros((side, side))}]
+    if side == "inputs":
+        x, divided, places = padded(x, -1, 4), (K - 1, 0), (spec("data", None, "tensor"), spec("data"))
+    else:
+        dy, divided, places = (
+            padded(dy, -1, 4),
+            (0, D - 1),
+            (spec("data"), spec("data", None, None, "tensor")),
+        )
+    x, dy = jax.device_put((x, dy), tuple(jax.NamedSharding(mesh, place) for place in places))
     with jax.set_mesh(mesh):
-        step = jax.jit(lambda x, dy: method.gradients(arrays, x, dy, (False, True)), in_shardings=places)
-        program = step.lower(x, dy).compile()
-    assert gathered(program, mesh)["bytes"] == side * D * 4
+        step = jax.jit(lambda x, dy: method.gradients([arrays], x, dy, divided)[0]).lower(x, dy).compile()
+    assert not collectives(step.as_text(), mesh.shape)
+    parts = step(x, dy)["m_RR"]
+    assert len(parts) == 8
+    np.testing.assert_allclose(parts.sum(0), expected["m_RR"].sum(0), rtol=1e-4, atol=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +164,7 @@ class Picked(Method):
 class PickedByParts(Picked):
     """The same, with gradients for each shard of the batch."""
 
-    def gradients(self, arrays, x, dy, divided=(False, False)):
+    def gradients(self, arrays, x, dy, divided=(0, 0)):
         g_GKD = outer_by_parts(x, dy[..., 0, :])
         return [jax.vmap(jax.vjp(lambda a: self.weight(a, jnp.zeros((K, D))), arrays[0])[1])(g_GKD)[0]]
 

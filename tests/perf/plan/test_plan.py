@@ -20,7 +20,7 @@ from slow import slow
 
 from mora_jax import sharding, trees
 from mora_jax.errors import InputError
-from mora_jax.methods import Decouple, DoRA, LoRA, mora
+from mora_jax.methods import Decouple, DoRA, LoRA, MoRA, mora
 from mora_jax.models.batch import Batch
 from mora_jax.models.config import LlamaConfig
 from train.cli import main as cli
@@ -222,18 +222,15 @@ def test_mora_all_gathers_activations_over_tensor(abstract, config):
     assert lines["all-reduce", "data"].adapters == m  # replicated
 
 
-def test_mora_all_gathers_products_over_tensor_on_the_merged_path(abstract, config):
-    """By hand: x^T dy in float32, with what tensor does not divide summed first where that is cheaper."""
+def test_mora_sums_its_gradients_over_tensor_on_the_merged_path(abstract, config):
+    """By hand: devices have parts of M's gradients, of which each keeps one, and gather M for both passes."""
     state, methods, mesh = abstract(data=2, tensor=2)
     large = dataclasses.replace(config, batch_size=64)  # 2048 tokens
     lines = {(line.kind, line.axes): line for line in expected(large, methods, state, mesh)}
-    products = 0
-    for path, method in methods.adapted():
-        layers, k, d = trees.flatten(state.params)[path].shape
-        inward = path.endswith(("o_proj/kernel", "down_proj/kernel"))
-        products += layers * method.gathered_product(k, d, (inward, not inward))
     m = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.adapters))
-    assert lines["all-gather", "tensor"].adapters == products * 4 / 2 + 2 * m / 2
+    assert lines["all-gather", "tensor"].adapters == 2 * m / 2
+    assert lines["reduce-scatter", "tensor"].adapters == m / 2
+    assert lines["all-reduce", "data"].adapters == m / 2
 
 
 def planned(config, data: int, fsdp: int, tensor: int):
@@ -280,6 +277,18 @@ def test_a_tied_embedding_is_sent_as_embedding_and_as_head(config, sizes, kind, 
     made = planned(trained_whole(config, tie_word_embeddings=True), *sizes)
     formula, sent = totals(made.expected), totals(made.programs[0].collectives)
     assert sent[kind, axes] == pytest.approx(formula[kind, axes], rel=0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "axes"), [((1, 2, 4), "fsdp+tensor"), ((2, 2, 2), "data+fsdp+tensor")])
+def test_mora_sends_parts_of_its_gradients_over_all_axes_at_once(config, sizes, axes):
+    config = dataclasses.replace(trained_whole(config), batch_size=64, method=MoRA(4, align=8))
+    heads = dataclasses.replace(config.model, num_attention_heads=8, num_key_value_heads=8)
+    made = planned(dataclasses.replace(config, model=heads), *sizes)
+    formula, sent = totals(made.expected), totals(made.programs[0].collectives)
+    assert sent["all-reduce", axes] == pytest.approx(formula["all-reduce", axes], rel=0.001)
+    (line,) = (line for line in made.expected if line.axes == axes)
+    assert line.adapters > 40 * line.base  # the scales of norms
 
 
 @pytest.mark.slow

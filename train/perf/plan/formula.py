@@ -15,10 +15,10 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   nor positions divide among devices, it all-reduces outputs and gradients of inputs: as many bytes.
   Arrays of adapters are all-gathered for both passes (M once where kernels are kept), and their complete
   gradients are summed over `data`.
-  The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path it sums them
-  after the product of inputs and outputs' gradients, which it all-gathers in float32: (n - 1) / n of it. On
-  the activation path, and with blocks, it all-gathers the activations on the sharded side of every adapted
-  kernel: (n - 1) / n of them, counted once, in the backward pass.
+  The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path each device
+  sums its own part of the width over them, and M's gradients are summed over tensor, too: (n - 1) / n of
+  them if tensor shards M, twice that if it does not. On the activation path it all-gathers the activations on
+  the sharded side of every adapted kernel: (n - 1) / n of them, counted once, in the backward pass.
 
 A tied embedding is all-gathered, and its gradient summed, twice: as embedding and as head.
 
@@ -51,7 +51,7 @@ from jax.sharding import Mesh
 from mora_jax import trees
 from mora_jax.methods.linear import merges_float32
 from mora_jax.models.llama import RESIDUAL_PARTS, Compute
-from mora_jax.sharding.rules import divides, names
+from mora_jax.sharding.rules import AXES, BATCH, divides, names
 from mora_jax.transform import Methods
 from train.config.run import RunConfig
 from train.perf.plan.hlo import SENT
@@ -89,7 +89,9 @@ def expected(config: RunConfig, methods: Methods, state: Any, mesh: Mesh) -> lis
     for path, leaf in arrays.items():
         once = path.endswith(ONCE) or (keeps and (path.endswith("kernel") or path in by_parts))
         uses = 2 if config.model.tie_word_embeddings and path.endswith("embedding") else 1
-        for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, config, mesh.shape):
+        of_tokens = _norms_tokens(path) and _in_parts(config, mesh.shape)
+        sums = AXES if of_tokens or path in by_parts else BATCH
+        for kind, axes, size in _of_array(path, leaf, gradients.get(path, 0), once, sums, config, mesh.shape):
             of_adapter = path.startswith("adapters/") or (path in adapted and kind != "all-gather")
             sent[kind, axes, of_adapter] += round(size * uses * config.microbatches)
     by_muon: dict[tuple[str, bool], list[Any]] = defaultdict(list)
@@ -141,12 +143,18 @@ def _summed_by_parts(config: RunConfig, methods: Methods) -> set[str]:
 
 
 def _of_array(
-    path: str, leaf: Any, gradient: int, once: bool, config: RunConfig, mesh: Mapping[str, int]
+    path: str,
+    leaf: Any,
+    gradient: int,
+    once: bool,
+    sums: Sequence[str],
+    config: RunConfig,
+    mesh: Mapping[str, int],
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (kind, axes, bytes) that one microbatch sends for an array.
 
-    `gradient` is the itemsize of its gradient, 0 if none is sent; `once` says whether the array is
-    all-gathered for one pass only.
+    `gradient` is the itemsize of its gradient, 0 if none is sent, and `sums` are the axes whose devices have
+    parts of it; `once` says whether the array is all-gathered for one pass only.
     """
     sharded, adapter = _sharded(leaf), path.startswith("adapters/")
     kernel = path.endswith(("kernel", "embedding"))
@@ -160,11 +168,12 @@ def _of_array(
         held = leaf.size
     if not gradient:
         return
-    if "fsdp" in sharded:
-        yield "reduce-scatter", "fsdp", held * gradient * SENT["reduce-scatter"](mesh["fsdp"])
-        held /= mesh["fsdp"]
-    sums = ("data", "fsdp", "tensor") if _norms_tokens(path) and _in_parts(config, mesh) else ("data", "fsdp")
-    axes = [a for a in sums if mesh[a] > 1 and a not in sharded]
+    scattered = sharded.intersection(sums)
+    if len(scattered) == 1:  # XLA scatters nothing over two axes
+        (axis,) = scattered
+        yield "reduce-scatter", axis, held * gradient * SENT["reduce-scatter"](mesh[axis])
+        held /= mesh[axis]
+    axes = [a for a in sums if mesh[a] > 1 and (a not in scattered or len(scattered) > 1)]
     if axes:
         count = math.prod(mesh[axis] for axis in axes)
         yield "all-reduce", "+".join(axes), held * gradient * SENT["all-reduce"](count)
@@ -207,20 +216,14 @@ def _norms_tokens(path: str) -> bool:
 
 
 def _gathered(config: RunConfig, methods: Methods, arrays: Mapping[str, Any], mesh: Mapping[str, int]) -> int:
-    """Returns the bytes a step of what is all-gathered over `tensor` for adapters' gradients."""
+    """Returns the bytes a step of activations that are all-gathered over `tensor` for adapters' gradients."""
     sent, by_parts = 0.0, _summed_by_parts(config, methods)
     for path, method in methods.adapted():
         *layers, k, d = arrays[f"params/{path}"].shape
-        inward = path.endswith(INWARD)
-        width = k if inward else d
-        if not method.gathers_activations or width % mesh["tensor"]:
-            continue
+        width = k if path.endswith(INWARD) else d
         merged = by_parts.issuperset(f"adapters/{path}/{name}" for name in method.leaves())
-        product = method.gathered_product(k, d, (inward, not inward)) if merged else None
-        if product is None:
+        if method.gathers_activations and not merged and width % mesh["tensor"] == 0:
             sent += math.prod(layers) * width * _column(config, mesh)
-        else:
-            sent += math.prod(layers) * product * FLOAT32 * config.microbatches
     return round(sent * SENT["all-gather"](mesh["tensor"]))
 
 
