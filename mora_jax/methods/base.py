@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
@@ -271,14 +271,39 @@ def padded(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Float[Array, "G K D"]:
-    """Returns x^T dy over each shard of the batch, in float32; nothing is sent between devices yet."""
+def outer_by_parts(
+    x: Float[Array, "B *T K"], dy: Float[Array, "B *TD"], widths: int = 1
+) -> Float[Array, "G K *D"]:
+    """Returns x^T dy over each shard of the batch, in float32; nothing is sent between devices yet.
+
+    The last `widths` axes of dy are no tokens.
+    """
     parts = math.gcd(sharding.batch_shards(), x.shape[0]) if x.ndim > 1 else 1
+    last = "nd"[-widths:]
     if parts == 1:
-        return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)[None]
-    x_GTK, dy_GTD = (sharding.by_batch(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
-    g_GKD = jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32)
-    return sharding.by_batch(g_GKD, widths=2)
+        return jnp.einsum(f"...k,...{last}->k{last}", x, dy, preferred_element_type=jnp.float32)[None]
+    x_GTK = sharding.by_batch(x.reshape(parts, -1, x.shape[-1]))
+    dy_GTD = sharding.by_batch(dy.reshape(parts, -1, *dy.shape[-widths:]), widths)
+    g_GKD = jnp.einsum(f"gtk,gt{last}->gk{last}", x_GTK, dy_GTD, preferred_element_type=jnp.float32)
+    return sharding.by_batch(g_GKD, widths=1 + widths)
+
+
+def in_parts(function: Callable[[Array], Any], g: Array, axis: int, width: int) -> Any:
+    """Returns a linear function of products (G, ...), of a width that `tensor` divides in more parts.
+
+    Args:
+      function: of products with the complete width, to arrays (G, ...).
+      g: products of x and dy in parts, as of `outer_by_parts`.
+      axis: the axis of g with the width.
+      width: the kernel's width if `tensor` divides it, else 0.
+
+    Returns:
+      What the function gives, or its parts (tensor G, ...), whose sum that is.
+    """
+    if not width:
+        return function(g)
+    parts = sharding.by_width(function, g, axis, width)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
 
 
 def check_dropout(rate: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -23,6 +24,8 @@ Path: TypeAlias = Literal["auto", "merged", "compressed", "folded", "activation"
 
 # Matrix units work in tiles of this width: 32768 x 2048 x 5461 runs at a third of the speed of x 5504.
 TILE = 128
+
+_STACK = Layout((P(None, None, "tensor"),))  # kernels (K, N, D) whose widths `tensor` divides
 
 
 def dense(
@@ -84,9 +87,9 @@ def dense(
         keys = [jax.random.fold_in(dropout_key, i) for i in range(len(ws))]
     kernels = [_Kernel(*parts) for parts in zip(ws, adapters, known, keys, strict=True)]
     how = _How(path, tile, keep, jnp.dtype(sums))
-    if len(ws) > 1 and (sharding.divides_products() or all(w.dtype == x.dtype for w in ws)):
-        # Kernels that need no cast would be copied just to be joined. A mesh that divides kernels along
-        # their widths would move every shard.
+    alike = len({(w.shape, at) for w, at in zip(ws, known, strict=True)}) == 1
+    if all(w.dtype == x.dtype for w in ws) or (sharding.divides_products() and not alike):
+        # Kernels that need no cast would be copied just to be joined. Those of several widths do not stack.
         return [y for kernel in kernels for y in _applied(x, [kernel], how)]
     return _applied(x, kernels, how)
 
@@ -144,7 +147,7 @@ def _applied(x: Array, kernels: Sequence[_Kernel], how: _How) -> list[Array]:
         tuple(k.layout for k in kernels),
     )
     y: Any = _product(how, x, factors)
-    ys = jnp.split(y, _ends(_widths(factors, how.tile)), axis=-1)
+    ys = _apart(y, _widths(factors, how.tile), y.ndim > x.ndim)
     return [
         y + padded(_delta(x, k), -1, how.tile) if k.adapter and not is_merged else y
         for y, k, is_merged in zip(ys, kernels, merged, strict=True)
@@ -187,7 +190,7 @@ def _delta(x: Array, kernel: _Kernel) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: _How, x: Array, factors: _Factors) -> Any:
-    """Returns x times the effective kernels, side by side."""
+    """Returns x times the effective kernels, side by side or stacked, as these are."""
     return _times(x, _effective(how.tile, x, factors))
 
 
@@ -197,12 +200,16 @@ def _times(x: Array, w: Array) -> Array:
     What devices sum over `tensor` they may keep by positions, which a matrix of all tokens does not show.
     """
     if sharding.divides_products():
-        return x @ w
+        return jnp.tensordot(x, w, 1)
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _effective(tile: int, x: Array, factors: _Factors) -> Array:
-    """Returns the effective kernels in x's type, rows padded to x's width and columns to full tiles."""
+    """Returns the effective kernels in x's type, rows padded to x's width and columns to full tiles.
+
+    They are side by side, (K, columns), or stacked, (K, N, D), where `tensor` divides their widths: so each
+    device has its parts of all kernels side by side.
+    """
     merged = [
         method.weight(_replicated(arrays, method, layout), _widened(w)) if method else w
         for w, arrays, method, layout in factors
@@ -211,7 +218,7 @@ def _effective(tile: int, x: Array, factors: _Factors) -> Array:
 
 
 def _side_by_side(ws: Sequence[Array], layouts: Sequence[Layout | None], rows: int, tile: int) -> Array:
-    """Returns kernels joined along their columns as products use them, padded to `rows` and full tiles.
+    """Returns kernels as `_effective` does, padded to `rows` and full tiles.
 
     On a mesh, kernels that are stored alike are all-gathered in one piece. Axes that are not divided are
     padded, and the kernels joined, before that.
@@ -221,10 +228,12 @@ def _side_by_side(ws: Sequence[Array], layouts: Sequence[Layout | None], rows: i
         padded(w if rows_divided else padded(w, 0, rows), 1, 1 if columns_divided else tile)
         for w, (rows_divided, columns_divided) in zip(ws, divided, strict=True)
     ]
-    if set(divided) == {(True, False)} and len(set(layouts)) == 1:
+    stacks = sharding.divides_products() and len(ws) > 1
+    if set(divided) == {(True, False)} and len(set(layouts)) == 1 and not stacks:
         ws, layouts = [jnp.concatenate(ws, axis=-1)], layouts[:1]
     used = [sharding.gathered(w, at) if at else w for w, at in zip(ws, layouts, strict=True)]
-    return jnp.concatenate([padded(padded(w, 0, rows), 1, tile) for w in used], axis=-1)
+    used = [padded(padded(w, 0, rows), 1, tile) for w in used]
+    return sharding.constrain(jnp.stack(used, axis=1), _STACK) if stacks else jnp.concatenate(used, axis=-1)
 
 
 def _widened(w: Array) -> Array:
@@ -249,7 +258,7 @@ def _product_backward(how: _How, saved: Any, dy: Array) -> Any:
     w = _effective(how.tile, x, factors) if w is None else w
     # Without the barrier XLA computes dy again for each sum over it, instead of reading it.
     dy = jax.lax.optimization_barrier(dy)
-    dx = dy @ w.T
+    dx = jnp.einsum("...nd,knd->...k", dy, w) if w.ndim > 2 else dy @ w.T
     return dx, _factor_gradients(how, x, factors, dy)
 
 
@@ -260,9 +269,10 @@ def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Fac
     """Returns the gradients of the kernels and of their adapters' arrays, from those of all outputs."""
     arrays = [_replicated(a, method, layout) if method else {} for _, a, method, layout in factors]
     x_wide, x, widths = x, x[..., : factors.ws[0].shape[0]], _widths(factors, how.tile)
+    stacked = dy.ndim > x.ndim
     summed = functools.partial(sharding.summed, sent=how.sums)
     # XLA removes what is not used of this product; it is one for all kernels, as in the forward pass.
-    dws = jnp.split(outer_by_parts(x, dy), _ends(widths), axis=-1)
+    dws = _apart(outer_by_parts(x, dy, 1 + stacked), widths, stacked)
     dws = [summed(dw[..., : w.shape[1]]) for dw, w in zip(dws, factors.ws, strict=True)]
     found: list[Arrays] = [{} for _ in dws]
     together: dict[Any, list[int]] = {}  # kernels of one method and shape
@@ -273,7 +283,7 @@ def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Fac
         elif method:
             together.setdefault((method, w.shape), []).append(i)
     for (method, (k, d)), at in together.items():
-        of, dy_BND = [arrays[i] for i in at], _stacked(dy, widths, at)
+        of, dy_BND = [arrays[i] for i in at], _stacked(dy, widths, at, stacked)
         if how.path == "compressed":
             gradients = method.compressed_gradients(of, x, dy_BND[..., :d])
         else:  # cutting the padding of what is divided would move all parts
@@ -285,11 +295,18 @@ def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Fac
     return _scattered(factors, dws, found)
 
 
-def _stacked(dy: Array, widths: Sequence[int], at: Sequence[int]) -> Array:
+def _apart(y: Array, widths: Sequence[int], stacked: bool) -> list[Array]:
+    """Returns what belongs to each kernel, whether the kernels are stacked or side by side."""
+    if stacked:
+        return [y[..., i, :] for i in range(len(widths))]
+    return jnp.split(y, list(itertools.accumulate(widths))[:-1], axis=-1)
+
+
+def _stacked(dy: Array, widths: Sequence[int], at: Sequence[int], stacked: bool) -> Array:
     """Returns the outputs' gradients of some kernels of one width, (..., N, D); no copy if these are all."""
     if len(at) == len(widths):
-        return dy.reshape(*dy.shape[:-1], len(at), -1)
-    parts = jnp.split(dy, _ends(widths), axis=-1)
+        return dy if stacked else dy.reshape(*dy.shape[:-1], len(at), -1)
+    parts = _apart(dy, widths, stacked)
     return jnp.stack([parts[i] for i in at], axis=-2)
 
 
@@ -320,8 +337,3 @@ def _replicated(arrays: Arrays, method: Method, layout: Layout | None) -> Arrays
 def _widths(factors: _Factors, tile: int) -> list[int]:
     """Returns the widths of the kernels' outputs, in full tiles."""
     return [w.shape[1] + -w.shape[1] % tile for w in factors.ws]
-
-
-def _ends(widths: Sequence[int]) -> list[int]:
-    """Returns where to cut what these widths were joined to, for `jnp.split`."""
-    return list(itertools.accumulate(widths))[:-1]

@@ -5,8 +5,9 @@ use it, N kernels of one input, G shards of a batch.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -23,6 +24,7 @@ from mora_jax.methods.base import (
     RestartEffect,
     check_dropout,
     check_rank,
+    in_parts,
     outer_by_parts,
     padded,
 )
@@ -160,9 +162,9 @@ class MoRA(Method):
             one = jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR)
             return jax.vmap(one)(g_GKD)[0]
 
-        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, x.shape[-1], *dy.shape[-2:])
+        g_GKND = outer_by_parts(x, dy, widths=2)
         axis = 1 if divided[0] else 2
-        return [_in_parts(folded, g_GKND[:, :, i], axis, max(divided)) for i in range(dy.shape[-2])]
+        return [in_parts(folded, g_GKND[:, :, i], axis, max(divided)) for i in range(dy.shape[-2])]
 
     def after_restart(self, restarts: int = 1) -> "MoRA":
         """Returns MoRA with the operator's next pattern, so that the next update spans other directions."""
@@ -298,37 +300,22 @@ def _gradients_of_sums(
     shards = [sharding.tensor_shards() if width else 1 for width in divided]
     widths = x.shape[-1] // shards[0], dy.shape[-1] // shards[1]
     first_x, first_dy = _summed_first(*widths, n, sum_x.width)
-    outer = outer_by_parts
+    outer = functools.partial(outer_by_parts, widths=2)
     if first_x:
         x = sharding.by_width(sum_x, x, x.ndim - 1, k) if k else sharding.whole(sum_x(x))
         outer = jax.vmap(outer, (0, None)) if k else outer
     if first_dy:
         dy = sharding.by_width(sum_dy, dy, dy.ndim - 1, d) if d else sharding.whole(sum_dy(dy))
         outer = jax.vmap(outer, (None, 0)) if d else outer
-    g = outer(x, dy.reshape(*dy.shape[:-2], -1))
-    g_GKND = g.reshape(-1, x.shape[-1], n, dy.shape[-1])
+    g = outer(x, dy)
+    g_GKND = g.reshape(-1, *g.shape[-3:])
 
     def sum_rows(g_GKD: Array) -> Array:
         return sum_x(g_GKD.swapaxes(1, 2)).swapaxes(1, 2)
 
-    g_GKND = g_GKND if first_dy else _in_parts(sum_dy, g_GKND, 3, d)
+    g_GKND = g_GKND if first_dy else in_parts(sum_dy, g_GKND, 3, d)
     gs = [g_GKND[:, :, i] for i in range(n)]
-    return gs if first_x else [_in_parts(sum_rows, g_GKD, 1, k) for g_GKD in gs]
-
-
-def _in_parts(function: Callable[[Array], Array], g: Array, axis: int, width: int) -> Array:
-    """Returns a linear function of products (G, ...), of a divided width in more parts (tensor G, ...).
-
-    Args:
-      function: keeps the first axis.
-      g: the products.
-      axis: which axis `tensor` divides.
-      width: its width, 0 if it is not divided.
-    """
-    if not width:
-        return function(g)
-    parts = sharding.by_width(function, g, axis, width)
-    return parts.reshape(-1, *parts.shape[2:])
+    return gs if first_x else [in_parts(sum_rows, g_GKD, 1, k) for g_GKD in gs]
 
 
 def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:

@@ -4,6 +4,7 @@ Legend of shapes in names: K inputs, D outputs, R the side of M.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -22,6 +23,7 @@ from mora_jax.methods.base import (
     RestartEffect,
     check_dropout,
     check_rank,
+    in_parts,
     outer_by_parts,
 )
 from mora_jax.methods.lora import A_LAYOUT, B_LAYOUT, low_rank_product
@@ -141,19 +143,26 @@ class Spectral(Method):
         arrays: Sequence[Arrays],
         x: Float[Array, "*B K"],
         dy: Float[Array, "*B N D"],
-        divided: tuple[bool, bool] = (False, False),
+        divided: tuple[int, int] = (0, 0),
     ) -> list[Arrays]:
         """Returns the gradients in parts, by one product x^T dy where that is cheaper than by `delta`."""
-        k, (n, d) = x.shape[-1], dy.shape[-2:]
+        k, d = divided[0] or x.shape[-1], divided[1] or dy.shape[-1]
         side = self.r_hat(k, d)
         if side * (k + d + side) < k * d:
-            return self.compressed_gradients(arrays, x, dy)
-        x, dy = sharding.whole(x), sharding.whole(dy)
-        g_GKND = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1)).reshape(-1, k, n, d)
-        zero_KD = jnp.zeros((k, d))
-        vjps = [jax.vjp(lambda a: self.weight(a, zero_KD), dict(a))[1] for a in arrays]
+            return super().gradients(arrays, x, dy, divided)
+        x, dy = (a if cut else sharding.whole(a) for a, cut in zip((x, dy), divided, strict=True))
+        g_GKND = outer_by_parts(x, dy, widths=2)
+        axis = 1 if divided[0] else 2
+
+        def of_arrays(g_GKD: Array, arrays: Arrays) -> Arrays:
+            _, vjp = jax.vjp(lambda a: self.weight(a, jnp.zeros((k, d))), dict(arrays))
+            return jax.vmap(vjp)(g_GKD)[0]
+
         # Devices sum what is as small as m, not the product.
-        return [jax.vmap(vjp)(g_GKND[:, :, i])[0] for i, vjp in enumerate(vjps)]
+        return [
+            in_parts(functools.partial(of_arrays, arrays=a), g_GKND[:, :, i], axis, max(divided))
+            for i, a in enumerate(arrays)
+        ]
 
     @property
     def restart_effect(self) -> RestartEffect:

@@ -161,13 +161,13 @@ def by_batch(x: Array, widths: int = 1) -> Array:
     return jax.lax.with_sharding_constraint(x, P(first, *between, *(P.UNCONSTRAINED,) * widths))
 
 
-def by_width(function: Callable[[Array], Array], x: Array, axis: int, width: int) -> Array:
+def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) -> Any:
     """Applies a linear function to each device's part of a width, as if the others were zero.
 
     So nothing is sent, where a function of the complete width would need all parts.
 
     Args:
-      function: linear, of an array with the complete width. It keeps the first axis.
+      function: linear, of an array with the complete width, to arrays that keep the first axis.
       x: an activation (batch, ...), divided along its batch and, over `tensor`, along the width.
       axis: where the width is.
       width: the complete width. x may be wider, padded with zeros.
@@ -181,11 +181,12 @@ def by_width(function: Callable[[Array], Array], x: Array, axis: int, width: int
     rows, *_ = (*canonical(P(BATCH), 1, sizes), None)
     rows = rows if x.shape[0] % math.prod(sizes[name] for name in BATCH) == 0 else None
 
-    def local(part: Array) -> Array:
+    def local(part: Array) -> Any:
         complete = jnp.zeros([n * count if at == axis else n for at, n in enumerate(part.shape)], part.dtype)
         start = jax.lax.axis_index("tensor") * part.shape[axis]
         complete = jax.lax.dynamic_update_slice_in_dim(complete, part, start, axis)
-        return function(jax.lax.slice_in_dim(complete, 0, width, axis=axis))[None]
+        found = function(jax.lax.slice_in_dim(complete, 0, width, axis=axis))
+        return jax.tree.map(lambda a: a[None], found)
 
     divided = P(rows, *[None] * (axis - 1), "tensor")
     return jax.shard_map(local, in_specs=divided, out_specs=P("tensor", rows), check_vma=False)(x)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from method_cases import PATHS
 from slow import quick, slow
 
@@ -19,7 +20,6 @@ from mora_jax.methods import (
     LoRA,
     Method,
     MoRA,
-    Operator,
     Rotate,
     Share,
     Spectral,
@@ -45,7 +45,7 @@ def gradients(method: MoRA, layout: Layout, keep: bool, places: Any = None) -> A
 
     def loss(x: jax.Array, w: jax.Array, arrays: Any) -> jax.Array:
         (y,) = dense(x, [w], [Adapter(arrays, method)], "merged", layouts=[layout], keep=keep)
-        y = sharding.constrain(y, Layout((jax.sharding.PartitionSpec(sharding.BATCH, None, None),)))
+        y = sharding.constrain(y, Layout((P(sharding.BATCH, None, None),)))
         return jnp.sum(jnp.sin(y))
 
     step = jax.jit(jax.grad(loss, argnums=(0, 2)), in_shardings=places)
@@ -94,49 +94,78 @@ def test_a_kernel_that_is_kept_is_all_gathered_once():
     rows, m = sharding.batch(mesh), method.leaves()["m_RR"].layout
     with jax.set_mesh(mesh):
         at = {"m_RR": jax.NamedSharding(mesh, m.choices[0])}
-        places = (rows, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", None)), at)
+        places = (rows, jax.NamedSharding(mesh, P("fsdp", None)), at)
         again, once = (gathered(gradients(method, COLUMNS, keep, places), mesh) for keep in (False, True))
     assert once["fsdp"] == again["fsdp"] / 2  # the kernel and M
 
 
-OPERATORS: dict[str, Operator] = {
-    "strided": Share(0),
-    "strided, wrapped": Share(0, "wrap"),
-    "contiguous": Share(1),
-    "in another order": Share(1, reorder=True, draw=2),
-    "truncate": Truncate(),
-    "rotate": Rotate(),
+BY_PARTS: dict[str, Method] = {
+    "strided": MoRA(2, Share(0)),
+    "strided, wrapped": MoRA(2, Share(0, "wrap")),
+    "contiguous": MoRA(2, Share(1)),
+    "in another order": MoRA(2, Share(1, reorder=True, draw=2)),
+    "truncate": MoRA(2, Truncate()),
+    "rotate": MoRA(2, Rotate()),
+    "spectral": Spectral(16),
 }
 
 
 @pytest.mark.parametrize("cost", [0.0, 1e9], ids=["sums first", "product first"])
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", BY_PARTS)
 def test_over_tensor_nothing_is_all_gathered_for_the_gradient(
-    monkeypatch: pytest.MonkeyPatch, operator: str, side: str, cost: float
+    monkeypatch: pytest.MonkeyPatch, name: str, side: str, cost: float
 ):
     """Each device computes a part from its part of the width, padded to what devices share out."""
     monkeypatch.setattr(mora, "flops_per_byte", lambda: cost)
-    method, mesh = MoRA(2, OPERATORS[operator]), sharding.make_mesh(2, 1, 4)
-    x, w, arrays = inputs(method)
-    x, dy = x[..., :-1], jnp.sin(x @ w)[..., None, :-1]  # widths of 63 and 95
+    method, mesh, (k, d) = BY_PARTS[name], sharding.make_mesh(2, 1, 4), (63, 95)
+    x, dy, w = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(B, T, k), (B, T, 1, d), (k, d)])
+    )
+    arrays = method.example(jax.random.key(3), w, 0.1)
     (expected,) = jax.jit(method.gradients)([arrays], x, dy)
-    spec = jax.sharding.PartitionSpec
     if side == "inputs":
-        x, divided, places = padded(x, -1, 4), (K - 1, 0), (spec("data", None, "tensor"), spec("data"))
+        x, divided, places = padded(x, -1, 4), (k, 0), (P("data", None, "tensor"), P("data"))
     else:
-        dy, divided, places = (
-            padded(dy, -1, 4),
-            (0, D - 1),
-            (spec("data"), spec("data", None, None, "tensor")),
-        )
-    x, dy = jax.device_put((x, dy), tuple(jax.NamedSharding(mesh, place) for place in places))
+        dy, divided, places = padded(dy, -1, 4), (0, d), (P("data"), P("data", None, None, "tensor"))
+    x, dy, arrays = jax.device_put(
+        (x, dy, arrays), tuple(jax.NamedSharding(mesh, place) for place in (*places, P()))
+    )
+
+    @jax.jit
+    def gradients(x: jax.Array, dy: jax.Array, arrays: Any) -> jax.Array:
+        return method.gradients([arrays], x, dy, divided)[0]["m_RR"]
+
     with jax.set_mesh(mesh):
-        step = jax.jit(lambda x, dy: method.gradients([arrays], x, dy, divided)[0]).lower(x, dy).compile()
+        step = gradients.lower(x, dy, arrays).compile()
     assert not collectives(step.as_text(), mesh.shape)
-    parts = step(x, dy)["m_RR"]
+    parts = step(x, dy, arrays)
     assert len(parts) == 8
     np.testing.assert_allclose(parts.sum(0), expected["m_RR"].sum(0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("widths", [(D, D, D), slow((D, D - 1, D)), slow((D - 1, D - 1))], ids=str)
+@pytest.mark.parametrize("sizes", [slow((1, 1, 4)), (2, 2, 2)], ids=str)
+def test_kernels_of_one_input_over_tensor(widths: tuple[int, ...], sizes: tuple[int, int, int]):
+    """Equal widths are stacked to one product, others not; one kernel has no adapter."""
+    method, tile = METHODS["strided"], 8
+    x, _, _ = inputs(method)
+    ws = [0.1 * jax.random.normal(jax.random.key(i), (K, d)) for i, d in enumerate(widths)]
+    arrays = [method.example(jax.random.key(9 + i), w, 0.1) for i, w in enumerate(ws)]
+
+    @jax.jit
+    def gradients(x: jax.Array, ws: Any, arrays: Any) -> Any:
+        def loss(x: jax.Array, ws: Any, arrays: Any) -> jax.Array:
+            adapters = [None, *(Adapter(a, method) for a in arrays[1:])]
+            ys = dense(x, ws, adapters, "merged", tile=tile, layouts=[COLUMNS] * len(ws))
+            return sum((jnp.sum(jnp.sin(y) * (i + 1)) for i, y in enumerate(ys)), jnp.zeros(()))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(x, ws, arrays)
+
+    expected = gradients(x, ws, arrays)
+    with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])):
+        got = gradients(x, ws, arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +176,7 @@ class Picked(Method):
         return {"m_RD": jnp.zeros((8, w.shape[1])), "at_R": 5 * jnp.arange(8)}
 
     def leaves(self):
-        layout = Layout((jax.sharding.PartitionSpec("fsdp"),))
+        layout = Layout((P("fsdp"),))
         return {"m_RD": Leaf(), "at_R": Leaf(trainable=False, layout=layout)}
 
     def weight(self, arrays, w):
