@@ -298,7 +298,7 @@ def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Fac
 def _apart(y: Array, widths: Sequence[int], stacked: bool) -> list[Array]:
     """Returns what belongs to each kernel, whether the kernels are stacked or side by side."""
     if stacked:
-        return [y[..., i, :] for i in range(len(widths))]
+        return sharding.unstacked(y)
     return jnp.split(y, list(itertools.accumulate(widths))[:-1], axis=-1)
 
 

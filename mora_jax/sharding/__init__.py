@@ -28,6 +28,7 @@ from mora_jax.sharding.inside import (
     tensor_shards,
     tile,
     undivided,
+    unstacked,
     whole,
 )
 from mora_jax.sharding.mesh import (
@@ -96,5 +97,6 @@ __all__ = [
     "tile",
     "to_global",
     "undivided",
+    "unstacked",
     "whole",
 ]

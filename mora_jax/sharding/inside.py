@@ -156,9 +156,8 @@ def by_batch(x: Array, widths: int = 1) -> Array:
     sizes = _ambient()
     if not divides_products() or x.shape[0] % math.prod(sizes[axis] for axis in BATCH):
         return whole(x)
-    first, *_ = (*canonical(P(BATCH), 1, sizes), None)
     between = (None,) * (x.ndim - 1 - widths)
-    return jax.lax.with_sharding_constraint(x, P(first, *between, *(P.UNCONSTRAINED,) * widths))
+    return jax.lax.with_sharding_constraint(x, P(_rows(x), *between, *(P.UNCONSTRAINED,) * widths))
 
 
 def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) -> Any:
@@ -177,9 +176,7 @@ def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) 
     """
     sizes = _ambient()
     count = sizes["tensor"]
-    x = jnp.pad(x, [(0, -n % count if at == axis else 0) for at, n in enumerate(x.shape)])
-    rows, *_ = (*canonical(P(BATCH), 1, sizes), None)
-    rows = rows if x.shape[0] % math.prod(sizes[name] for name in BATCH) == 0 else None
+    x, rows = jnp.pad(x, [(0, -n % count if at == axis else 0) for at, n in enumerate(x.shape)]), _rows(x)
 
     def local(part: Array) -> Any:
         complete = jnp.zeros([n * count if at == axis else n for at, n in enumerate(part.shape)], part.dtype)
@@ -190,6 +187,22 @@ def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) 
 
     divided = P(rows, *[None] * (axis - 1), "tensor")
     return jax.shard_map(local, in_specs=divided, out_specs=P("tensor", rows), check_vma=False)(x)
+
+
+def unstacked(y: Array) -> list[Array]:
+    """Returns y[..., i, :] of a stack (batch, ..., N, width) for each i, where `tensor` divides the width.
+
+    A device has its parts of them side by side, and cuts them apart as it does without a mesh: XLA makes
+    other kernels of a stack.
+    """
+    count, rows = y.shape[-2], _rows(y) if y.ndim > 2 else None
+
+    def local(part: Array) -> tuple[Array, ...]:
+        return tuple(jnp.split(part.reshape(*part.shape[:-2], -1), count, axis=-1))
+
+    divided = P(rows, *[None] * (y.ndim - 3), "tensor") if y.ndim > 2 else P("tensor")
+    stack = P(*divided[:-1], None, "tensor")
+    return list(jax.shard_map(local, in_specs=stack, out_specs=divided, check_vma=False)(y))
 
 
 def undivided(x: Array) -> Array:
@@ -331,6 +344,13 @@ def _parted(y: Array, parts: Layout) -> Array:
 
 _joined.defvjp(lambda x, parts: (_joined(x, parts), None), lambda parts, _, g: (_parted(g, parts),))
 _parted.defvjp(lambda y, parts: (_parted(y, parts), None), lambda parts, _, g: (_joined(g, parts),))
+
+
+def _rows(x: Array) -> Any:
+    """Returns what divides the first axis of an activation, None if the mesh does not divide it."""
+    sizes = _ambient()
+    first, *_ = (*canonical(P(BATCH), 1, sizes), None)
+    return None if x.shape[0] % math.prod(sizes[axis] for axis in BATCH) else first
 
 
 def _ambient() -> Sizes:
