@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from typing import Any
 
@@ -147,9 +148,9 @@ def test_over_tensor_nothing_is_all_gathered_for_the_gradient(
 @pytest.mark.parametrize("widths", [(D, D, D), slow((D, D - 1, D)), slow((D - 1, D - 1))], ids=str)
 @pytest.mark.parametrize("sizes", [slow((1, 1, 4)), (2, 2, 2)], ids=str)
 def test_kernels_of_one_input_over_tensor(widths: tuple[int, ...], sizes: tuple[int, int, int]):
-    """Equal widths are stacked to one product, others not; one kernel has no adapter."""
-    method, tile = METHODS["strided"], 8
-    x, _, _ = inputs(method)
+    """Equal widths are stacked to one product, others are not; one kernel has no adapter."""
+    method = METHODS["strided"]
+    x = inputs(method)[0].astype(jnp.bfloat16)  # kernels that need no cast are not stacked
     ws = [0.1 * jax.random.normal(jax.random.key(i), (K, d)) for i, d in enumerate(widths)]
     arrays = [method.example(jax.random.key(9 + i), w, 0.1) for i, w in enumerate(ws)]
 
@@ -157,15 +158,19 @@ def test_kernels_of_one_input_over_tensor(widths: tuple[int, ...], sizes: tuple[
     def gradients(x: jax.Array, ws: Any, arrays: Any) -> Any:
         def loss(x: jax.Array, ws: Any, arrays: Any) -> jax.Array:
             adapters = [None, *(Adapter(a, method) for a in arrays[1:])]
-            ys = dense(x, ws, adapters, "merged", tile=tile, layouts=[COLUMNS] * len(ws))
-            return sum((jnp.sum(jnp.sin(y) * (i + 1)) for i, y in enumerate(ys)), jnp.zeros(()))
+            ys = dense(x, ws, adapters, "merged", tile=8, layouts=[COLUMNS] * len(ws))
+            return sum(
+                (jnp.sum(jnp.sin(y.astype(jnp.float32)) * (i + 1)) for i, y in enumerate(ys)), jnp.zeros(())
+            )
 
         return jax.grad(loss, argnums=(0, 1, 2))(x, ws, arrays)
 
     expected = gradients(x, ws, arrays)
-    with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])):
+    with jax.set_mesh(sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])):
         got = gradients(x, ws, arrays)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        error = jnp.linalg.norm((a - b).astype(jnp.float32).ravel())
+        assert error <= 0.02 * jnp.linalg.norm(b.astype(jnp.float32).ravel())
 
 
 @dataclasses.dataclass(frozen=True)
