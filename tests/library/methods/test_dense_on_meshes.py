@@ -145,7 +145,7 @@ def test_over_tensor_nothing_is_all_gathered_for_the_gradient(
     np.testing.assert_allclose(parts.sum(0), expected["m_RR"].sum(0), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("widths", [(D, D, D), slow((D, D - 1, D)), slow((D - 1, D - 1))], ids=str)
+@pytest.mark.parametrize("widths", [(D, D, D), slow((D, D // 2, D // 2)), slow((D - 1, D - 1))], ids=str)
 @pytest.mark.parametrize("sizes", [slow((1, 1, 4)), (2, 2, 2)], ids=str)
 def test_kernels_of_one_input_over_tensor(widths: tuple[int, ...], sizes: tuple[int, int, int]):
     """Equal widths are stacked to one product, others are not; one kernel has no adapter."""
