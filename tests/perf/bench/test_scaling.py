@@ -66,6 +66,11 @@ def run(**changes: Any) -> Record:
     return scaling.bench(case, BenchScaling("tiny", case.config, **changes))
 
 
+def test_a_run_notes_the_flags_of_xla(world: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=true")
+    assert run(meshes=("data:2",)).runs[-1]["xla_flags"] == "--xla_some_flag=true"
+
+
 def test_the_whole_table(world: World, tmp_path: Path, capsys):
     out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     found = run(out=str(out), picture=str(picture))

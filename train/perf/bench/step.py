@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import sys
 import tempfile
 import time
@@ -113,6 +114,7 @@ def begin_run(record: Record, case: Case, call: Call) -> None:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             **found,
             "command": " ".join(sys.argv[1:]),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
     )
     progress(f"{device}: {found['matmul_tflops']:.3g} TFLOP/s ({found['matmul_side']}-cube matmul)")
