@@ -87,9 +87,8 @@ def dense(
         keys = [jax.random.fold_in(dropout_key, i) for i in range(len(ws))]
     kernels = [_Kernel(*parts) for parts in zip(ws, adapters, known, keys, strict=True)]
     how = _How(path, tile, keep, jnp.dtype(sums))
-    alike = len({(w.shape, at) for w, at in zip(ws, known, strict=True)}) == 1
-    if all(w.dtype == x.dtype for w in ws) or (sharding.divides_products() and not alike):
-        # Kernels that need no cast would be copied just to be joined. Those of several widths do not stack.
+    if all(w.dtype == x.dtype for w in ws) or (sharding.divides_products() and not _stacks(kernels, tile)):
+        # Kernels that need no cast would be copied just to be joined.
         return [y for kernel in kernels for y in _applied(x, [kernel], how)]
     return _applied(x, kernels, how)
 
@@ -135,6 +134,14 @@ class _Factors:
 
     def __iter__(self) -> Iterator[tuple[Array, Arrays, Method | None, Layout | None]]:
         return zip(self.ws, self.arrays, self.methods, self.layouts, strict=True)
+
+
+def _stacks(kernels: Sequence[_Kernel], tile: int) -> bool:
+    """Returns whether kernels can be stacked over `tensor`: they are alike, and it divides their width."""
+    first, *others = kernels
+    width = first.w.shape[1] + -first.w.shape[1] % tile
+    alike = all(k.w.shape == first.w.shape and k.layout == first.layout for k in others)
+    return alike and sharding.divided(first.layout)[1] and width % sharding.tensor_shards() == 0
 
 
 def _applied(x: Array, kernels: Sequence[_Kernel], how: _How) -> list[Array]:

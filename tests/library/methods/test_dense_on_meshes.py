@@ -145,10 +145,23 @@ def test_over_tensor_nothing_is_all_gathered_for_the_gradient(
     np.testing.assert_allclose(parts.sum(0), expected["m_RR"].sum(0), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("widths", [(D, D, D), slow((D, D // 2, D // 2)), slow((D - 1, D - 1))], ids=str)
+@pytest.mark.parametrize(
+    ("widths", "tile", "layout"),
+    [
+        ((D, D, D), 8, COLUMNS),
+        slow((D - 1, D - 1), 8, COLUMNS),
+        slow((D, D // 2, D // 2), 8, COLUMNS),
+        slow((D - 1, D - 1), 1, COLUMNS),
+        slow((D, D), 8, ROWS),
+        slow((D - 1, D - 1), 1, None),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("sizes", [slow((1, 1, 4)), (2, 2, 2)], ids=str)
-def test_kernels_of_one_input_over_tensor(widths: tuple[int, ...], sizes: tuple[int, int, int]):
-    """Equal widths are stacked to one product, others are not; one kernel has no adapter."""
+def test_kernels_of_one_input_over_tensor(
+    widths: tuple[int, ...], tile: int, layout: Layout | None, sizes: tuple[int, int, int]
+):
+    """Those of one width that divides are stacked to one product, others are not; one has no adapter."""
     method = METHODS["strided"]
     x = inputs(method)[0].astype(jnp.bfloat16)  # kernels that need no cast are not stacked
     ws = [0.1 * jax.random.normal(jax.random.key(i), (K, d)) for i, d in enumerate(widths)]
@@ -158,7 +171,8 @@ def test_kernels_of_one_input_over_tensor(widths: tuple[int, ...], sizes: tuple[
     def gradients(x: jax.Array, ws: Any, arrays: Any) -> Any:
         def loss(x: jax.Array, ws: Any, arrays: Any) -> jax.Array:
             adapters = [None, *(Adapter(a, method) for a in arrays[1:])]
-            ys = dense(x, ws, adapters, "merged", tile=8, layouts=[COLUMNS] * len(ws))
+            layouts = [layout] * len(ws) if layout else None
+            ys = dense(x, ws, adapters, "merged", tile=tile, layouts=layouts)
             return sum(
                 (jnp.sum(jnp.sin(y.astype(jnp.float32)) * (i + 1)) for i, y in enumerate(ys)), jnp.zeros(())
             )
