@@ -119,8 +119,8 @@ class Method:
           arrays: the arrays of each kernel's adapter.
           x: the input.
           dy: the gradients of the kernels' outputs.
-          divided: the number of the kernel's inputs, and of its outputs, if `tensor` divides them, else 0.
-            What is divided may be wider, padded with zeros.
+          divided: the number of the kernel's inputs, or of its outputs, if `tensor` divides them; both are 0
+            if it divides neither. What is divided may be wider than the kernel, padded with zeros.
         """
         k, d = divided
         return self.compressed_gradients(arrays, x[..., :k] if k else x, dy[..., :d] if d else dy)
@@ -271,21 +271,24 @@ def padded(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def outer_by_parts(
-    x: Float[Array, "B *T K"], dy: Float[Array, "B *TD"], widths: int = 1
-) -> Float[Array, "G K *D"]:
-    """Returns x^T dy over each shard of the batch, in float32; nothing is sent between devices yet.
-
-    The last `widths` axes of dy are no tokens.
-    """
+def outer_by_parts(x: Float[Array, "B *T K"], dy: Float[Array, "B *T D"]) -> Float[Array, "G K D"]:
+    """Returns x^T dy over each shard of the batch, in float32; nothing is sent between devices yet."""
     parts = math.gcd(sharding.batch_shards(), x.shape[0]) if x.ndim > 1 else 1
-    last = "nd"[-widths:]
     if parts == 1:
-        return jnp.einsum(f"...k,...{last}->k{last}", x, dy, preferred_element_type=jnp.float32)[None]
-    x_GTK = sharding.by_batch(x.reshape(parts, -1, x.shape[-1]))
-    dy_GTD = sharding.by_batch(dy.reshape(parts, -1, *dy.shape[-widths:]), widths)
-    g_GKD = jnp.einsum(f"gtk,gt{last}->gk{last}", x_GTK, dy_GTD, preferred_element_type=jnp.float32)
-    return sharding.by_batch(g_GKD, widths=1 + widths)
+        return jnp.einsum("...k,...d->kd", x, dy, preferred_element_type=jnp.float32)[None]
+    x_GTK, dy_GTD = (sharding.by_batch(a.reshape(parts, -1, a.shape[-1])) for a in (x, dy))
+    g_GKD = jnp.einsum("gtk,gtd->gkd", x_GTK, dy_GTD, preferred_element_type=jnp.float32)
+    return sharding.by_batch(g_GKD, widths=2)
+
+
+def outers_by_parts(
+    x: Float[Array, "B *T K"], dy: Float[Array, "B *T N D"], divided: bool
+) -> Float[Array, "G K N D"]:
+    """Returns `outer_by_parts` of N kernels as one product, where `tensor` divides D or not."""
+    if divided and dy.shape[-2] > 1:
+        return sharding.unflat(outer_by_parts(x, sharding.flat(dy)), dy.shape[-2])
+    g_GKD = outer_by_parts(x, dy.reshape(*dy.shape[:-2], -1))
+    return g_GKD.reshape(*g_GKD.shape[:-1], *dy.shape[-2:])
 
 
 def in_parts(function: Callable[[Array], Any], g: Array, axis: int, width: int) -> Any:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from mora_jax import sharding
 from mora_jax.errors import InputError
-from mora_jax.methods.base import Adapter, Arrays, Bound, Method, outer_by_parts, padded
+from mora_jax.methods.base import Adapter, Arrays, Bound, Method, outer_by_parts, outers_by_parts, padded
 from mora_jax.sharding import Layout
 
 Path: TypeAlias = Literal["auto", "merged", "compressed", "folded", "activation"]
@@ -221,14 +221,14 @@ def _effective(tile: int, x: Array, factors: _Factors) -> Array:
         method.weight(_replicated(arrays, method, layout), _widened(w)) if method else w
         for w, arrays, method, layout in factors
     ]
-    return _side_by_side([w.astype(x.dtype) for w in merged], factors.layouts, x.shape[-1], tile)
+    return _placed_together([w.astype(x.dtype) for w in merged], factors.layouts, x.shape[-1], tile)
 
 
-def _side_by_side(ws: Sequence[Array], layouts: Sequence[Layout | None], rows: int, tile: int) -> Array:
+def _placed_together(ws: Sequence[Array], layouts: Sequence[Layout | None], rows: int, tile: int) -> Array:
     """Returns kernels as `_effective` does, padded to `rows` and full tiles.
 
-    On a mesh, kernels that are stored alike are all-gathered in one piece. Axes that are not divided are
-    padded, and the kernels joined, before that.
+    On a mesh, kernels side by side that are stored alike are all-gathered in one piece. Axes that are not
+    divided are padded, and these kernels joined, before that.
     """
     divided = [sharding.stored_in_parts(at, w.shape) for w, at in zip(ws, layouts, strict=True)]
     ws = [
@@ -279,7 +279,7 @@ def _factor_gradients(how: _How, x: Array, factors: _Factors, dy: Array) -> _Fac
     stacked = dy.ndim > x.ndim
     summed = functools.partial(sharding.summed, sent=how.sums)
     # XLA removes what is not used of this product; it is one for all kernels, as in the forward pass.
-    dws = _apart(outer_by_parts(x, dy, 1 + stacked), widths, stacked)
+    dws = _apart(outers_by_parts(x, dy, True) if stacked else outer_by_parts(x, dy), widths, stacked)
     dws = [summed(dw[..., : w.shape[1]]) for dw, w in zip(dws, factors.ws, strict=True)]
     found: list[Arrays] = [{} for _ in dws]
     together: dict[Any, list[int]] = {}  # kernels of one method and shape

@@ -1,7 +1,7 @@
 """MoRA: one square matrix between parameter-free compression and decompression (arXiv:2405.12130).
 
 Legend of shapes in names: K inputs (k), D outputs (d), R the side of M (r_hat), S the side of M as products
-use it, N kernels of one input, G shards of a batch.
+use it, N kernels of one input, G parts that devices compute.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from mora_jax.methods.base import (
     check_rank,
     in_parts,
     outer_by_parts,
+    outers_by_parts,
     padded,
 )
 from mora_jax.methods.cost import flops_per_byte
@@ -162,7 +163,7 @@ class MoRA(Method):
             one = jax.linear_transpose(lambda m_RR: self.operator.matrix(m_RR, k, d), m_RR)
             return jax.vmap(one)(g_GKD)[0]
 
-        g_GKND = outer_by_parts(x, dy, widths=2)
+        g_GKND = outers_by_parts(x, dy, divided[1] > 0)
         axis = 1 if divided[0] else 2
         return [in_parts(folded, g_GKND[:, :, i], axis, max(divided)) for i in range(dy.shape[-2])]
 
@@ -300,7 +301,7 @@ def _gradients_of_sums(
     shards = [sharding.tensor_shards() if width else 1 for width in divided]
     widths = x.shape[-1] // shards[0], dy.shape[-1] // shards[1]
     first_x, first_dy = _summed_first(*widths, n, sum_x.width)
-    outer = functools.partial(outer_by_parts, widths=2)
+    outer = functools.partial(outers_by_parts, divided=d > 0 and not first_dy)
     if first_x:
         x = sharding.by_width(sum_x, x, x.ndim - 1, k) if k else sharding.whole(sum_x(x))
         outer = jax.vmap(outer, (0, None)) if k else outer

@@ -24,7 +24,7 @@ from mora_jax.methods.base import (
     check_dropout,
     check_rank,
     in_parts,
-    outer_by_parts,
+    outers_by_parts,
 )
 from mora_jax.methods.lora import A_LAYOUT, B_LAYOUT, low_rank_product
 from mora_jax.methods.mora import matching_side
@@ -151,7 +151,7 @@ class Spectral(Method):
         if side * (k + d + side) < k * d:
             return super().gradients(arrays, x, dy, divided)
         x, dy = (a if cut else sharding.whole(a) for a, cut in zip((x, dy), divided, strict=True))
-        g_GKND = outer_by_parts(x, dy, widths=2)
+        g_GKND = outers_by_parts(x, dy, divided[1] > 0)
         axis = 1 if divided[0] else 2
 
         def of_arrays(g_GKD: Array, arrays: Arrays) -> Arrays:

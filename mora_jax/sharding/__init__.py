@@ -15,6 +15,7 @@ from mora_jax.sharding.inside import (
     device_kind,
     divided,
     divides_products,
+    flat,
     gathered,
     gathers,
     in_use,
@@ -28,6 +29,7 @@ from mora_jax.sharding.inside import (
     tensor_shards,
     tile,
     undivided,
+    unflat,
     unstacked,
     whole,
 )
@@ -77,6 +79,7 @@ __all__ = [
     "divided",
     "divides_products",
     "find",
+    "flat",
     "gathered",
     "gathers",
     "in_use",
@@ -97,6 +100,7 @@ __all__ = [
     "tile",
     "to_global",
     "undivided",
+    "unflat",
     "unstacked",
     "whole",
 ]

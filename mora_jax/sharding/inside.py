@@ -163,11 +163,13 @@ def by_batch(x: Array, widths: int = 1) -> Array:
 def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) -> Any:
     """Applies a linear function to each device's part of a width, as if the others were zero.
 
-    So nothing is sent, where a function of the complete width would need all parts.
+    So nothing is sent, where a function of the complete width would need all parts. XLA does not make the
+    zeros where it fuses the function.
 
     Args:
       function: linear, of an array with the complete width, to arrays that keep the first axis.
-      x: an activation (batch, ...), divided along its batch and, over `tensor`, along the width.
+      x: an activation (batch, ...) or products (G, ...) in parts of the batch, divided along that axis and,
+        over `tensor`, along the width.
       axis: where the width is.
       width: the complete width. x may be wider, padded with zeros.
 
@@ -185,8 +187,9 @@ def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) 
         found = function(jax.lax.slice_in_dim(complete, 0, width, axis=axis))
         return jax.tree.map(lambda a: a[None], found)
 
-    divided = P(rows, *[None] * (axis - 1), "tensor")
-    return jax.shard_map(local, in_specs=divided, out_specs=P("tensor", rows), check_vma=False)(x)
+    return jax.shard_map(
+        local, in_specs=_stack(axis + 1, rows), out_specs=P("tensor", rows), check_vma=False
+    )(x)
 
 
 def unstacked(y: Array) -> list[Array]:
@@ -196,13 +199,27 @@ def unstacked(y: Array) -> list[Array]:
     other kernels of a stack.
     """
     count, rows = y.shape[-2], _rows(y) if y.ndim > 2 else None
+    if rows is None and batch_shards() > 1:  # devices would sum gradients that all of them have
+        return [y[..., i, :] for i in range(count)]
 
     def local(part: Array) -> tuple[Array, ...]:
         return tuple(jnp.split(part.reshape(*part.shape[:-2], -1), count, axis=-1))
 
-    divided = P(rows, *[None] * (y.ndim - 3), "tensor") if y.ndim > 2 else P("tensor")
-    stack = P(*divided[:-1], None, "tensor")
+    stack, divided = _stack(y.ndim, rows), _stack(y.ndim - 1, rows)
     return list(jax.shard_map(local, in_specs=stack, out_specs=divided, check_vma=False)(y))
+
+
+def flat(y: Array) -> Array:
+    """Returns a stack (batch, ..., N, width), whose width `tensor` divides, as (batch, ..., N width).
+
+    Nothing is sent: each device has its parts of the N arrays side by side. `unflat` is the inverse.
+    """
+    return _reshaped(y, lambda part: part.reshape(*part.shape[:-2], -1), y.ndim - 1)
+
+
+def unflat(y: Array, count: int) -> Array:
+    """Returns what `flat` made of a stack of `count` arrays as the stack again."""
+    return _reshaped(y, lambda part: part.reshape(*part.shape[:-1], count, -1), y.ndim + 1)
 
 
 def undivided(x: Array) -> Array:
@@ -238,13 +255,13 @@ def scattered(g: Array, layout: Layout) -> Array:
 
 
 def summed(parts: Array, sent: DTypeLike) -> Array:
-    """Returns the sum of a gradient's parts (G, ...), which shards of the batch computed.
+    """Returns the sum of a gradient's parts (G, ...), of which each device computed one.
 
     It is in the type that is sent: XLA makes no reduce-scatter of a sum that is widened before `scattered`.
 
     Args:
-      parts: one part for each shard. A single one, as of rows that do not divide among shards, is returned
-        as it is.
+      parts: one part for each shard. A single one, as of rows that do not divide among shards, is returned as
+        it is.
       sent: type in which devices send each other parts, and sums of parts. They are rounded to it.
     """
     if len(parts) == 1:
@@ -344,6 +361,18 @@ def _parted(y: Array, parts: Layout) -> Array:
 
 _joined.defvjp(lambda x, parts: (_joined(x, parts), None), lambda parts, _, g: (_parted(g, parts),))
 _parted.defvjp(lambda y, parts: (_parted(y, parts), None), lambda parts, _, g: (_joined(g, parts),))
+
+
+def _reshaped(y: Array, local: Callable[[Array], Array], ndim: int) -> Array:
+    """Returns what each device makes of its part of an activation whose last axis `tensor` divides."""
+    rows = _rows(y) if min(y.ndim, ndim) > 1 else None
+    specs = _stack(y.ndim, rows), _stack(ndim, rows)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], check_vma=False)(y)
+
+
+def _stack(ndim: int, rows: Any) -> P:
+    """Returns the spec of an activation that rows divide along its first axis and `tensor` along its last."""
+    return P(rows, *[None] * (ndim - 2), "tensor") if ndim > 1 else P("tensor")
 
 
 def _rows(x: Array) -> Any:

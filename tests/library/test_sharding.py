@@ -347,3 +347,34 @@ def test_the_library_asks_for_no_mesh_and_for_none_of_ours():
             twice = sharding.by_matrix(lambda x: 2 * x, {"x": x_BTD}, [("x", sharding.ROWS)])
             np.testing.assert_array_equal(twice["x"], 2 * x_BTD)
             assert not sharding.in_use()
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+def test_each_device_applies_a_function_to_its_part_of_a_width(rows: int):
+    """The width of 7 is padded to what 2 devices share out; 3 rows are not divided."""
+    x = jax.random.normal(jax.random.key(0), (rows, 5, 7))
+    w = jax.random.normal(jax.random.key(1), (7, 4))
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        parts = jax.jit(lambda x: sharding.by_width(lambda complete: complete @ w, x, 2, 7))(x)
+    assert parts.shape == (2, rows, 5, 4)
+    np.testing.assert_allclose(parts[0], x[..., :4] @ w[:4], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(parts[1], x[..., 4:] @ w[4:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 3, 4), (3, 5, 3, 4), (8, 3, 4), (3, 4)], ids=str)
+def test_a_stack_whose_width_is_divided(shape: tuple[int, ...]):
+    """It is cut apart, and laid flat and back, with gradients; flat, each device has its parts of all."""
+    y = jax.random.normal(jax.random.key(0), shape)
+
+    def loss(y: jax.Array) -> jax.Array:
+        parts = sharding.unstacked(y)
+        return sum((jnp.sum(jnp.sin(part) * (i + 1)) for i, part in enumerate(parts)), jnp.zeros(()))
+
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        parts, gradient = jax.jit(sharding.unstacked)(y), jax.jit(jax.grad(loss))(y)
+        flat = jax.jit(sharding.flat)(y)
+        back = jax.jit(lambda y: sharding.unflat(sharding.flat(y), 3))(y)
+    np.testing.assert_array_equal(jnp.stack(parts, -2), y)
+    np.testing.assert_array_equal(back, y)
+    np.testing.assert_array_equal(flat[..., :6], y[..., :2].reshape(*shape[:-2], 6))
+    np.testing.assert_allclose(gradient, np.cos(y) * np.arange(1, 4)[:, None], rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@
     python tests/tools/meshes.py --jobs 8 --out meshes.json
 
 Each method takes 20 updates in full float32, with a restart in the middle, on one device and on every mesh
-over all devices: from the same random state, on the same tokens. One mesh computes a batch in two
+of `--devices` devices: from the same random state, on the same tokens. One mesh computes a batch in two
 microbatches, and one run is saved on a mesh and continued on another.
 
 A line has the largest difference of losses and gradient norms, relative to those of one device, and that of
