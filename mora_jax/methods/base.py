@@ -306,7 +306,7 @@ def in_parts(function: Callable[[Array], Any], g: Array, axis: int, width: int) 
     if not width:
         return function(g)
     parts = sharding.by_width(function, g, axis, width)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+    return jax.tree.map(lambda a: sharding.one_each(a.reshape(-1, *a.shape[2:])), parts)
 
 
 def check_dropout(rate: float) -> None:

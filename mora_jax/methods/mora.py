@@ -7,7 +7,7 @@ use it, N kernels of one input, G parts that devices compute.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -309,14 +309,19 @@ def _gradients_of_sums(
         dy = sharding.by_width(sum_dy, dy, dy.ndim - 1, d) if d else sharding.whole(sum_dy(dy))
         outer = jax.vmap(outer, (None, 0)) if d else outer
     g = outer(x, dy)
-    g_GKND = g.reshape(-1, *g.shape[-3:])
+    g_GKND = sharding.one_each(g.reshape(-1, *g.shape[-3:]))
 
     def sum_rows(g_GKD: Array) -> Array:
         return sum_x(g_GKD.swapaxes(1, 2)).swapaxes(1, 2)
 
-    g_GKND = g_GKND if first_dy else in_parts(sum_dy, g_GKND, 3, d)
+    def after(function: Callable[[Array], Array], g: Array, axis: int, width: int) -> Array:
+        if any(divided):
+            return sharding.one_each(in_parts(function, g, axis, width))
+        return sharding.whole(function(sharding.whole(g)))
+
+    g_GKND = g_GKND if first_dy else after(sum_dy, g_GKND, 3, d)
     gs = [g_GKND[:, :, i] for i in range(n)]
-    return gs if first_x else [in_parts(sum_rows, g_GKD, 1, k) for g_GKD in gs]
+    return gs if first_x else [after(sum_rows, g_GKD, 1, k) for g_GKD in gs]
 
 
 def _summed_first(k: int, d: int, kernels: int, side: int) -> tuple[bool, bool]:

@@ -192,6 +192,14 @@ def by_width(function: Callable[[Array], Any], x: Array, axis: int, width: int) 
     )(x)
 
 
+def one_each(parts: Array) -> Array:
+    """Returns parts (devices, ...), of which each device keeps its own: else XLA may sum them too early."""
+    sizes, over = _ambient(), ("tensor", *BATCH)
+    if not sizes or len(parts) != math.prod(sizes[axis] for axis in over):
+        return parts
+    return jax.lax.with_sharding_constraint(parts, canonical(P(over), 1, sizes))
+
+
 def unstacked(y: Array) -> list[Array]:
     """Returns y[..., i, :] of a stack (batch, ..., N, width) for each i, where `tensor` divides the width.
 

@@ -631,11 +631,17 @@ def test_activations_by_the_tpu_compiler(tiny_yaml, tmp_path):
     figures = planned_for_tpus(str(tiny_yaml), *words, folder=tmp_path)
     (train,) = figures["programs"]
     sent = {c["kind"]: c["sent"] for c in train["collectives"] if c["axes"] == "tensor"}
-    formula = {e["kind"]: e["base"] + e["adapters"] for e in figures["expected"] if e["axes"] == "tensor"}
-    assert sent["reduce-scatter"] == pytest.approx(formula["reduce-scatter"], rel=0.001)
+    formula = {e["kind"]: e for e in figures["expected"] if e["axes"] == "tensor"}
+    # This compiler all-reduces M's gradients over both axes at once.
+    assert sent["reduce-scatter"] == pytest.approx(formula["reduce-scatter"]["base"], rel=0.001)
+    (both,) = (c["sent"] for c in train["collectives"] if c["axes"] == "data+tensor")
+    norms = next(e["base"] for e in figures["expected"] if e["axes"] == "data+tensor")
+    m = 2 * formula["reduce-scatter"]["adapters"]  # of two devices each reduce-scatters a half
+    assert both == pytest.approx(2 * 3 / 4 * m + norms, rel=0.02)
     # The formula leaves out the last norm's output, the gradient of the embedding's, and its rows.
     left_out = (2 * 64 * 32 // 2 + 384) * 32 * 2 // 2
-    assert sent["all-gather"] == pytest.approx(formula["all-gather"] + left_out, rel=0.001)
+    gathered = formula["all-gather"]["base"] + formula["all-gather"]["adapters"]
+    assert sent["all-gather"] == pytest.approx(gathered + left_out, rel=0.001)
 
 
 @needs_libtpu
