@@ -37,8 +37,9 @@ def plot(record: Record, png_path: str) -> None:
         axes.set_xlabel("devices", fontsize=12)
     grid[0].set_ylabel("tokens/s, times one device", fontsize=12)
     handles = {h.get_label(): h for axes in grid for h in axes.get_lines()}
+    columns = 3 if len(drawn) == 1 else 5  # as many words as fit above the figure
     figure.legend(
-        handles=list(handles.values()), loc="outside upper left", ncols=5, fontsize=11, frameon=False
+        handles=list(handles.values()), loc="outside upper left", ncols=columns, fontsize=11, frameon=False
     )
     write_png(figure, png_path)
 
