@@ -111,6 +111,20 @@ BY_PARTS: dict[str, Method] = {
 }
 
 
+def test_a_device_s_part_of_a_width_decides_what_is_summed_first(monkeypatch: pytest.MonkeyPatch):
+    """By hand: 512 of 2048 outputs are fewer than M's 728, so their product with the sums of x is cheaper."""
+    monkeypatch.setattr(mora, "flops_per_byte", lambda: 0.0)
+    assert mora._summed_first(2048, 2048, 1, 728) == (True, True)
+    assert mora._summed_first(2048, 512, 1, 728) == (True, False)
+    asked: list[Any] = []
+    monkeypatch.setattr(mora, "_summed_first", lambda *sizes: asked.append(sizes) or (False, False))
+    method = METHODS["strided"]
+    x, w, arrays = inputs(method)
+    with jax.set_mesh(sharding.make_mesh(2, 1, 4)):
+        jax.eval_shape(lambda x, dy: method.gradients([arrays], x, dy, (0, D)), x, (x @ w)[:, :, None])
+    assert asked == [(K, D // 4, 1, method.shapes(K, D)["m_RR"][0])]
+
+
 @pytest.mark.parametrize("cost", [0.0, 1e9], ids=["sums first", "product first"])
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 @pytest.mark.parametrize("name", BY_PARTS)

@@ -17,8 +17,9 @@ Each figure is what one device sends in one step by ring algorithms, over the n 
   gradients are summed over `data`.
   The groups of a method such as MoRA do not end where a kernel is sharded. On the merged path each device
   sums its own part of the width over them, and M's gradients are summed over tensor, too: (n - 1) / n of
-  them if tensor shards M, twice that if it does not. On the activation path it all-gathers the activations on
-  the sharded side of every adapted kernel: (n - 1) / n of them, counted once, in the backward pass.
+  them if tensor shards M, twice that if it does not, or fsdp does, too. (The TPU compiler all-reduces them
+  over data x tensor as well.) On the activation path it all-gathers the activations on the sharded side of
+  every adapted kernel: (n - 1) / n of them, counted once, in the backward pass.
 
 A tied embedding is all-gathered, and its gradient summed, twice: as embedding and as head.
 
