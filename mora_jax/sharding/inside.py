@@ -268,8 +268,8 @@ def summed(parts: Array, sent: DTypeLike) -> Array:
     It is in the type that is sent: XLA makes no reduce-scatter of a sum that is widened before `scattered`.
 
     Args:
-      parts: one part for each shard. A single one, as of rows that do not divide among shards, is returned as
-        it is.
+      parts: one for each shard of the batch, and of a divided width. A single one, as of rows that do not
+        divide among shards, is returned as it is.
       sent: type in which devices send each other parts, and sums of parts. They are rounded to it.
     """
     if len(parts) == 1:
@@ -296,7 +296,7 @@ def in_use() -> bool:
 
 
 def divides_products() -> bool:
-    """Returns whether kernels are divided along their widths, so that joining them would reshard them."""
+    """Returns whether kernels are divided along their widths, so that they are stacked, not joined."""
     return tensor_shards() > 1
 
 
